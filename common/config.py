@@ -1,0 +1,203 @@
+"""The serving configuration: one frozen section a part, parsed from TOML or flags, never changed afterwards.
+
+Facts found on a machine (sizes that fit, the dtype in use) are not written back: they come in `WorkerInfo`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model, and how its checkpoint is read.
+
+    Attributes:
+        model: a local directory, a Hub id, a .gguf file or an alias.
+        served_name: the name clients use; default is `model` as given.
+        dtype: of the computation; auto is float32 on a CPU (weights stay as stored) and the checkpoint's own on a GPU.
+        max_model_len: most tokens in one sequence; None is the model's own limit.
+        generation_config: whose sampling defaults apply where a request is silent: "openai" or the checkpoint's ("model").
+    """
+
+    model: str
+    served_name: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None
+    generation_config: Literal["openai", "model"] = "openai"
+
+    @property
+    def name(self) -> str:
+        return self.served_name or self.model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """One worker's engine.
+
+    Attributes:
+        device: auto takes a GPU where there is one.
+        block_size: tokens in a KV block, a power of two from 16.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: token budget of one step.
+        kv_memory_fraction: share of the memory measured free after the profiling run that the KV cache takes.
+        num_kv_blocks: an exact number of blocks instead of the measured one.
+        prefix_caching: reuse KV blocks between requests with equal prefixes.
+        num_threads: CPU threads of the computation; None is all cores that the process may use.
+        stall_timeout_s: a step longer than this makes the worker unhealthy.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_memory_fraction: float = 0.5
+    num_kv_blocks: int | None = None
+    prefix_caching: bool = True
+    num_threads: int | None = None
+    stall_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size must be a power of two from 16, not {self.block_size}")
+        _require(self, "max_num_seqs", 1)
+        _require(self, "max_num_batched_tokens", self.max_num_seqs)
+        if not 0 < self.kv_memory_fraction <= 1:
+            raise ConfigError(f"kv_memory_fraction must be in (0, 1], not {self.kv_memory_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig:
+    """The doors: gRPC and HTTP.
+
+    Attributes:
+        host: address both listen on.
+        grpc_port, http_port: 0 takes a free port, which `status` and the start message show.
+        max_queued_requests: requests waiting for a replica beyond this are refused at once with OVERLOADED.
+        max_body_bytes: larger requests are refused with REQUEST_TOO_LARGE.
+        default_timeout_s: deadline of a request that brings none.
+    """
+
+    host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    http_port: int = 8000
+    max_queued_requests: int = 1024
+    max_body_bytes: int = 4 * 1024 * 1024
+    default_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("grpc_port", "http_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"{name} must be in [0, 65535], not {getattr(self, name)}")
+        _require(self, "max_queued_requests", 1)
+        _require(self, "max_body_bytes", 1024)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FleetConfig:
+    """The replicas and how they are watched.
+
+    Attributes:
+        num_replicas: copies of the model.
+        start_timeout_s: a worker that is not ready by then is reported and ended.
+        heartbeat_timeout_s: a replica silent for longer is treated as lost.
+        max_attempts: replicas a request may lose before it ends with an error.
+        max_restarts: restarts of one replica in a row without a completed step before the fleet gives it up.
+    """
+
+    num_replicas: int = 1
+    start_timeout_s: float = 600.0
+    heartbeat_timeout_s: float = 10.0
+    max_attempts: int = 3
+    max_restarts: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("num_replicas", "max_attempts"):
+            _require(self, name, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Everything `pilotfish serve` needs, a section a part."""
+
+    model: ModelConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """The sections of a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+    """A config dataclass from nested mappings.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing one, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{where}.{name}" if where else name
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"unknown key {path!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+            )
+        hint = hints[name]
+        if is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path} must be a section, not {value!r}")
+            arguments[name] = parse(typing.cast(type[Any], hint), value, where=path)
+        else:
+            arguments[name] = _checked(value, hint, path)
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{where or cls.__name__}: {error}".replace("__init__() ", "")) from error
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{path} must be one of {', '.join(map(repr, typing.get_args(hint)))}, not {value!r}")
+        return value
+    choices = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
+    if float in choices and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not any(
+        isinstance(value, choice) and not (choice in (int, float) and isinstance(value, bool)) for choice in choices
+    ):
+        names = " or ".join("nothing" if choice is type(None) else choice.__name__ for choice in choices)
+        raise ConfigError(f"{path} must be {names}, not {value!r}")
+    return value
+
+
+def _require(config: object, name: str, lowest: int) -> None:
+    if getattr(config, name) < lowest:
+        raise ConfigError(f"{name} must be at least {lowest}, not {getattr(config, name)}")

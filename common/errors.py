@@ -1,0 +1,123 @@
+"""The errors a user can meet, and the one table that maps them to gRPC and HTTP.
+
+Every class carries a stable `code` that travels in gRPC trailing metadata and in HTTP bodies, so that a client in another
+process raises the same class (`error_from_code`). A message says what was wrong and what to do next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class PilotfishError(Exception):
+    """Base of all errors that pilotfish raises for its users."""
+
+    code = "internal"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(PilotfishError):
+    """The request can never succeed as it is written."""
+
+    code = "invalid_request"
+
+
+class RequestTooLarge(PilotfishError):
+    """The request's body or message is over the configured size."""
+
+    code = "request_too_large"
+
+
+class ConfigError(PilotfishError):
+    """A configuration value, file or flag is wrong."""
+
+    code = "config_error"
+
+
+class ModelNotFound(PilotfishError):
+    """No model has this name here."""
+
+    code = "model_not_found"
+
+
+class ModelLoadError(PilotfishError):
+    """A checkpoint exists but cannot be loaded as it is."""
+
+    code = "model_load_error"
+
+
+class Overloaded(PilotfishError):
+    """A bounded queue is full; `retry_after_s` says when to try again."""
+
+    code = "overloaded"
+
+
+class Unavailable(PilotfishError):
+    """No replica can take the request now (starting, draining or lost)."""
+
+    code = "unavailable"
+
+
+class DeadlineExceeded(PilotfishError):
+    """The request's deadline passed before it was complete."""
+
+    code = "deadline_exceeded"
+
+
+class Cancelled(PilotfishError):
+    """The caller, or an Abort, ended the request."""
+
+    code = "cancelled"
+
+
+class InternalError(PilotfishError):
+    """A defect of pilotfish; the log has the traceback."""
+
+    code = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRow:
+    """How one error class looks on the wire.
+
+    `grpc` is the name of a `grpc.StatusCode` member (this module does not import grpc); `openai_type` is the `type` field of an
+    OpenAI-style error body.
+    """
+
+    error: type[PilotfishError]
+    grpc: str
+    http: int
+    openai_type: str
+
+
+STATUS_TABLE: tuple[StatusRow, ...] = (
+    StatusRow(InvalidRequest, "INVALID_ARGUMENT", 400, "invalid_request_error"),
+    StatusRow(RequestTooLarge, "RESOURCE_EXHAUSTED", 413, "invalid_request_error"),
+    StatusRow(ConfigError, "FAILED_PRECONDITION", 500, "server_error"),
+    StatusRow(ModelNotFound, "NOT_FOUND", 404, "invalid_request_error"),
+    StatusRow(ModelLoadError, "FAILED_PRECONDITION", 500, "server_error"),
+    StatusRow(Overloaded, "RESOURCE_EXHAUSTED", 429, "rate_limit_error"),
+    StatusRow(Unavailable, "UNAVAILABLE", 503, "server_error"),
+    StatusRow(DeadlineExceeded, "DEADLINE_EXCEEDED", 504, "timeout_error"),
+    StatusRow(Cancelled, "CANCELLED", 499, "request_cancelled"),
+    StatusRow(InternalError, "INTERNAL", 500, "server_error"),
+)
+
+_BY_CODE = {row.error.code: row for row in STATUS_TABLE}
+
+
+def status_row(error: PilotfishError) -> StatusRow:
+    """The table's row for an error; a class outside the table is an internal error."""
+    return _BY_CODE.get(error.code, _BY_CODE["internal"])
+
+
+def error_from_code(code: str, message: str, *, retry_after_s: float | None = None) -> PilotfishError:
+    """The error that a peer reported by `code`; an unknown code (a newer peer) becomes an InternalError that names it."""
+    row = _BY_CODE.get(code)
+    if row is None:
+        return InternalError(f"{message} (unknown error code {code!r})", retry_after_s=retry_after_s)
+    return row.error(message, retry_after_s=retry_after_s)
