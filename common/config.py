@@ -190,9 +190,7 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     choices = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
     if float in choices and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not any(
-        isinstance(value, choice) and not (choice in (int, float) and isinstance(value, bool)) for choice in choices
-    ):
+    if not any(isinstance(value, choice) and not (choice in (int, float) and isinstance(value, bool)) for choice in choices):
         names = " or ".join("nothing" if choice is type(None) else choice.__name__ for choice in choices)
         raise ConfigError(f"{path} must be {names}, not {value!r}")
     return value
