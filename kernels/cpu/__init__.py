@@ -1,0 +1,1 @@
+"""C++ twins of the ops for the CPU, compiled on first use."""

@@ -1,0 +1,73 @@
+"""Which backend serves an op: Triton on CUDA, the C++ twin on the CPU, the torch reference where asked for.
+
+`PILOTFISH_KERNELS` is read once, at the first op: `auto` (the default) dispatches on the tensor's device, `ref` forces the
+references everywhere, to find out whether a kernel is to blame. A CPU op that has no twin for its dtypes runs its
+reference, which is logged once an op and reported by `backend_report`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from typing import Literal
+
+import torch
+import triton
+
+from .cpu import library
+from .cpu import ops as cpu_ops
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["reference", "cpp", "triton"]
+MODES = ("auto", "ref")
+
+
+@cache
+def kernel_mode() -> str:
+    """The value of PILOTFISH_KERNELS: `auto` or `ref`. ValueError for anything else."""
+    mode = os.environ.get("PILOTFISH_KERNELS", "auto")
+    if mode not in MODES:
+        raise ValueError(f"PILOTFISH_KERNELS={mode!r} is not known: use one of {', '.join(MODES)}")
+    return mode
+
+
+def choose_backend(op: str, *tensors: torch.Tensor) -> Backend:
+    """The backend that runs `op` on these tensors (the dtypes of all of them count, the device of the first).
+
+    ValueError where the tensors lie on more than one device or on one that no backend serves.
+    """
+    device = tensors[0].device.type
+    for tensor in tensors[1:]:
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"{op}: tensors on {tensors[0].device} and on {tensor.device}: move them to one device")
+    if kernel_mode() == "ref":
+        return "reference"
+    if device == "cuda":
+        return "triton"
+    if device != "cpu":
+        raise ValueError(f"{op}: no kernel serves device {device!r}: use cuda or cpu, or set PILOTFISH_KERNELS=ref")
+    dtypes = tuple(tensor.dtype for tensor in tensors)
+    if cpu_ops.supports(op, *dtypes):
+        return "cpp"
+    _log_reference(op, dtypes)
+    return "reference"
+
+
+def backend_report() -> dict[str, str]:
+    """What serves each kind of device on this machine, and why: `{"cpu": ..., "cuda": ...}`."""
+    if kernel_mode() == "ref":
+        return dict.fromkeys(("cpu", "cuda"), "torch references (PILOTFISH_KERNELS=ref)")
+    reason = library.unavailable_reason()
+    cpu = "C++ kernels" if reason is None else f"torch references, slower: {reason}"
+    if not torch.cuda.is_available():
+        return {"cpu": cpu, "cuda": "no CUDA device"}
+    return {"cpu": cpu, "cuda": f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"}
+
+
+@cache
+def _log_reference(op: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Once for each op and dtypes (cached): where no C++ library exists, library.load has already warned."""
+    if library.unavailable_reason() is None:
+        logger.warning("%s has no C++ kernel for %s: its torch reference runs", op, ", ".join(map(str, dtypes)))

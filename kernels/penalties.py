@@ -1,0 +1,105 @@
+"""Repetition, presence and frequency penalties on logits, in place.
+
+For a token v of a row, in this order:
+
+    v in prompt or output:  logit = logit / repetition if logit > 0 else logit * repetition       (Hugging Face)
+    v in output:            logit = logit - presence - frequency * (times v is in the output)      (OpenAI)
+
+The tables hold what a row has seen, one table row a sequence that has penalties: `prompt_mask` and `output_counts`;
+`record_tokens` counts what was drawn. S rows of logits, V vocabulary, R table rows.
+Source: Keskar et al. 2019, "CTRL" (repetition); the OpenAI API reference (presence, frequency).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .cpu import ops as cpu_ops
+from .dispatch import choose_backend
+
+
+def apply_penalties(
+    logits_SV: torch.Tensor,
+    *,
+    prompt_mask_RV: torch.Tensor,
+    output_counts_RV: torch.Tensor,
+    table_rows_S: torch.Tensor,
+    repetition_S: torch.Tensor,
+    presence_S: torch.Tensor,
+    frequency_S: torch.Tensor,
+) -> None:
+    """Changes float32 logits in place. `prompt_mask` is bool, `output_counts` int32, the three penalties float32.
+
+    `table_rows` (int64) is the table row of each row of logits; below zero: no penalties, the row stays untouched.
+    ValueError where shapes or dtypes do not fit.
+    """
+    _check(logits_SV, prompt_mask_RV, output_counts_RV, table_rows_S, repetition_S, presence_S, frequency_S)
+    backend = choose_backend("apply_penalties", logits_SV)
+    run = cpu_ops.apply_penalties if backend == "cpp" else apply_penalties_ref
+    run(
+        logits_SV,
+        prompt_mask_RV=prompt_mask_RV,
+        output_counts_RV=output_counts_RV,
+        table_rows_S=table_rows_S,
+        repetition_S=repetition_S,
+        presence_S=presence_S,
+        frequency_S=frequency_S,
+    )
+
+
+def apply_penalties_ref(
+    logits_SV: torch.Tensor,
+    *,
+    prompt_mask_RV: torch.Tensor,
+    output_counts_RV: torch.Tensor,
+    table_rows_S: torch.Tensor,
+    repetition_S: torch.Tensor,
+    presence_S: torch.Tensor,
+    frequency_S: torch.Tensor,
+) -> None:
+    penalized = table_rows_S >= 0
+    rows = table_rows_S[penalized]
+    logits, counts = logits_SV[penalized], output_counts_RV[rows]
+    repetition, presence, frequency = (x[penalized].unsqueeze(1) for x in (repetition_S, presence_S, frequency_S))
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(prompt_mask_RV[rows] | (counts > 0), repeated, logits)
+    logits_SV[penalized] = torch.where(counts > 0, logits - presence - frequency * counts, logits)
+
+
+def record_tokens(output_counts_RV: torch.Tensor, table_rows_S: torch.Tensor, tokens_S: torch.Tensor) -> None:
+    """Counts one drawn token a row, in place; rows whose table row is below zero are left out."""
+    counted_S = (table_rows_S >= 0).to(output_counts_RV.dtype)
+    output_counts_RV.index_put_((table_rows_S.clamp(min=0), tokens_S), counted_S, accumulate=True)
+
+
+def _check(
+    logits_SV: torch.Tensor,
+    prompt_mask_RV: torch.Tensor,
+    output_counts_RV: torch.Tensor,
+    table_rows_S: torch.Tensor,
+    repetition_S: torch.Tensor,
+    presence_S: torch.Tensor,
+    frequency_S: torch.Tensor,
+) -> None:
+    if logits_SV.dim() != 2 or logits_SV.dtype != torch.float32 or logits_SV.stride(1) != 1:
+        raise ValueError(f"apply_penalties: logits {tuple(logits_SV.shape)} {logits_SV.dtype} must be float32 [S, V]")
+    if prompt_mask_RV.dtype != torch.bool or output_counts_RV.dtype != torch.int32:
+        raise ValueError(
+            f"apply_penalties: prompt_mask must be bool and output_counts int32, not {prompt_mask_RV.dtype} and "
+            f"{output_counts_RV.dtype}"
+        )
+    if prompt_mask_RV.shape != output_counts_RV.shape or prompt_mask_RV.shape[1:] != logits_SV.shape[1:]:
+        raise ValueError(
+            f"apply_penalties: prompt_mask {tuple(prompt_mask_RV.shape)} and output_counts "
+            f"{tuple(output_counts_RV.shape)} must be [table rows, {logits_SV.shape[1]}]"
+        )
+    for name, tensor, dtype in (
+        ("table_rows", table_rows_S, torch.int64),
+        ("repetition", repetition_S, torch.float32),
+        ("presence", presence_S, torch.float32),
+        ("frequency", frequency_S, torch.float32),
+    ):
+        if tensor.shape != logits_SV.shape[:1] or tensor.dtype != dtype:
+            raise ValueError(
+                f"apply_penalties: {name} {tuple(tensor.shape)} {tensor.dtype} must be {dtype}, one a row of logits"
+            )

@@ -1,0 +1,63 @@
+"""Counter-based random numbers: the same (seed, position, draw) gives the same number on every device and in every batch.
+
+Philox4x32-10 with key = (low, high) 32 bits of the seed and counter = (draw // 4, low and high 32 bits of the position,
+0); draw d takes word d % 4. The last counter word is free for other uses of randomness at the same position. A word w
+becomes u = (w + 0.5) / 2^32 in float32, at most 1 - 2^-24: never 0 and never 1, and fine-grained near 0.
+
+S sequences, R draws. Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .dispatch import choose_backend
+
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_NUM_ROUNDS = 10
+_MASK = 0xFFFFFFFF
+LARGEST_UNIFORM = 1.0 - 2.0**-24
+
+
+def philox_uniform(seeds_S: torch.Tensor, positions_S: torch.Tensor, num_draws: int) -> torch.Tensor:
+    """u_SR float32 in (0, 1), R = num_draws below 2^34. Seeds and positions are int64, any value."""
+    if seeds_S.dim() != 1 or seeds_S.shape != positions_S.shape or num_draws < 0:
+        raise ValueError(
+            f"philox_uniform: seeds {tuple(seeds_S.shape)} and positions {tuple(positions_S.shape)} must be [S], "
+            f"num_draws {num_draws} not negative"
+        )
+    if seeds_S.dtype != torch.int64 or positions_S.dtype != torch.int64:
+        raise ValueError(f"philox_uniform: seeds {seeds_S.dtype} and positions {positions_S.dtype} must be int64")
+    choose_backend("philox_uniform", seeds_S, positions_S)
+    return philox_uniform_ref(seeds_S, positions_S, num_draws)
+
+
+def philox_uniform_ref(seeds_S: torch.Tensor, positions_S: torch.Tensor, num_draws: int) -> torch.Tensor:
+    counter_R = torch.arange(-(-num_draws // 4), device=seeds_S.device)
+    seeds_S1, positions_S1 = seeds_S.unsqueeze(1), positions_S.unsqueeze(1)
+    words = philox_words_ref(
+        counter=(counter_R, positions_S1 & _MASK, (positions_S1 >> 32) & _MASK, torch.zeros_like(positions_S1)),
+        key=(seeds_S1 & _MASK, (seeds_S1 >> 32) & _MASK),
+    )
+    words_SR = torch.stack(words, dim=-1).flatten(1)[:, :num_draws]
+    return ((words_SR.float() + 0.5) * 2.0**-32).clamp(max=LARGEST_UNIFORM)
+
+
+def philox_words_ref(
+    *, counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The four 32-bit words (as int64) of Philox4x32-10 for a counter of four and a key of two 32-bit words."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(_NUM_ROUNDS):
+        # An int64 product wraps around, but its 64 bits are those of the unsigned product.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3

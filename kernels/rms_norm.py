@@ -1,0 +1,69 @@
+"""Root-mean-square norm, with an optional residual added first.
+
+    r = x + residual                      rounded to x.dtype
+    n = r / sqrt(mean(r^2) + eps)         in float32, rounded to x.dtype
+    y = n * weight                        rounded to x.dtype
+
+These are the roundings of Hugging Face's LlamaRMSNorm. T tokens, H hidden; x is [T, H], or [..., H] without residual (a
+norm of each head). Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+
+from .cpu import ops as cpu_ops
+from .dispatch import choose_backend
+
+# Largest |y - reference| for inputs of order one: (relative, absolute).
+TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 8e-3)}
+
+
+@overload
+def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+
+@overload
+def rms_norm(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def rms_norm(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The norm of the last dimension: y, contiguous and of x's dtype; with a residual (y, x + residual).
+
+    x may be a strided view whose last dimension is contiguous. ValueError where shapes or dtypes do not fit.
+    """
+    _check(x_TH, weight_H, residual_TH)
+    backend = choose_backend("rms_norm", x_TH, weight_H)
+    if backend == "cpp":
+        return cpu_ops.rms_norm(x_TH, weight_H, eps, residual_TH=residual_TH)
+    return rms_norm_ref(x_TH, weight_H, eps, residual_TH=residual_TH)
+
+
+def rms_norm_ref(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    new_residual_TH = x_TH if residual_TH is None else x_TH + residual_TH
+    wide_TH = new_residual_TH.float()
+    normed_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + eps)
+    y_TH = (normed_TH.to(x_TH.dtype).float() * weight_H.float()).to(x_TH.dtype)
+    return y_TH if residual_TH is None else (y_TH, new_residual_TH)
+
+
+def _check(x_TH: torch.Tensor, weight_H: torch.Tensor, residual_TH: torch.Tensor | None) -> None:
+    if x_TH.dim() == 0 or weight_H.shape != x_TH.shape[-1:]:
+        raise ValueError(f"rms_norm: weight {tuple(weight_H.shape)} does not fit x {tuple(x_TH.shape)}")
+    if residual_TH is None:
+        return
+    if x_TH.dim() != 2:
+        raise ValueError(f"rms_norm: a residual needs x of [tokens, hidden], not {tuple(x_TH.shape)}")
+    if residual_TH.shape != x_TH.shape or residual_TH.dtype != x_TH.dtype or residual_TH.device != x_TH.device:
+        raise ValueError(
+            f"rms_norm: residual {tuple(residual_TH.shape)} {residual_TH.dtype} {residual_TH.device} "
+            f"must equal x {tuple(x_TH.shape)} {x_TH.dtype} {x_TH.device}"
+        )
