@@ -1,0 +1,48 @@
+# make demo    a real model answers through the real path, then everything is stopped
+# make test    every check and every test that needs no GPU
+# make serve   serve the model in the foreground (ARGS="--http-port 8000 ...")
+# make lint    the checks alone; make format fixes what can be fixed
+# make bench   the figures of docs/performance.md, on this machine
+SHELL := /bin/bash
+PYTHON ?= python3
+MODEL ?= smollm2-135m
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test serve lint format bench model
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pilotfish needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "Setting up .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,dev]'
+	@touch $@
+
+model: .venv/.ready
+	@$(BIN)/pilotfish pull $(MODEL)
+
+demo: model
+	@$(BIN)/python -m pilotfish.cli.demo $(MODEL)
+
+serve: model
+	@$(BIN)/pilotfish serve $(MODEL) $(ARGS)
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	PYTHON=$(BIN)/python proto/generate.sh --check
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: model lint
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: model
+	$(BIN)/python benchmarks/bench_spine.py

@@ -1,0 +1,44 @@
+import pytest
+from pilotfish.common.config import EngineConfig, ServeConfig, load_toml, parse
+from pilotfish.common.errors import ConfigError
+
+
+def test_sections_become_frozen_configs(tmp_path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text('[model]\nmodel = "m"\n[engine]\nkv_memory_fraction = 1\n[fleet]\nnum_replicas = 2\n')
+    config = parse(ServeConfig, load_toml(path))
+    assert (config.model.name, config.engine.kv_memory_fraction, config.fleet.num_replicas) == ("m", 1.0, 2)
+    with pytest.raises(AttributeError):
+        config.fleet.num_replicas = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"model": "m"}, "engin": {}}, "did you mean 'engine'"),
+        ({"model": {"model": "m"}, "engine": {"blok_size": 16}}, "did you mean 'block_size'"),
+        ({"model": {"model": "m"}, "engine": {"block_size": "16"}}, "engine.block_size must be int"),
+        ({"model": {"model": "m"}, "engine": {"block_size": True}}, "engine.block_size must be int"),
+        ({"model": {"model": "m", "dtype": "fp8"}}, "model.dtype must be one of"),
+        ({"model": "m"}, "model must be a section"),
+        ({}, "model"),
+        ({"model": {"model": "m"}, "engine": {"block_size": 24}}, "power of two"),
+        ({"model": {"model": "m"}, "engine": {"max_num_batched_tokens": 8}}, "at least 64"),
+        ({"model": {"model": "m"}, "gateway": {"grpc_port": 70000}}, "grpc_port must be in"),
+    ],
+)
+def test_a_wrong_value_says_what_to_do(values, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(ServeConfig, values)
+
+
+def test_a_file_that_is_not_there_or_not_toml(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("model = ")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_toml(tmp_path / "bad.toml")
+
+
+def test_optional_values_may_be_set() -> None:
+    assert parse(EngineConfig, {"num_kv_blocks": 10}).num_kv_blocks == 10
