@@ -1,0 +1,249 @@
+"""The transport-free core of the controller: what both gateways call.
+
+A request goes: front end (text to tokens, off the event loop) -> dispatcher (queue, router) -> a replica; its events come back
+through a RequestHandle. Everything here runs on the controller's one event loop.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from .. import __version__
+from ..common.config import ServeConfig
+from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError
+from .cluster_state import ClusterState, ModelCard
+from .dispatcher import Dispatcher
+from .events import Event, Observer
+from .fleet import Fleet
+from .front_end import FrontEnd, Tokenization
+from .streams import RequestStream
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Addresses:
+    """Where the gateways listen, "host:port"."""
+
+    grpc: str = ""
+    http: str = ""
+
+
+class RequestHandle:
+    """The events of one request: `async with handle: async for event in handle`. Typed errors are raised from the iterator.
+
+    Leaving the `async with`, cancelling the task that waits for the next event, or `cancel()` ends the request on its worker.
+    """
+
+    def __init__(self, stream: RequestStream) -> None:
+        self._stream = stream
+
+    @property
+    def request_id(self) -> str:
+        return self._stream.request_id
+
+    def cancel(self) -> None:
+        """End the request if it has not ended; its worker is told at once. May be called again."""
+        self._stream.fail(Cancelled(f"request {self.request_id} was cancelled"))
+
+    def __aiter__(self) -> RequestHandle:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            event = await self._stream.next_event()
+        except BaseException:
+            self.cancel()
+            raise
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    async def aclose(self) -> None:
+        self.cancel()
+
+    async def __aenter__(self) -> RequestHandle:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class InferenceService:
+    """Answers requests for the one model that is served."""
+
+    def __init__(
+        self,
+        *,
+        config: ServeConfig,
+        front_end: FrontEnd,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self._config = config
+        self._front_end = front_end
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._observers = observers
+        self._streams: dict[str, RequestStream] = {}
+        self._num_preparing = 0
+        self._num_requests = 0
+        self._started_unix_s = time.time()
+        self.addresses = Addresses()
+
+    async def start_request(
+        self,
+        *,
+        request_id: str | None = None,
+        prompt: str | Sequence[int] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        sampling: Mapping[str, Any],
+        model: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+        continue_final_message: bool = False,
+        echo: bool = False,
+    ) -> RequestHandle:
+        """Accept a request: either `prompt` (text or token ids) or chat `messages`.
+
+        Args:
+            request_id: 1 to 128 visible ASCII characters; one in flight is refused; None makes one.
+            sampling: only the fields of SamplingParams that the caller set; the served defaults fill the rest.
+            model: the served name, or empty.
+            timeout_s: until the last token; None is the configured default.
+            echo: the text of every choice starts with the prompt.
+
+        Raises:
+            InvalidRequest, ModelNotFound, Overloaded (with retry_after_s), Unavailable (no replica can take it),
+            DeadlineExceeded: before any event.
+        """
+        try:
+            stream = self._accept(request_id=request_id, model=model, timeout_s=timeout_s)
+        except PilotfishError as error:
+            self._report_refused(error)
+            raise
+        self._num_preparing += 1
+        try:
+            prepared = await self._front_end.prepare(
+                request_id=stream.request_id,
+                prompt=prompt,
+                messages=messages,
+                continue_final_message=continue_final_message,
+                sampling=sampling,
+                limits=self._fleet.limits(),
+                priority=priority,
+            )
+            if stream.error is not None:  # aborted or out of time meanwhile
+                raise stream.error
+            stream.start(prepared, echo=echo)
+            self._dispatcher.enqueue(stream)
+        except PilotfishError as error:
+            stream.refuse()
+            self._report_refused(error)
+            raise
+        except BaseException:
+            stream.refuse()
+            raise
+        finally:
+            self._num_preparing -= 1
+        self._num_requests += 1
+        return RequestHandle(stream)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request; its reader gets Cancelled. False if none in flight has this id."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return False
+        stream.fail(Cancelled(f"request {request_id} was aborted"))
+        return True
+
+    async def tokenize(
+        self,
+        *,
+        text: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        model: str = "",
+        add_special_tokens: bool = True,
+    ) -> Tokenization:
+        """The token ids of a text, or of chat messages through the model's template, and the bytes of each token.
+
+        Raises:
+            InvalidRequest, ModelNotFound.
+        """
+        self._check_model(model)
+        return await self._front_end.tokenize(text=text, messages=messages, add_special_tokens=add_special_tokens)
+
+    def models(self) -> tuple[ModelCard, ...]:
+        """What is served; empty until a replica has started once."""
+        info = self._fleet.info()
+        if info is None:
+            return ()
+        return (
+            ModelCard(
+                name=self._config.model.name,
+                architecture=info.architecture,
+                max_model_len=info.max_model_len,
+                created_unix_s=int(self._started_unix_s),
+            ),
+        )
+
+    def status(self) -> ClusterState:
+        return ClusterState(
+            version=__version__,
+            model=self._config.model.name,
+            uptime_s=time.time() - self._started_unix_s,
+            replicas=self._fleet.statuses(),
+            num_queued=self._dispatcher.num_queued,
+            num_running=self._dispatcher.num_running,
+            generation_config=self._config.model.generation_config,
+            sampling_defaults=self._front_end.sampling_defaults,
+            grpc_address=self.addresses.grpc,
+            http_address=self.addresses.http,
+            num_requests=self._num_requests,
+            num_restarts=self._fleet.num_restarts,
+            controller_pid=os.getpid(),
+        )
+
+    def _accept(self, *, request_id: str | None, model: str, timeout_s: float | None) -> RequestStream:
+        self._check_model(model)
+        request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
+        if not _REQUEST_ID.fullmatch(request_id):
+            raise InvalidRequest(f"request_id must be 1 to 128 visible ASCII characters, not {request_id[:140]!r}")
+        if request_id in self._streams:
+            raise InvalidRequest(f"request_id {request_id!r} is in flight already; ids must be unique among running requests")
+        timeout_s = self._config.gateway.default_timeout_s if timeout_s is None else timeout_s
+        if not 0 < timeout_s < 1e9:
+            raise InvalidRequest(f"the timeout must be a positive number of seconds, not {timeout_s!r}")
+        self._dispatcher.check_room(self._num_preparing)
+        stream = RequestStream(
+            request_id=request_id, model=self._config.model.name, timeout_s=timeout_s, on_end=self._on_stream_end
+        )
+        self._streams[request_id] = stream
+        return stream
+
+    def _check_model(self, model: str) -> None:
+        served = self._config.model.name
+        if model not in ("", served):
+            raise ModelNotFound(f"the model {model!r} is not served here; the model served is {served!r}")
+
+    def _on_stream_end(self, stream: RequestStream) -> None:
+        del self._streams[stream.request_id]
+        self._dispatcher.release(stream)
+        if stream.accepted:
+            record = stream.record()
+            for observer in self._observers:
+                observer.on_request_end(record)
+
+    def _report_refused(self, error: PilotfishError) -> None:
+        for observer in self._observers:
+            observer.on_refused(error.code)
