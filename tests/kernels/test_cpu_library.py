@@ -1,0 +1,118 @@
+"""Building and loading the C++ kernels, with a real compiler on small sources."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from pilotfish.kernels.cpu import library
+
+SOURCE = 'extern "C" __attribute__((visibility("default"))) void pilotfish_nothing() {}\n'
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A folder with one tiny source in place of the real ones."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "tiny.cpp").write_text(SOURCE)
+    monkeypatch.setattr(library, "SOURCE_DIR", folder)
+    return folder
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+
+def test_builds_once(sources, tmp_path, monkeypatch):
+    path = library.build(tmp_path / "cache")
+    assert [path] == list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(library, "find_compiler", lambda: pytest.fail("compiled again"))
+    assert library.build(tmp_path / "cache") == path
+
+
+def test_a_changed_source_or_header_is_built_anew(sources, tmp_path):
+    first = library.build(tmp_path)
+    (sources / "tiny.cpp").write_text(SOURCE + "// changed\n")
+    second = library.build(tmp_path)
+    (sources / "more.h").write_text("// a header\n")
+    assert len({first, second, library.build(tmp_path)}) == 3
+
+
+def test_builders_may_race(sources, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: library.build(tmp_path / "cache"), range(4)))
+    assert set(paths) == set((tmp_path / "cache").iterdir())
+    assert len(set(paths)) == 1
+
+
+def test_a_compiler_error_is_told_and_leaves_nothing(sources, tmp_path):
+    (sources / "broken.cpp").write_text("#error this does not compile\n")
+    with pytest.raises(library.BuildError, match="this does not compile"):
+        library.build(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_missing_compiler_names_what_to_install(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(library.BuildError, match=r"tried no-such-compiler.*apt install g\+\+"):
+        library.build(tmp_path)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(library.BuildError, match=r"tried g\+\+, c\+\+, clang\+\+"):
+        library.build(tmp_path)
+
+
+def test_a_compiler_that_hangs_is_stopped(sources, tmp_path, monkeypatch):
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setattr(library, "BUILD_TIMEOUT_S", 0.1)
+    with pytest.raises(library.BuildError, match="took more than"):
+        library.build(tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_told(sources, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(library.BuildError, match="set PILOTFISH_CACHE"):
+        library.build(tmp_path / "file" / "cache")
+
+
+def test_without_a_compiler_ops_run_references_after_one_warning(tmp_path):
+    code = """
+import logging, torch
+logging.basicConfig(level=logging.WARNING)
+from pilotfish.kernels.cpu import library
+from pilotfish.kernels.dispatch import backend_report
+from pilotfish.kernels.linear import linear
+for _ in range(3):
+    print(linear(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.bfloat16)).sum().item())
+assert library.load() is None
+print(backend_report()["cpu"])
+"""
+    done = run_python(code, CXX="no-such-compiler", PILOTFISH_CACHE=str(tmp_path))
+    assert done.stdout.splitlines()[:3] == ["24.0"] * 3
+    assert "no-such-compiler" in done.stdout.splitlines()[3]
+    assert done.stderr.count("WARNING") == 1
+    assert "apt install g++" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the process's map")
+def test_the_process_has_one_openmp_runtime():
+    code = """
+from pilotfish.kernels.cpu import library
+assert library.load() is not None
+names = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line or "libiomp" in line}
+print(len(names))
+"""
+    assert run_python(code).stdout == "1\n"
