@@ -9,10 +9,10 @@ to the dtype of `gate_up`. T tokens, F intermediate, U = 2 F.
 Source: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016 for the tanh form of GELU.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
@@ -27,9 +27,13 @@ def gated_activation(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:
     check_activation(activation)
     if gate_up_TU.dim() != 2 or gate_up_TU.shape[1] % 2:
         raise ValueError(f"gated_activation: gate_up {tuple(gate_up_TU.shape)} must be [tokens, 2 * intermediate]")
+    if gate_up_TU.stride(1) != 1:
+        raise ValueError("gated_activation: the last dimension of gate_up must be contiguous")
     backend = choose_backend("gated_activation", gate_up_TU)
     if backend == "cpp":
         return cpu_ops.gated_activation(gate_up_TU, activation)
+    if backend == "triton":
+        return _gated_activation_triton(gate_up_TU, activation)
     return gated_activation_ref(gate_up_TU, activation)
 
 
@@ -43,3 +47,29 @@ def gated_activation_ref(gate_up_TU: torch.Tensor, activation: str) -> torch.Ten
     gate_TF, up_TF = gate_up_TU.float().chunk(2, dim=-1)
     gated_TF = F.silu(gate_TF) if activation == "silu" else F.gelu(gate_TF, approximate="tanh")
     return (gated_TF * up_TF).to(gate_up_TU.dtype)
+
+
+@triton.jit
+def _gated_activation_kernel(gate_up, y, num_columns, stride_row, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < num_columns
+    gate = tl.load(gate_up + row * stride_row + column, inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride_row + num_columns + column, inside, other=0.0).to(tl.float32)
+    if ACTIVATION == "silu":
+        gated = gate * tl.sigmoid(gate)
+    else:
+        # (1 + tanh(z)) / 2 = sigmoid(2 z), with 2 z = sqrt(8 / pi) * (g + 0.044715 g^3)
+        gated = gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
+    tl.store(y + row * num_columns + column, (gated * up).to(y.dtype.element_ty), inside)
+
+
+def _gated_activation_triton(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:
+    num_rows, num_columns = gate_up_TU.shape[0], gate_up_TU.shape[1] // 2
+    y_TF = gate_up_TU.new_empty(num_rows, num_columns)
+    if y_TF.numel() > 0:
+        block = min(triton.next_power_of_2(num_columns), 1024)
+        _gated_activation_kernel[(num_rows, triton.cdiv(num_columns, block))](
+            gate_up_TU, y_TF, num_columns, gate_up_TU.stride(0), ACTIVATION=activation, BLOCK=block
+        )
+    return y_TF

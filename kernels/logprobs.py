@@ -6,9 +6,9 @@
 S rows, V vocabulary, M top tokens asked for.
 """
 
-from __future__ import annotations
-
 import torch
+import triton
+import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
@@ -31,8 +31,10 @@ def gather_logprobs(
         raise ValueError(f"gather_logprobs: tokens {tuple(tokens_S.shape)} {tokens_S.dtype} must be int64, one a row")
     if not 0 <= num_top <= logits_SV.shape[1]:
         raise ValueError(f"gather_logprobs: num_top {num_top} must be between 0 and {logits_SV.shape[1]}")
-    backend = choose_backend("gather_logprobs", logits_SV, tokens_S)
-    run = cpu_ops.gather_logprobs if backend == "cpp" else gather_logprobs_ref
+    backend = choose_backend("gather_logprobs", logits_SV)
+    run = gather_logprobs_ref
+    if backend != "reference":
+        run = cpu_ops.gather_logprobs if backend == "cpp" else _gather_logprobs_triton
     return run(logits_SV, tokens_S, num_top)
 
 
@@ -44,3 +46,46 @@ def gather_logprobs_ref(
     rank_S = 1 + (logits_SV > chosen_S1).sum(-1)
     top_SM, top_ids_SM = logits_SV.topk(num_top, dim=-1)
     return chosen_S1.squeeze(1) - logsumexp_S, top_ids_SM, top_SM - logsumexp_S.unsqueeze(1), rank_S
+
+
+@triton.jit
+def _logsumexp_rank_kernel(logits, tokens, logsumexps, ranks, vocab, stride_logits, BLOCK: tl.constexpr):
+    """One program a row, one pass: log(sum exp(logits)) and the rank of its token."""
+    program = tl.program_id(0).to(tl.int64)
+    row = logits + program * stride_logits
+    chosen = tl.load(row + tl.load(tokens + program))
+    largest = tl.full([], -float("inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    rank = tl.full([], 1, tl.int32)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        values = tl.load(row + column, column < vocab, other=-float("inf"))
+        rank += tl.sum((values > chosen).to(tl.int32), axis=0)
+        new_largest = tl.maximum(largest, tl.max(values, axis=0))
+        # While only -inf was seen, a finite offset: -inf minus -inf is not a number.
+        offset = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+        total = total * tl.exp(largest - offset) + tl.sum(tl.exp(values - offset), axis=0)
+        largest = new_largest
+    tl.store(logsumexps + program, largest + tl.log(total))
+    tl.store(ranks + program, rank.to(tl.int64))
+
+
+def _gather_logprobs_triton(
+    logits_SV: torch.Tensor, tokens_S: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_rows, vocab = logits_SV.shape
+    logsumexp_S, rank_S = logits_SV.new_empty(num_rows), torch.empty_like(tokens_S)
+    if num_rows > 0:
+        _logsumexp_rank_kernel[(num_rows,)](
+            logits_SV,
+            tokens_S,
+            logsumexp_S,
+            rank_S,
+            vocab,
+            logits_SV.stride(0),
+            BLOCK=min(triton.next_power_of_2(vocab), 8192),
+            num_warps=8,
+        )
+    chosen_S = logits_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1)
+    top_SM, top_ids_SM = logits_SV.topk(num_top, dim=-1)
+    return chosen_S - logsumexp_S, top_ids_SM, top_SM - logsumexp_S.unsqueeze(1), rank_S

@@ -7,13 +7,14 @@ A choice whose expert id is negative contributes nothing (it belongs to another 
 experts, H hidden, F intermediate, U = 2 F (gate in the first half).
 """
 
-from __future__ import annotations
-
 import torch
+import triton
+import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
-from .gated_activation import check_activation, gated_activation_ref
+from .gated_activation import check_activation, gated_activation, gated_activation_ref
+from .grouped_gemm import grouped_gemm, sort_by_expert
 
 # Largest |out - reference| for inputs of order one, weights of order 1 / sqrt(fan-in): (relative, absolute).
 TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float16: (1e-2, 4e-3), torch.bfloat16: (4e-2, 3e-2)}
@@ -37,6 +38,8 @@ def moe_mlp(
     backend = choose_backend("moe_mlp", x_TH, gate_up_weight_EUH, down_weight_EHF)
     if backend == "cpp":
         return cpu_ops.moe_mlp(*args)
+    if backend == "triton":
+        return _moe_mlp_triton(*args)
     return moe_mlp_ref(*args)
 
 
@@ -58,6 +61,47 @@ def moe_mlp_ref(
     return out_TH.to(x_TH.dtype)
 
 
+@triton.jit
+def _combine_kernel(y, weights, experts, out, num_experts, hidden, NUM_CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a token and block of H: the weighted sum of its choices, in their order."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in range(NUM_CHOICES):
+        pair = token * NUM_CHOICES + choice
+        expert = tl.load(experts + pair)
+        if (expert >= 0) & (expert < num_experts):
+            total += tl.load(weights + pair) * tl.load(y + pair * hidden + column, column < hidden, other=0.0)
+    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), column < hidden)
+
+
+def _moe_mlp_triton(
+    x_TH: torch.Tensor,
+    gate_up_weight_EUH: torch.Tensor,
+    down_weight_EHF: torch.Tensor,
+    weights_TC: torch.Tensor,
+    experts_TC: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    (num_tokens, hidden), num_choices = x_TH.shape, experts_TC.shape[1]
+    num_experts = down_weight_EHF.shape[0]
+    out_TH = x_TH.new_empty(num_tokens, hidden)
+    if out_TH.numel() == 0:
+        return out_TH
+    order = sort_by_expert(experts_TC, num_experts)
+    # The first GEMM reads each choice's token and writes in the order of experts; the second goes back.
+    gate_up = x_TH.new_empty(num_tokens * num_choices, gate_up_weight_EUH.shape[1])
+    grouped_gemm(x_TH, gate_up_weight_EUH, gate_up, order, choices_per_row=num_choices, scatter=False)
+    hidden_states = gated_activation(gate_up, activation)
+    y = torch.empty(num_tokens * num_choices, hidden, dtype=torch.float32, device=x_TH.device)
+    grouped_gemm(hidden_states, down_weight_EHF, y, order, choices_per_row=None, scatter=True)
+    block = min(triton.next_power_of_2(hidden), 1024)
+    _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
+        y, weights_TC, experts_TC, out_TH, num_experts, hidden, NUM_CHOICES=num_choices, BLOCK=block
+    )
+    return out_TH
+
+
 def _check(
     x_TH: torch.Tensor,
     gate_up_weight_EUH: torch.Tensor,
@@ -74,8 +118,10 @@ def _check(
             f"{tuple(down_weight_EHF.shape)} do not fit: [T, H], [E, 2 F, H], [E, H, F]"
         )
     if experts_TC.dim() != 2 or experts_TC.shape[0] != x_TH.shape[0] or weights_TC.shape != experts_TC.shape:
-        raise ValueError(
-            f"moe_mlp: weights {tuple(weights_TC.shape)} and experts {tuple(experts_TC.shape)} must be [T, top_k]"
-        )
+        raise ValueError(f"moe_mlp: weights {tuple(weights_TC.shape)} and experts {tuple(experts_TC.shape)} must be [T, top_k]")
+    if any(x.stride(-1) != 1 for x in (x_TH, gate_up_weight_EUH, down_weight_EHF)):
+        raise ValueError("moe_mlp: the last dimension of x and of the weights must be contiguous")
+    if not weights_TC.is_contiguous() or not experts_TC.is_contiguous():
+        raise ValueError("moe_mlp: weights and experts must be contiguous")
     if weights_TC.dtype != torch.float32 or experts_TC.dtype != torch.int32:
         raise ValueError(f"moe_mlp: weights must be float32, experts int32: {weights_TC.dtype}, {experts_TC.dtype}")

@@ -10,9 +10,9 @@ The tables hold what a row has seen, one table row a sequence that has penalties
 Source: Keskar et al. 2019, "CTRL" (repetition); the OpenAI API reference (presence, frequency).
 """
 
-from __future__ import annotations
-
 import torch
+import triton
+import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
@@ -35,7 +35,9 @@ def apply_penalties(
     """
     _check(logits_SV, prompt_mask_RV, output_counts_RV, table_rows_S, repetition_S, presence_S, frequency_S)
     backend = choose_backend("apply_penalties", logits_SV)
-    run = cpu_ops.apply_penalties if backend == "cpp" else apply_penalties_ref
+    run = apply_penalties_ref
+    if backend != "reference":
+        run = cpu_ops.apply_penalties if backend == "cpp" else _apply_penalties_triton
     run(
         logits_SV,
         prompt_mask_RV=prompt_mask_RV,
@@ -66,6 +68,67 @@ def apply_penalties_ref(
     logits_SV[penalized] = torch.where(counts > 0, logits - presence - frequency * counts, logits)
 
 
+@triton.jit
+def _apply_penalties_kernel(
+    logits,
+    prompt_mask,
+    output_counts,
+    table_rows,
+    repetitions,
+    presences,
+    frequencies,
+    vocab,
+    stride_logits,
+    stride_prompt,
+    stride_output,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    table_row = tl.load(table_rows + row)
+    if table_row < 0:
+        return
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < vocab
+    values = tl.load(logits + row * stride_logits + token, inside, other=0.0)
+    in_prompt = tl.load(prompt_mask + table_row * stride_prompt + token, inside, other=0) != 0
+    count = tl.load(output_counts + table_row * stride_output + token, inside, other=0)
+    repetition = tl.load(repetitions + row)
+    repeated = tl.where(values > 0, values / repetition, values * repetition)
+    values = tl.where(in_prompt | (count > 0), repeated, values)
+    penalized = values - tl.load(presences + row) - tl.load(frequencies + row) * count.to(tl.float32)
+    tl.store(logits + row * stride_logits + token, tl.where(count > 0, penalized, values), inside)
+
+
+def _apply_penalties_triton(
+    logits_SV: torch.Tensor,
+    *,
+    prompt_mask_RV: torch.Tensor,
+    output_counts_RV: torch.Tensor,
+    table_rows_S: torch.Tensor,
+    repetition_S: torch.Tensor,
+    presence_S: torch.Tensor,
+    frequency_S: torch.Tensor,
+) -> None:
+    num_rows, vocab = logits_SV.shape
+    if logits_SV.numel() == 0:
+        return
+    block = min(triton.next_power_of_2(vocab), 2048)
+    _apply_penalties_kernel[(num_rows, triton.cdiv(vocab, block))](
+        logits_SV,
+        prompt_mask_RV.view(torch.uint8),
+        output_counts_RV,
+        table_rows_S,
+        repetition_S,
+        presence_S,
+        frequency_S,
+        vocab,
+        logits_SV.stride(0),
+        prompt_mask_RV.stride(0),
+        output_counts_RV.stride(0),
+        BLOCK=block,
+    )
+
+
 def record_tokens(output_counts_RV: torch.Tensor, table_rows_S: torch.Tensor, tokens_S: torch.Tensor) -> None:
     """Counts one drawn token a row, in place; rows whose table row is below zero are left out."""
     counted_S = (table_rows_S >= 0).to(output_counts_RV.dtype)
@@ -83,6 +146,8 @@ def _check(
 ) -> None:
     if logits_SV.dim() != 2 or logits_SV.dtype != torch.float32 or logits_SV.stride(1) != 1:
         raise ValueError(f"apply_penalties: logits {tuple(logits_SV.shape)} {logits_SV.dtype} must be float32 [S, V]")
+    if prompt_mask_RV.stride(-1) != 1 or output_counts_RV.stride(-1) != 1:
+        raise ValueError("apply_penalties: the last dimension of the tables must be contiguous")
     if prompt_mask_RV.dtype != torch.bool or output_counts_RV.dtype != torch.int32:
         raise ValueError(
             f"apply_penalties: prompt_mask must be bool and output_counts int32, not {prompt_mask_RV.dtype} and "
@@ -99,7 +164,7 @@ def _check(
         ("presence", presence_S, torch.float32),
         ("frequency", frequency_S, torch.float32),
     ):
-        if tensor.shape != logits_SV.shape[:1] or tensor.dtype != dtype:
+        if tensor.shape != logits_SV.shape[:1] or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"apply_penalties: {name} {tuple(tensor.shape)} {tensor.dtype} must be {dtype}, one a row of logits"
+                f"apply_penalties: {name} {tuple(tensor.shape)} {tensor.dtype} must be contiguous {dtype}, one a row"
             )

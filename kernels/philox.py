@@ -7,9 +7,9 @@ becomes u = (w + 0.5) / 2^32 in float32, at most 1 - 2^-24: never 0 and never 1,
 S sequences, R draws. Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
 """
 
-from __future__ import annotations
-
 import torch
+import triton
+import triton.language as tl
 
 from .dispatch import choose_backend
 
@@ -17,7 +17,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _NUM_ROUNDS = 10
 _MASK = 0xFFFFFFFF
-LARGEST_UNIFORM = 1.0 - 2.0**-24
+_LARGEST_UNIFORM = tl.constexpr(1.0 - 2.0**-24)
 
 
 def philox_uniform(seeds_S: torch.Tensor, positions_S: torch.Tensor, num_draws: int) -> torch.Tensor:
@@ -29,7 +29,8 @@ def philox_uniform(seeds_S: torch.Tensor, positions_S: torch.Tensor, num_draws: 
         )
     if seeds_S.dtype != torch.int64 or positions_S.dtype != torch.int64:
         raise ValueError(f"philox_uniform: seeds {seeds_S.dtype} and positions {positions_S.dtype} must be int64")
-    choose_backend("philox_uniform", seeds_S, positions_S)
+    if choose_backend("philox_uniform", seeds_S) == "triton":
+        return _philox_uniform_triton(seeds_S, positions_S, num_draws)
     return philox_uniform_ref(seeds_S, positions_S, num_draws)
 
 
@@ -41,12 +42,10 @@ def philox_uniform_ref(seeds_S: torch.Tensor, positions_S: torch.Tensor, num_dra
         key=(seeds_S1 & _MASK, (seeds_S1 >> 32) & _MASK),
     )
     words_SR = torch.stack(words, dim=-1).flatten(1)[:, :num_draws]
-    return ((words_SR.float() + 0.5) * 2.0**-32).clamp(max=LARGEST_UNIFORM)
+    return ((words_SR.float() + 0.5) * 2.0**-32).clamp(max=_LARGEST_UNIFORM.value)
 
 
-def philox_words_ref(
-    *, counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
+def philox_words_ref(*, counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The four 32-bit words (as int64) of Philox4x32-10 for a counter of four and a key of two 32-bit words."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
@@ -61,3 +60,33 @@ def philox_words_ref(
         )
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
     return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform_block(seed, position, first_draw, BLOCK: tl.constexpr):
+    """u of the draws first_draw to first_draw + BLOCK, in order; first_draw and BLOCK are multiples of four."""
+    counter = (first_draw // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = counter * 0
+    position_low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
+    position_high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, counter, position_low, position_high, zero)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
+    return tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST_UNIFORM)
+
+
+@triton.jit
+def _philox_uniform_kernel(seeds, positions, uniform, num_draws, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    draw = first + tl.arange(0, BLOCK)
+    values = uniform_block(tl.load(seeds + row), tl.load(positions + row), first, BLOCK)
+    tl.store(uniform + row * num_draws + draw, values, draw < num_draws)
+
+
+def _philox_uniform_triton(seeds_S: torch.Tensor, positions_S: torch.Tensor, num_draws: int) -> torch.Tensor:
+    uniform_SR = torch.empty(seeds_S.shape[0], num_draws, dtype=torch.float32, device=seeds_S.device)
+    if uniform_SR.numel() > 0:
+        block = min(max(triton.next_power_of_2(num_draws), 16), 1024)
+        grid = (seeds_S.shape[0], triton.cdiv(num_draws, block))
+        _philox_uniform_kernel[grid](seeds_S.contiguous(), positions_S.contiguous(), uniform_SR, num_draws, BLOCK=block)
+    return uniform_SR

@@ -8,11 +8,11 @@ These are the roundings of Hugging Face's LlamaRMSNorm. T tokens, H hidden; x is
 norm of each head). Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 """
 
-from __future__ import annotations
-
 from typing import overload
 
 import torch
+import triton
+import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
@@ -42,6 +42,8 @@ def rms_norm(
     backend = choose_backend("rms_norm", x_TH, weight_H)
     if backend == "cpp":
         return cpu_ops.rms_norm(x_TH, weight_H, eps, residual_TH=residual_TH)
+    if backend == "triton":
+        return _rms_norm_triton(x_TH, weight_H, eps, residual_TH=residual_TH)
     return rms_norm_ref(x_TH, weight_H, eps, residual_TH=residual_TH)
 
 
@@ -55,9 +57,72 @@ def rms_norm_ref(
     return y_TH if residual_TH is None else (y_TH, new_residual_TH)
 
 
+@triton.jit
+def _rms_norm_kernel(
+    x,
+    weight,
+    residual,
+    y,
+    new_residual,
+    eps,
+    num_inner,
+    stride_outer,
+    stride_inner,
+    stride_residual,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """One program a row; row (outer, inner) of x lies at outer * stride_outer + inner * stride_inner."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    values = tl.load(x + (row // num_inner) * stride_outer + (row % num_inner) * stride_inner + column, inside, other=0.0)
+    if HAS_RESIDUAL:
+        added = tl.load(residual + row * stride_residual + column, inside, other=0.0)
+        values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
+        tl.store(new_residual + row * HIDDEN + column, values, inside)
+    wide = values.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / HIDDEN + eps)
+    normed = (wide * scale).to(values.dtype).to(tl.float32)
+    gain = tl.load(weight + column, inside, other=0.0).to(tl.float32)
+    tl.store(y + row * HIDDEN + column, (normed * gain).to(values.dtype), inside)
+
+
+def _rms_norm_triton(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    y_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+    new_residual_TH = None if residual_TH is None else torch.empty_like(y_TH)
+    if y_TH.numel() > 0:
+        hidden = x_TH.shape[-1]
+        num_inner = x_TH.shape[-2] if x_TH.dim() > 1 else 1
+        x_OIH = x_TH.reshape(-1, num_inner, hidden) if x_TH.dim() != 2 else x_TH.unsqueeze(1)
+        block = triton.next_power_of_2(hidden)
+        _rms_norm_kernel[(y_TH.numel() // hidden,)](
+            x_OIH,
+            weight_H,
+            residual_TH,
+            y_TH,
+            new_residual_TH,
+            eps,
+            x_OIH.shape[1],
+            x_OIH.stride(0),
+            x_OIH.stride(1),
+            0 if residual_TH is None else residual_TH.stride(0),
+            HIDDEN=hidden,
+            BLOCK=block,
+            HAS_RESIDUAL=residual_TH is not None,
+            num_warps=min(max(block // 512, 1), 16),
+        )
+    return y_TH if new_residual_TH is None else (y_TH, new_residual_TH)
+
+
 def _check(x_TH: torch.Tensor, weight_H: torch.Tensor, residual_TH: torch.Tensor | None) -> None:
     if x_TH.dim() == 0 or weight_H.shape != x_TH.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight_H.shape)} does not fit x {tuple(x_TH.shape)}")
+    if x_TH.stride(-1) != 1 or weight_H.stride(0) != 1:
+        raise ValueError("rms_norm: the last dimension of x and the weight must be contiguous")
     if residual_TH is None:
         return
     if x_TH.dim() != 2:
@@ -67,3 +132,5 @@ def _check(x_TH: torch.Tensor, weight_H: torch.Tensor, residual_TH: torch.Tensor
             f"rms_norm: residual {tuple(residual_TH.shape)} {residual_TH.dtype} {residual_TH.device} "
             f"must equal x {tuple(x_TH.shape)} {x_TH.dtype} {x_TH.device}"
         )
+    if residual_TH.stride(1) != 1:
+        raise ValueError("rms_norm: the last dimension of the residual must be contiguous")

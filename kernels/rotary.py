@@ -9,9 +9,9 @@ Dimensions from R to D stay as they are. T tokens, N query heads, K kv heads, D 
 positions in the table, C = R / 2. The tables are float32. Source: Su et al. 2021, "RoFormer", as rotated by GPT-NeoX.
 """
 
-from __future__ import annotations
-
 import torch
+import triton
+import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
@@ -34,10 +34,8 @@ def apply_rotary(
     """
     _check(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
     backend = choose_backend("apply_rotary", q_TND, cos_PC)
-    if backend == "cpp":
-        cpu_ops.apply_rotary(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
-    else:
-        apply_rotary_ref(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
+    run = {"cpp": cpu_ops.apply_rotary, "triton": _apply_rotary_triton, "reference": apply_rotary_ref}[backend]
+    run(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
 
 
 def apply_rotary_ref(
@@ -52,8 +50,91 @@ def apply_rotary_ref(
     sin_T1C = sin_PC[positions_T.long()].float().unsqueeze(1)
     for x in (q_TND, k_TKD):
         x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
-        x[..., :half] = x1 * cos_T1C - x2 * sin_T1C
-        x[..., half : 2 * half] = x2 * cos_T1C + x1 * sin_T1C
+        # Both sides first: in float32 x1 and x2 are views of what is written.
+        rotated = torch.cat([x1 * cos_T1C - x2 * sin_T1C, x2 * cos_T1C + x1 * sin_T1C], dim=-1)
+        x[..., : 2 * half] = rotated
+
+
+@triton.jit
+def _rotate_heads(
+    x, stride_head, first_head, num_heads, cos, sin, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr
+):
+    head = first_head + tl.arange(0, BLOCK_HEADS)[:, None]
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (head < num_heads) & (column < HALF)
+    low = x + head * stride_head + column
+    x1 = tl.load(low, inside, other=0.0)
+    x2 = tl.load(low + HALF, inside, other=0.0)
+    wide1, wide2 = x1.to(tl.float32), x2.to(tl.float32)
+    tl.store(low, (wide1 * cos - wide2 * sin).to(x1.dtype), inside)
+    tl.store(low + HALF, (wide2 * cos + wide1 * sin).to(x2.dtype), inside)
+
+
+@triton.jit
+def _apply_rotary_kernel(
+    q,
+    k,
+    cos,
+    sin,
+    positions,
+    num_q_heads,
+    num_k_heads,
+    stride_qt,
+    stride_qn,
+    stride_kt,
+    stride_kn,
+    stride_cos,
+    stride_sin,
+    HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """One program a token and block of heads: first the blocks of q, then those of k."""
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    position = tl.load(positions + token).to(tl.int64)
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    cos_row = tl.load(cos + position * stride_cos + column, column < HALF, other=0.0)
+    sin_row = tl.load(sin + position * stride_sin + column, column < HALF, other=0.0)
+    num_q_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS)
+    if block < num_q_blocks:
+        first = block * BLOCK_HEADS
+        _rotate_heads(q + token * stride_qt, stride_qn, first, num_q_heads, cos_row, sin_row, HALF, BLOCK_HEADS, BLOCK_HALF)
+    else:
+        first = (block - num_q_blocks) * BLOCK_HEADS
+        _rotate_heads(k + token * stride_kt, stride_kn, first, num_k_heads, cos_row, sin_row, HALF, BLOCK_HEADS, BLOCK_HALF)
+
+
+def _apply_rotary_triton(
+    q_TND: torch.Tensor,
+    k_TKD: torch.Tensor,
+    cos_PC: torch.Tensor,
+    sin_PC: torch.Tensor,
+    positions_T: torch.Tensor,
+) -> None:
+    num_tokens, num_q_heads, num_k_heads, half = q_TND.shape[0], q_TND.shape[1], k_TKD.shape[1], cos_PC.shape[1]
+    if num_tokens == 0 or half == 0:
+        return
+    block_heads = min(triton.next_power_of_2(max(num_q_heads, num_k_heads)), 8)
+    _apply_rotary_kernel[(num_tokens, triton.cdiv(num_q_heads, block_heads) + triton.cdiv(num_k_heads, block_heads))](
+        q_TND,
+        k_TKD,
+        cos_PC,
+        sin_PC,
+        positions_T,
+        num_q_heads,
+        num_k_heads,
+        q_TND.stride(0),
+        q_TND.stride(1),
+        k_TKD.stride(0),
+        k_TKD.stride(1),
+        cos_PC.stride(0),
+        sin_PC.stride(0),
+        HALF=half,
+        BLOCK_HEADS=block_heads,
+        BLOCK_HALF=triton.next_power_of_2(half),
+        num_warps=2,
+    )
 
 
 def _check(
@@ -79,5 +160,5 @@ def _check(
         raise ValueError(
             f"apply_rotary: positions {tuple(positions_T.shape)} {positions_T.dtype} must be {q_TND.shape[0]} integers"
         )
-    if q_TND.stride(2) != 1 or k_TKD.stride(2) != 1:
-        raise ValueError("apply_rotary: the last dimension of q and k must be contiguous")
+    if any(x.stride(-1) != 1 for x in (q_TND, k_TKD, cos_PC, sin_PC, positions_T)):
+        raise ValueError("apply_rotary: the last dimension of every tensor must be contiguous")

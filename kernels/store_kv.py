@@ -5,9 +5,9 @@
 T tokens, K kv heads, D head_dim, B blocks in the cache, L page length in tokens.
 """
 
-from __future__ import annotations
-
 import torch
+import triton
+import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
@@ -27,10 +27,8 @@ def store_kv(
     """
     _check(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
     backend = choose_backend("store_kv", k_TKD, k_cache_BLKD)
-    if backend == "cpp":
-        cpu_ops.store_kv(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
-    else:
-        store_kv_ref(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
+    run = {"cpp": cpu_ops.store_kv, "triton": _store_kv_triton, "reference": store_kv_ref}[backend]
+    run(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
 
 
 def store_kv_ref(
@@ -45,6 +43,78 @@ def store_kv_ref(
     slots = slots_T[kept]
     for x, cache in ((k_TKD, k_cache_BLKD), (v_TKD, v_cache_BLKD)):
         cache[slots // page_len, slots % page_len] = x[kept].to(cache.dtype)
+
+
+@triton.jit
+def _copy_heads(
+    source, stride_source_head, target, stride_target_head, num_values, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    for start in range(0, num_values, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        head, column = index // HEAD_DIM, index % HEAD_DIM
+        values = tl.load(source + head * stride_source_head + column, index < num_values)
+        values = values.to(target.dtype.element_ty)
+        tl.store(target + head * stride_target_head + column, values, index < num_values)
+
+
+@triton.jit
+def _store_kv_kernel(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slots,
+    num_values,
+    stride_kt,
+    stride_kk,
+    stride_vt,
+    stride_vk,
+    stride_kcb,
+    stride_kcl,
+    stride_kck,
+    stride_vcb,
+    stride_vcl,
+    stride_vck,
+    PAGE_LEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a token copies the key and the value of all its kv heads."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        page, offset = slot // PAGE_LEN, slot % PAGE_LEN
+        k_page = k_cache + page * stride_kcb + offset * stride_kcl
+        v_page = v_cache + page * stride_vcb + offset * stride_vcl
+        _copy_heads(k + token * stride_kt, stride_kk, k_page, stride_kck, num_values, HEAD_DIM, BLOCK)
+        _copy_heads(v + token * stride_vt, stride_vk, v_page, stride_vck, num_values, HEAD_DIM, BLOCK)
+
+
+def _store_kv_triton(
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    k_cache_BLKD: torch.Tensor,
+    v_cache_BLKD: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> None:
+    num_tokens, num_heads, head_dim = k_TKD.shape
+    if k_TKD.numel() == 0:
+        return
+    _store_kv_kernel[(num_tokens,)](
+        k_TKD,
+        v_TKD,
+        k_cache_BLKD,
+        v_cache_BLKD,
+        slots_T,
+        num_heads * head_dim,
+        *k_TKD.stride()[:2],
+        *v_TKD.stride()[:2],
+        *k_cache_BLKD.stride()[:3],
+        *v_cache_BLKD.stride()[:3],
+        PAGE_LEN=k_cache_BLKD.shape[1],
+        HEAD_DIM=head_dim,
+        BLOCK=min(triton.next_power_of_2(num_heads * head_dim), 1024),
+    )
 
 
 def _check(
@@ -69,8 +139,6 @@ def _check(
             f"store_kv: cache {tuple(k_cache_BLKD.shape)} must be [blocks, page_len, {k_TKD.shape[1]}, {k_TKD.shape[2]}]"
         )
     if slots_T.shape != k_TKD.shape[:1] or slots_T.dtype != torch.int64:
-        raise ValueError(
-            f"store_kv: slots {tuple(slots_T.shape)} {slots_T.dtype} must be {k_TKD.shape[0]} int64 numbers"
-        )
-    if k_TKD.stride(2) != 1 or v_TKD.stride(2) != 1 or k_cache_BLKD.stride(3) != 1 or v_cache_BLKD.stride(3) != 1:
-        raise ValueError("store_kv: the last dimension of k, v and the caches must be contiguous")
+        raise ValueError(f"store_kv: slots {tuple(slots_T.shape)} {slots_T.dtype} must be {k_TKD.shape[0]} int64 numbers")
+    if any(x.stride(-1) != 1 for x in (k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)):
+        raise ValueError("store_kv: the last dimension of every tensor must be contiguous")
