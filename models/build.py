@@ -1,0 +1,81 @@
+"""Loads a model: config to shape, shape to empty layers, checkpoint into them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..common.errors import ConfigError
+from .causal_lm import CausalLM
+from .checkpoint import Checkpoint, stored_matrix_dtypes
+from .config_reader import ConfigReader, read_architecture
+from .loader import Progress, load_weights
+from .parallel import Parallel
+from .registry import lookup
+from .shape_reader import read_shape
+from .weight_source import Placement
+
+logger = logging.getLogger(__name__)
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device,
+    dtype: DtypeName = "auto",
+    parallel: Parallel | None = None,
+    progress: Progress | None = None,
+) -> CausalLM:
+    """The model of a Hugging Face checkpoint directory, ready for inference on `device`.
+
+    Args:
+        dtype: of the computation. "auto" is float32 on a CPU, where bfloat16 weights stay as they are stored, and on a GPU
+            the checkpoint's own.
+        progress: called with (bytes read, bytes to read) after each tensor.
+
+    Raises:
+        ModelLoadError: the checkpoint cannot be loaded as it is; the message names what is wrong with it.
+        ConfigError: `dtype` is not computed on `device`.
+    """
+    path, device = Path(path), torch.device(device)
+    parallel = parallel or Parallel()
+    start_s = time.perf_counter()
+    architecture = read_architecture(path)
+    spec = lookup(architecture)
+    reader = ConfigReader(path)
+    shape = read_shape(reader, spec, architecture=architecture)
+    with Checkpoint(path) as checkpoint:
+        stored = set(stored_matrix_dtypes(checkpoint.tensors))
+        weight_dtype, compute_dtype = _choose_dtypes(device, dtype, stored)
+        placement = Placement(device=device, weight_dtype=weight_dtype, compute_dtype=compute_dtype, parallel=parallel)
+        model = CausalLM(shape, spec, checkpoint_names=checkpoint.tensors.keys(), placement=placement).eval()
+        report = load_weights(checkpoint, model.weight_sources(), progress=progress)
+    logger.info(
+        "loaded %s: %.1f M parameters, %.1f MB read in %.1f s",
+        architecture,
+        model.num_parameters / 1e6,
+        report.num_bytes / 1e6,
+        time.perf_counter() - start_s,
+    )
+    return model
+
+
+def _choose_dtypes(device: torch.device, dtype: DtypeName, stored: set[str]) -> tuple[torch.dtype, torch.dtype]:
+    """(of matrices, of the computation)."""
+    if device.type == "cpu":
+        if dtype not in ("auto", "float32"):
+            raise ConfigError(f"dtype {dtype} is not computed on a CPU: use auto or float32 (bfloat16 weights stay bfloat16)")
+        return (torch.bfloat16 if stored == {"BF16"} else torch.float32), torch.float32
+    if dtype != "auto":
+        chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    elif stored == {"F16"}:
+        chosen = torch.float16
+    else:
+        chosen = torch.float32 if stored == {"F32"} else torch.bfloat16
+    return chosen, chosen

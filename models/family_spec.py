@@ -1,0 +1,86 @@
+"""What a family of checkpoints is, as data: which fields of its config.json mean what, and how its tensors are named.
+
+A family file is one FamilySpec, written as its differences from Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .config_reader import ConfigReader
+from .layers.moe import ExpertNames
+
+# From the config and the number of layers: one entry a layer, None for a layer that sees everything.
+WindowRule = Callable[[ConfigReader, int], tuple[int | None, ...]]
+# Likewise: the layers that are sparse.
+SparseRule = Callable[[ConfigReader, int], frozenset[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Stands for the value of this field of config.json."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeSpec:
+    """The sparse layers.
+
+    Attributes:
+        layers: which layers are sparse; None is all of them.
+        renormalize: the chosen experts' weights are divided by their sum.
+        layouts: the namings of the experts' tensors that a checkpoint may use, the usual one first.
+    """
+
+    num_experts: Field
+    intermediate_size: Field
+    renormalize: Field | bool
+    layouts: tuple[ExpertNames, ...]
+    layers: SparseRule | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FamilySpec:
+    """A decoder of Llama's structure with these settings.
+
+    Attributes:
+        model_type: of config.json.
+        qkv_bias, output_bias, mlp_bias: biases of the query/key/value, attention output and MLP projections.
+        qk_norm: queries and keys are normed by head before the rotary embedding.
+        windows: each layer's sliding window; None where the family has none.
+        attention_soft_cap: attention scores become cap * tanh(score / cap).
+    """
+
+    model_type: str
+    qkv_bias: Field | bool
+    output_bias: Field | bool
+    mlp_bias: Field | bool
+    qk_norm: bool
+    windows: WindowRule | None = None
+    attention_soft_cap: Field | None = None
+    moe: MoeSpec | None = None
+
+
+def same_window(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+    """Every layer has `sliding_window`, if the config gives one."""
+    return (_window(reader),) * num_layers
+
+
+def window_by_layer_type(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+    """`layer_types` says which layers slide."""
+    layer_types = reader.get("layer_types", ())
+    window = _window(reader)
+    if len(layer_types) != num_layers:
+        raise reader.error(f"layer_types has {len(layer_types)} entries for {num_layers} layers")
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise reader.error(f"layer_types holds {', '.join(sorted(unknown))}: only full_attention and sliding_attention work")
+    if "sliding_attention" in layer_types and window is None:
+        raise reader.error("layer_types holds sliding_attention, but sliding_window is not set")
+    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+
+
+def _window(reader: ConfigReader) -> int | None:
+    return reader.size("sliding_window") if reader.get("sliding_window") is not None else None

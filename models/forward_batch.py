@@ -1,0 +1,41 @@
+"""What one forward pass reads: the tokens of every row, and where their keys and values live in the paged cache.
+
+Rows are laid one after another: row s has the tokens query_starts[s] to query_starts[s + 1]. Prefill, chunked prefill and
+decode rows look the same and mix freely. A batch may carry padding behind its last row: slot -1 stores nothing.
+
+T tokens of the batch, S sequences (rows), B blocks of the widest row, L page length, R rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardBatch:
+    """All tensors lie on the model's device; the arrays are not copied, so a CUDA graph may reuse them.
+
+    Attributes:
+        token_ids_T: int64.
+        positions_T: int64, each token's place in its sequence.
+        slots_T: int64, block_id * L + offset where the token's key and value go; -1 for padding.
+        block_tables_SB: int32, each row's cache blocks in order; entries behind a row's last block are not read.
+        query_starts_S1: int32 [S + 1].
+        context_lens_S: int32, keys a row sees, its own new tokens included.
+        max_query_len: at least the most new tokens in one row.
+        logits_rows_R: int64, indices into T.
+        kv_caches: a layer's (keys, values), each [num_blocks, L, kv heads of this rank, head_dim].
+    """
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    block_tables_SB: torch.Tensor
+    query_starts_S1: torch.Tensor
+    context_lens_S: torch.Tensor
+    max_query_len: int
+    logits_rows_R: torch.Tensor
+    kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]]

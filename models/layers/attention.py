@@ -1,0 +1,75 @@
+"""Self-attention over the paged cache: packed q, k, v, optional per-head norm, rotary, store, attend, project.
+
+T tokens, H hidden, N query heads, K kv heads, D head_dim (heads are this rank's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ...kernels.paged_attention import paged_attention
+from ...kernels.rotary import apply_rotary
+from ...kernels.store_kv import store_kv
+from ..forward_batch import ForwardBatch
+from ..model_shape import ModelShape
+from ..weight_source import Placement, WeightSource
+from .linear import column_linear, row_linear
+from .norm import RmsNorm
+from .rotary import RotaryTable
+
+
+class Attention(torch.nn.Module):
+    """Layer `layer` of the model; ranks share the heads."""
+
+    def __init__(self, shape: ModelShape, layer: int, *, rotary: RotaryTable, placement: Placement) -> None:
+        super().__init__()
+        parallel, head_dim = placement.parallel, shape.head_dim
+        q_rows = parallel.share(shape.num_heads, what="the number of attention heads", unit=head_dim)
+        kv_rows = parallel.kv_head_share(shape.num_kv_heads, unit=head_dim)
+        self.layer = layer
+        self.rotary = rotary
+        self.head_dim = head_dim
+        self.num_heads, self.num_kv_heads = q_rows.size // head_dim, kv_rows.size // head_dim
+        self.window = shape.windows[layer]
+        self.soft_cap = shape.attention_soft_cap
+        self.qkv_proj = column_linear(
+            {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
+            shape.hidden_size,
+            bias=shape.qkv_bias,
+            placement=placement,
+        )
+        self.o_proj = row_linear("o_proj", shape.hidden_size, q_rows, bias=shape.output_bias, placement=placement)
+        self.q_norm = self.k_norm = None
+        if shape.qk_norm:
+            self.q_norm = RmsNorm("q_norm", head_dim, eps=shape.norm_eps, placement=placement)
+            self.k_norm = RmsNorm("k_norm", head_dim, eps=shape.norm_eps, placement=placement)
+
+    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        qkv = self.qkv_proj(x_TH).view(x_TH.shape[0], sum(heads), self.head_dim)
+        q_TND, k_TKD, v_TKD = qkv.split(heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TND, k_TKD = self.q_norm(q_TND), self.k_norm(k_TKD)
+        apply_rotary(q_TND, k_TKD, self.rotary.cos_PC, self.rotary.sin_PC, batch.positions_T)
+        k_cache, v_cache = batch.kv_caches[self.layer]
+        store_kv(k_TKD, v_TKD, k_cache, v_cache, batch.slots_T)
+        out_TND = paged_attention(
+            q_TND,
+            k_cache,
+            v_cache,
+            batch.block_tables_SB,
+            batch.query_starts_S1,
+            batch.context_lens_S,
+            max_query_len=batch.max_query_len,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            soft_cap=self.soft_cap,
+        )
+        return self.o_proj(out_TND.view(x_TH.shape[0], -1))
+
+    def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
+        for part in (self.qkv_proj, self.o_proj, self.q_norm, self.k_norm):
+            if part is not None:
+                yield from part.weight_sources(prefix)

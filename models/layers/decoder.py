@@ -1,0 +1,43 @@
+"""One decoder layer: norm, attention, norm, MLP, with the residual stream carried beside the activations.
+
+T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..forward_batch import ForwardBatch
+from ..weight_source import WeightSource
+from .attention import Attention
+from .mlp import Mlp
+from .moe import SparseMlp
+from .norm import RmsNorm
+
+
+class DecoderLayer(torch.nn.Module):
+    def __init__(
+        self, *, input_norm: RmsNorm, attention: Attention, post_attention_norm: RmsNorm, mlp: Mlp | SparseMlp
+    ) -> None:
+        super().__init__()
+        self.input_norm = input_norm
+        self.attention = attention
+        self.post_attention_norm = post_attention_norm
+        self.mlp = mlp
+
+    def forward(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None, batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual): the next layer's norm adds them. residual is None before the first layer."""
+        x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
+        x_TH = self.attention(x_TH, batch)
+        x_TH, residual_TH = self.post_attention_norm.add_and_norm(x_TH, residual_TH)
+        return self.mlp(x_TH), residual_TH
+
+    def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
+        yield from self.input_norm.weight_sources(prefix)
+        yield from self.attention.weight_sources(f"{prefix}self_attn.")
+        yield from self.post_attention_norm.weight_sources(prefix)
+        yield from self.mlp.weight_sources(prefix)

@@ -1,0 +1,65 @@
+"""Token embedding and language-model head, split over ranks by vocabulary, sharing one weight where the model ties them.
+
+T tokens, H hidden, V vocabulary of this rank, R rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels.linear import linear
+from ..weight_source import Placement, WeightSource
+
+EMBEDDING_NAME = "model.embed_tokens.weight"
+HEAD_NAME = "lm_head.weight"
+
+
+class Embedding(torch.nn.Module):
+    """Both ends of the model.
+
+    Args:
+        checkpoint_names: a tied checkpoint may hold its weight under either name.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, tied: bool, checkpoint_names: Set[str], placement: Placement
+    ) -> None:
+        super().__init__()
+        self.vocab = placement.parallel.vocab_share(vocab_size)
+        self.compute_dtype = placement.compute_dtype
+        self.parallel = placement.parallel
+        self.names = [EMBEDDING_NAME, HEAD_NAME]
+        if tied:
+            self.names = [name for name in self.names if name in checkpoint_names] or [EMBEDDING_NAME]
+        self.weight = placement.matrix(self.vocab.size, hidden_size)
+        self.head_weight = self.weight if tied else placement.matrix(self.vocab.size, hidden_size)
+
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """x [T, H] of the compute dtype."""
+        if self.parallel.size == 1:
+            return F.embedding(token_ids_T, self.weight).to(self.compute_dtype)
+        local_T = token_ids_T - self.vocab.start
+        is_mine_T1 = ((local_T >= 0) & (local_T < self.vocab.size)).unsqueeze(1)
+        x_TH = F.embedding(local_T.clamp(0, self.vocab.size - 1), self.weight).to(self.compute_dtype)
+        return self.parallel.sum(x_TH * is_mine_T1)
+
+    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """float32 [R, whole vocabulary], on every rank."""
+        logits_RV = linear(hidden_RH, self.head_weight).float()
+        return self.parallel.gather_vocab(logits_RV, self.vocab.total)
+
+    def weight_sources(self) -> Iterator[WeightSource]:
+        """Where a tied checkpoint repeats the weight as lm_head, it must be the same one."""
+        is_tied = self.head_weight is self.weight
+        for index, name in enumerate(self.names):
+            target = self.head_weight if name == HEAD_NAME else self.weight
+            yield WeightSource(
+                name=name,
+                shape=(self.vocab.total, target.shape[1]),
+                region=(self.vocab.range, slice(None)),
+                target=target,
+                must_equal=is_tied and index > 0,
+            )

@@ -1,0 +1,32 @@
+"""Gated MLP: packed gate and up, activation, down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ...kernels.gated_activation import gated_activation
+from ..model_shape import ModelShape
+from ..weight_source import Placement, WeightSource
+from .linear import column_linear, row_linear
+
+
+class Mlp(torch.nn.Module):
+    """Ranks share the intermediate dimension."""
+
+    def __init__(self, shape: ModelShape, *, placement: Placement) -> None:
+        super().__init__()
+        rows = placement.parallel.share(shape.intermediate_size, what="the intermediate size")
+        self.activation = shape.activation
+        self.gate_up_proj = column_linear(
+            {"gate_proj": rows, "up_proj": rows}, shape.hidden_size, bias=shape.mlp_bias, placement=placement
+        )
+        self.down_proj = row_linear("down_proj", shape.hidden_size, rows, bias=shape.mlp_bias, placement=placement)
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(gated_activation(self.gate_up_proj(x_TH), self.activation))
+
+    def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
+        yield from self.gate_up_proj.weight_sources(f"{prefix}mlp.")
+        yield from self.down_proj.weight_sources(f"{prefix}mlp.")

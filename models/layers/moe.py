@@ -1,0 +1,113 @@
+"""Mixture-of-experts MLP: a router chooses each token's experts, whose gated MLPs are computed in one grouped op.
+
+T tokens, H hidden, E experts, F intermediate of this rank. Ranks share every expert's intermediate dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels.moe_mlp import moe_mlp
+from ...kernels.moe_routing import route_tokens
+from ..model_shape import ModelShape, MoeShape
+from ..parallel import whole
+from ..weight_source import Placement, WeightSource
+from .linear import column_linear
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertNames:
+    """How a checkpoint names one sparse layer's tensors, below the decoder layer.
+
+    Attributes:
+        router: of the router's weight, without ".weight".
+        gate, up, down: with "{expert}" in the name one tensor an expert, else one tensor for all with a leading expert
+            dimension. The same name for gate and up means that the tensor holds both, gate rows first.
+    """
+
+    router: str
+    gate: str
+    up: str
+    down: str
+
+
+class SparseMlp(torch.nn.Module):
+    """Stands where a dense layer has its Mlp.
+
+    Args:
+        layouts: the namings a checkpoint of this family may use; the first that the checkpoint's names fit is taken.
+        prefix: of the decoder layer in the checkpoint, with its dot.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        moe: MoeShape,
+        *,
+        layouts: tuple[ExpertNames, ...],
+        checkpoint_names: Set[str],
+        prefix: str,
+        placement: Placement,
+    ) -> None:
+        super().__init__()
+        self.names = next((names for names in layouts if prefix + names.down.format(expert=0) in checkpoint_names), layouts[0])
+        self.moe = moe
+        self.activation = shape.activation
+        self.parallel = placement.parallel
+        self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size")
+        self.router = column_linear(
+            {self.names.router: whole(moe.num_experts)}, shape.hidden_size, bias=False, placement=placement
+        )
+        self.gate_up_weight = placement.matrix(moe.num_experts, 2 * self.intermediate.size, shape.hidden_size)
+        self.down_weight = placement.matrix(moe.num_experts, shape.hidden_size, self.intermediate.size)
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        weights_TC, experts_TC = route_tokens(self.router(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
+        out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
+        return self.parallel.sum(out_TH)
+
+    def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
+        yield from self.router.weight_sources(prefix)
+        if "{expert}" in self.names.down:
+            yield from self._sources_per_expert(prefix)
+        else:
+            yield from self._fused_sources(prefix)
+
+    def _sources_per_expert(self, prefix: str) -> Iterator[WeightSource]:
+        hidden, rows = self.gate_up_weight.shape[2], self.intermediate
+        for expert in range(self.moe.num_experts):
+            gate, up = self.gate_up_weight[expert].split(rows.size)
+            for name, target in ((self.names.gate, gate), (self.names.up, up)):
+                yield WeightSource(
+                    name=prefix + name.format(expert=expert),
+                    shape=(rows.total, hidden),
+                    region=(rows.range, slice(None)),
+                    target=target,
+                )
+            yield WeightSource(
+                name=prefix + self.names.down.format(expert=expert),
+                shape=(hidden, rows.total),
+                region=(slice(None), rows.range),
+                target=self.down_weight[expert],
+            )
+
+    def _fused_sources(self, prefix: str) -> Iterator[WeightSource]:
+        assert self.names.gate == self.names.up
+        (num_experts, _, hidden), rows = self.gate_up_weight.shape, self.intermediate
+        gate, up = self.gate_up_weight.split(rows.size, dim=1)
+        for first_row, target in ((0, gate), (rows.total, up)):
+            yield WeightSource(
+                name=prefix + self.names.gate,
+                shape=(num_experts, 2 * rows.total, hidden),
+                region=(slice(None), slice(first_row + rows.start, first_row + rows.stop), slice(None)),
+                target=target,
+            )
+        yield WeightSource(
+            name=prefix + self.names.down,
+            shape=(num_experts, hidden, rows.total),
+            region=(slice(None), slice(None), rows.range),
+            target=self.down_weight,
+        )

@@ -1,0 +1,95 @@
+"""Fills a model's parameters from a checkpoint, strictly: every tensor has one place and every place has its tensor.
+
+Layers say what they want (`WeightSource`); names are matched whole, by dictionary. Problems are found from the headers before a
+byte of weights is read. Each tensor is copied once, from the mapped file into its parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..common.errors import ModelLoadError
+from .checkpoint import Checkpoint
+from .weight_source import WeightSource
+
+# (bytes read, bytes to read) after each tensor.
+Progress = Callable[[int, int], None]
+
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+# Old Llama checkpoints carry this derived table in each layer.
+_DERIVED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What was read for this rank."""
+
+    num_tensors: int
+    num_bytes: int
+
+
+def load_weights(checkpoint: Checkpoint, sources: Iterable[WeightSource], *, progress: Progress | None = None) -> LoadReport:
+    """Reads every source's region into its target.
+
+    Raises:
+        ModelLoadError: a tensor is missing, unused, of another shape, of a dtype that is not supported, or unreadable.
+    """
+    by_name: dict[str, list[WeightSource]] = {}
+    for source in sources:
+        by_name.setdefault(source.name, []).append(source)
+    _check(checkpoint, by_name)
+    sizes = {name: sum(_num_bytes(checkpoint, source) for source in by_name[name]) for name in by_name}
+    num_bytes, total = 0, sum(sizes.values())
+    in_disk_order = [name for name in checkpoint.tensors if name in by_name]
+    # What must repeat another tensor is compared after that one is read.
+    in_disk_order.sort(key=lambda name: by_name[name][0].must_equal)
+    for name in in_disk_order:
+        for source in by_name[name]:
+            _fill(checkpoint, source)
+        num_bytes += sizes[name]
+        if progress is not None:
+            progress(num_bytes, total)
+    return LoadReport(num_tensors=len(in_disk_order), num_bytes=num_bytes)
+
+
+def _check(checkpoint: Checkpoint, by_name: dict[str, list[WeightSource]]) -> None:
+    tensors = checkpoint.tensors
+    missing = [name for name in by_name if name not in tensors]
+    unused = [name for name in tensors if name not in by_name and not name.endswith(_DERIVED)]
+    problems = [f"tensor {name} is missing" for name in missing] + [
+        f"tensor {name} ({tensors[name].file}) has no place in the model" for name in unused
+    ]
+    for name, sources in by_name.items():
+        stored = tensors.get(name)
+        if stored is None:
+            continue
+        if stored.shape != sources[0].shape:
+            problems.append(f"tensor {name} ({stored.file}) has shape {stored.shape}, the model needs {sources[0].shape}")
+        elif stored.dtype not in _ITEM_BYTES:
+            problems.append(f"tensor {name} ({stored.file}) is stored as {stored.dtype}; supported: {', '.join(_ITEM_BYTES)}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more problems" if len(problems) > 5 else "")
+        raise ModelLoadError(
+            f"{checkpoint.path}: {shown}. config.json and the weights must be of one model: download both again"
+        )
+
+
+def _fill(checkpoint: Checkpoint, source: WeightSource) -> None:
+    values = checkpoint.read(source.name, source.region)
+    if not source.must_equal:
+        source.target.copy_(values)
+    elif not torch.equal(source.target, values.to(source.target)):
+        raise ModelLoadError(
+            f"{checkpoint.path}: config.json ties the embeddings, but {source.name} differs from them: "
+            'set "tie_word_embeddings": false to use it, or remove the tensor'
+        )
+
+
+def _num_bytes(checkpoint: Checkpoint, source: WeightSource) -> int:
+    num_items = 1
+    for size, part in zip(source.shape, source.region, strict=True):
+        num_items *= len(range(*part.indices(size)))
+    return num_items * _ITEM_BYTES[checkpoint.tensors[source.name].dtype]

@@ -1,0 +1,66 @@
+"""The numbers that define a decoder, whatever its family: what the layers are built from and what the engine asks about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotaryShape:
+    """Rotary embedding: `scaling` is a key of layers.rotary.SCALINGS, `parameters` its numbers."""
+
+    theta: float
+    rotary_dim: int
+    scaling: str
+    parameters: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeShape:
+    """The mixture-of-experts layers.
+
+    Attributes:
+        layers: which layers are sparse; the others have a plain MLP.
+        renormalize: the chosen experts' weights are divided by their sum.
+    """
+
+    layers: frozenset[int]
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    renormalize: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """Sizes are the whole model's, not a rank's.
+
+    Attributes:
+        architecture: as config.json names it.
+        max_position: positions the model has: the longest sequence.
+        windows: a layer's sliding window in tokens; None sees everything.
+        output_bias: of the attention's output projection.
+        moe: None for a dense model.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    norm_eps: float
+    activation: str
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    attention_soft_cap: float | None
+    tied_embeddings: bool
+    rotary: RotaryShape
+    windows: tuple[int | None, ...]
+    moe: MoeShape | None
