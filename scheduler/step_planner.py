@@ -1,0 +1,211 @@
+"""The policy of one step: who computes how many tokens, who is admitted, who gives way.
+
+Order: decode rows, then running prefills, then admissions, each in the order of the lines (`line_key`). Rules:
+
+- Blocks are taken for the tokens of this step only. Without a free block, cached ones are evicted; then the last running
+  sequence that has no row yet is preempted; then the row waits, and keeps what it has. The first in line can always go on.
+- A prompt longer than what is left of the budget advances by a part, one prompt at a time, and first takes half of the rest
+  only: shorter prompts behind it may complete in this step. What they leave it gets at the end.
+- Nobody is admitted while a running sequence lacks a block, and only with room for the whole sequence as known.
+- A waiting sequence whose next block a running prefill is computing waits for it instead of computing it twice.
+- The head of the line takes the place of the last running sequence, if that one has a lower priority and is behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .block_trie import PrefixMatch
+from .scheduler_config import SchedulerConfig
+from .sequence import NO_SLOT, SequenceState
+from .sequence_cache import SequenceCache
+from .sequence_lines import SequenceLines
+from .step_plan import AdmittedSequence, PlannedRow, StepPlan
+
+_MAX_PASSED = 16  # waiting sequences that one plan may look past
+_RESERVED_TOKENS = 16  # growth of each running sequence that an admission leaves room for
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan being made. `partial` is the long prompt of this step: its tokens so far and the blocks taken for them."""
+
+    step_id: int
+    budget: int
+    rows: list[PlannedRow] = field(default_factory=list)
+    sequences: list[SequenceState] = field(default_factory=list)
+    admitted: list[AdmittedSequence] = field(default_factory=list)
+    partial: tuple[SequenceState, int, tuple[int, ...]] | None = None
+    lacks_blocks: bool = False
+
+    def add_row(self, sequence: SequenceState, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
+        start, known = sequence.num_computed, sequence.num_known
+        end = start + num_tokens
+        samples = end == known
+        output_position = known - sequence.num_prompt
+        self.rows.append(
+            PlannedRow(sequence.request_id, sequence.slot, start, num_tokens, samples, new_block_ids, output_position)
+        )
+        self.sequences.append(sequence)
+        self.budget -= num_tokens
+        sequence.num_computed = end
+        if samples:
+            sequence.num_known = known + 1
+        sequence.last_step_id = self.step_id
+
+
+class StepPlanner:
+    """Makes plans over the lines and the cache of its scheduler; `fail` ends a sequence that can never fit."""
+
+    def __init__(
+        self, config: SchedulerConfig, lines: SequenceLines, cache: SequenceCache, *, fail: Callable[[SequenceState], None]
+    ) -> None:
+        self._config = config
+        self._lines = lines
+        self._cache = cache
+        self._fail = fail
+        self._blocked: SequenceState | None = None  # the head of the line, if the last plan had no place for it
+        self.num_preemptions = 0
+
+    def plan(self, step_id: int) -> tuple[StepPlan, list[SequenceState]] | None:
+        """The next step and the sequence of each of its rows, or None if nothing can be computed now."""
+        self._cache.begin_step(step_id)
+        draft = _Draft(step_id, self._config.max_num_batched_tokens)
+        self._give_way()
+        self._plan_decodes(draft)
+        self._plan_prefills(draft)
+        if not draft.lacks_blocks:
+            self._admit(draft)
+        self._add_partial(draft)
+        if not draft.rows:
+            return None
+        released, replaced = self._lines.drain_released_slots(), self._cache.drain_replaced()
+        return StepPlan(step_id, tuple(draft.admitted), tuple(draft.rows), released, replaced), draft.sequences
+
+    def _plan_decodes(self, draft: _Draft) -> None:
+        running, size = self._lines.running, self._config.block_size
+        index = 0
+        while index < len(running):  # a preemption shortens the line from its end
+            sequence = running[index]
+            known = sequence.num_known
+            if known - sequence.num_computed == 1 and known < sequence.max_known:
+                new_blocks: tuple[int, ...] | None = ()
+                if known > len(sequence.block_ids) * size:
+                    new_blocks = self._grow(sequence, 1, draft)
+                if new_blocks is not None:
+                    draft.add_row(sequence, 1, new_blocks)
+                elif sequence.is_finished:
+                    continue
+            index += 1
+
+    def _plan_prefills(self, draft: _Draft) -> None:
+        for sequence in [s for s in self._lines.running if s.num_known - s.num_computed > 1]:
+            if draft.budget and sequence.slot != NO_SLOT:
+                self._plan_prefill(sequence, draft)
+
+    def _plan_prefill(self, sequence: SequenceState, draft: _Draft) -> None:
+        remaining = sequence.num_known - sequence.num_computed
+        is_long = remaining > draft.budget
+        if is_long and draft.partial is not None:
+            return
+        wanted = (draft.budget + 1) // 2 if is_long else remaining
+        size = self._config.block_size
+        room = (len(sequence.block_ids) + self._cache.num_available) * size - sequence.num_computed
+        num_tokens = min(wanted, room if room > 0 else size)
+        if num_tokens < wanted:
+            draft.lacks_blocks = True
+        new_blocks = self._grow(sequence, num_tokens, draft)
+        if new_blocks is None:
+            return
+        if is_long:
+            draft.partial = sequence, num_tokens, new_blocks
+            draft.budget -= num_tokens
+            sequence.last_step_id = draft.step_id
+        else:
+            draft.add_row(sequence, num_tokens, new_blocks)
+
+    def _add_partial(self, draft: _Draft) -> None:
+        if draft.partial is None:
+            return
+        sequence, num_tokens, new_blocks = draft.partial
+        draft.budget += num_tokens
+        more = self._cache.grow(sequence, draft.budget)
+        if more is None:
+            draft.add_row(sequence, num_tokens, new_blocks)
+        else:
+            draft.add_row(sequence, draft.budget, new_blocks + more)
+
+    def _admit(self, draft: _Draft) -> None:
+        waiting = self._lines.waiting
+        index = num_passed = 0
+        while index < len(waiting) and draft.budget and num_passed < _MAX_PASSED:
+            sequence = waiting[index]
+            if self._cache.is_in_flight(sequence):  # preempted, and its last token is not known yet
+                index += 1
+                continue
+            if self._cache.num_blocks_for(sequence.num_known) > self._config.num_blocks:
+                self._fail(sequence)
+                continue
+            if not self._lines.has_free_slot:
+                self._blocked = sequence
+                return
+            match = self._cache.match(sequence)
+            is_long = sequence.num_known - match.num_tokens > draft.budget
+            if (is_long and draft.partial is not None) or self._cache.is_being_extended(sequence, match, self._lines.running):
+                self._cache.rollback(match)
+                index += 1
+                num_passed += 1
+                continue
+            if not self._has_room(sequence, match):
+                self._cache.rollback(match)
+                self._blocked = sequence
+                return
+            self._lines.run(sequence)
+            self._cache.enter(sequence, match)
+            draft.admitted.append(_admitted(sequence))
+            self._plan_prefill(sequence, draft)
+
+    def _has_room(self, sequence: SequenceState, match: PrefixMatch) -> bool:
+        missing = self._cache.num_blocks_for(sequence.num_known) - len(match.block_ids)
+        reserved = self._cache.num_blocks_for(len(self._lines.running) * _RESERVED_TOKENS)
+        return self._cache.num_available >= missing + reserved
+
+    def _grow(self, sequence: SequenceState, num_tokens: int, draft: _Draft) -> tuple[int, ...] | None:
+        """Blocks for the next tokens, from others if need be; None if the row must wait or the sequence has ended."""
+        while (blocks := self._cache.grow(sequence, num_tokens)) is None:
+            draft.lacks_blocks = True
+            if self._cache.num_blocks_for(sequence.num_computed + num_tokens) > self._config.num_blocks:
+                if not self._cache.is_in_flight(sequence):  # else its last token may be an end token
+                    self._fail(sequence)
+                return None
+            victim = self._lines.running[-1]
+            if victim is sequence or victim.last_step_id == draft.step_id or self._cache.is_waiting_for_step:
+                return None
+            self._preempt(victim)
+        return blocks
+
+    def _give_way(self) -> None:
+        head, self._blocked = self._blocked, None
+        if head is None or head.is_finished or not self._lines.running:
+            return
+        tail = self._lines.running[-1]
+        if tail.request.priority < head.request.priority and tail.key > head.key:
+            self._preempt(tail)
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self._lines.take_out(sequence)
+        self._cache.leave(sequence)
+        self._lines.wait(sequence)
+        self.num_preemptions += 1
+
+
+def _admitted(sequence: SequenceState) -> AdmittedSequence:
+    return AdmittedSequence(
+        request=sequence.request,
+        slot=sequence.slot,
+        token_ids=tuple(sequence.tokens),
+        block_ids=tuple(sequence.block_ids),
+        num_computed=sequence.num_computed,
+        num_output=sequence.num_output,
+    )
