@@ -86,10 +86,11 @@ class Tokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of a text that goes on where another ended: without the space that SentencePiece puts before a text."""
-        anchor = self.encode("\n", add_special_tokens=False)
-        ids = self.encode("\n" + text, add_special_tokens=False)
-        if anchor and ids[: len(anchor)] == anchor:
-            return ids[len(anchor) :]
+        for anchor in ("\n", "|", "a"):  # the first that does not become one token with the text's beginning
+            anchor_ids = self.encode(anchor, add_special_tokens=False)
+            ids = self.encode(anchor + text, add_special_tokens=False)
+            if anchor_ids and ids[: len(anchor_ids)] == anchor_ids:
+                return ids[len(anchor_ids) :]
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
