@@ -1,6 +1,6 @@
 """From what a caller wrote to sequences an engine can run: chat template, tokenizer, defaults and checks.
 
-Runs in a small thread pool, so that a long prompt never holds the event loop. Immutable after loading.
+The work runs in a small thread pool, so that a long prompt never holds the event loop. Immutable after loading.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..common.errors import InvalidRequest
 from ..common.requests import EngineRequest
+from ..text import generation_defaults
 from ..text.chat_template import ChatTemplate
-from ..text.generation_defaults import load, merge
 from ..text.output import SequenceText
 from ..text.prepare import ModelLimits, prepare
 from ..text.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A request in tokens: one engine request and one text state a choice. `prompt_text` is what the tokens say."""
+    """A request in tokens: one engine request and one text state a choice. `prompt_text` is set only if it was asked for."""
 
     num_prompt_tokens: int
     prompt_text: str
@@ -41,3 +42,102 @@ class Tokenization:
 
     token_ids: tuple[int, ...]
     tokens: tuple[bytes, ...]
+
+
+class FrontEnd:
+    """The served model's tokenizer, chat template and defaults.
+
+    Attributes:
+        tokenizer: for a token's bytes (logprobs).
+        sampling_defaults: what a request gets where it is silent, as text.
+
+    Raises:
+        ModelLoadError: the directory lacks a readable tokenizer, template or generation configuration.
+    """
+
+    def __init__(self, model_path: str | Path, *, generation_config: Literal["openai", "model"]) -> None:
+        self.tokenizer = Tokenizer.from_directory(model_path)
+        self._template = ChatTemplate.from_directory(model_path)
+        self._defaults = generation_defaults.load(model_path, tokenizer=self.tokenizer)
+        self._merge = partial(generation_defaults.merge, defaults=self._defaults, mode=generation_config)
+        params = self._merge({})
+        self.sampling_defaults: Mapping[str, str] = {
+            field.name: str(value) for field in fields(params) if (value := getattr(params, field.name)) not in (None, (), {})
+        }
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="front-end")
+
+    async def prepare(
+        self,
+        *,
+        request_id: str,
+        prompt: str | Sequence[int] | None,
+        messages: Sequence[Mapping[str, Any]] | None,
+        continue_final_message: bool,
+        sampling: Mapping[str, Any],
+        limits: ModelLimits,
+        priority: int,
+        with_prompt_text: bool,
+    ) -> Prepared:
+        """Check, render and tokenize a request; arguments as `InferenceService.start_request`.
+
+        Raises:
+            InvalidRequest.
+        """
+        if (prompt is None) == (messages is None):
+            raise InvalidRequest("give either a prompt or messages")
+
+        def work() -> Prepared:
+            params = self._merge(sampling)
+            source = self._render(messages, continue_final_message) if messages is not None else prompt
+            assert source is not None
+            ready = prepare(
+                request_id=request_id,
+                prompt=source,
+                params=params,
+                tokenizer=self.tokenizer,
+                limits=limits,
+                end_token_ids=self._defaults.end_token_ids,
+                entropy=lambda: secrets.randbits(63),
+                add_special_tokens=messages is None,
+                priority=priority,
+            )
+            prompt_text = ""
+            if with_prompt_text:
+                prompt_text = source if isinstance(source, str) else self.tokenizer.decode(source)
+            return Prepared(
+                num_prompt_tokens=len(ready.prompt_token_ids),
+                prompt_text=prompt_text,
+                requests=ready.sequences,
+                texts=tuple(
+                    SequenceText(self.tokenizer, ready.params, continues_text=messages is None) for _ in ready.sequences
+                ),
+            )
+
+        return await self._off_loop(work)
+
+    async def tokenize(
+        self, *, text: str | None, messages: Sequence[Mapping[str, Any]] | None, add_special_tokens: bool
+    ) -> Tokenization:
+        """See `InferenceService.tokenize`."""
+        if (text is None) == (messages is None):
+            raise InvalidRequest("give either a text or messages")
+
+        def work() -> Tokenization:
+            if messages is not None:
+                ids = self.tokenizer.encode(self._render(messages, False), add_special_tokens=False)
+            else:
+                ids = self.tokenizer.encode(text or "", add_special_tokens=add_special_tokens)
+            return Tokenization(token_ids=tuple(ids), tokens=tuple(map(self.tokenizer.token_bytes, ids)))
+
+        return await self._off_loop(work)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], continue_final_message: bool) -> str:
+        return self._template.render(
+            messages, add_generation_prompt=not continue_final_message, continue_final_message=continue_final_message
+        )
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)

@@ -7,7 +7,6 @@ through a RequestHandle. Everything here runs on the controller's one event loop
 from __future__ import annotations
 
 import os
-import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,13 @@ from typing import Any
 from .. import __version__
 from ..common.config import ServeConfig
 from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError
+from ..text.prepare import check_request_id
 from .cluster_state import ClusterState, ModelCard
 from .dispatcher import Dispatcher
 from .events import Event, Observer
 from .fleet import Fleet
 from .front_end import FrontEnd, Tokenization
 from .streams import RequestStream
-
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +115,7 @@ class InferenceService:
         """Accept a request: either `prompt` (text or token ids) or chat `messages`.
 
         Args:
-            request_id: 1 to 128 visible ASCII characters; one in flight is refused; None makes one.
+            request_id: 1 to 128 printable ASCII characters without '#'; one in flight is refused; None makes one.
             sampling: only the fields of SamplingParams that the caller set; the served defaults fill the rest.
             model: the served name, or empty.
             timeout_s: until the last token; None is the configured default.
@@ -128,7 +126,7 @@ class InferenceService:
             DeadlineExceeded: before any event.
         """
         try:
-            stream = self._accept(request_id=request_id, model=model, timeout_s=timeout_s)
+            stream = self._accept(request_id=request_id, model=model, priority=priority, timeout_s=timeout_s)
         except PilotfishError as error:
             self._report_refused(error)
             raise
@@ -142,10 +140,11 @@ class InferenceService:
                 sampling=sampling,
                 limits=self._fleet.limits(),
                 priority=priority,
+                with_prompt_text=echo,
             )
             if stream.error is not None:  # aborted or out of time meanwhile
                 raise stream.error
-            stream.start(prepared, echo=echo)
+            stream.start(prepared)
             self._dispatcher.enqueue(stream)
         except PilotfishError as error:
             stream.refuse()
@@ -214,13 +213,14 @@ class InferenceService:
             controller_pid=os.getpid(),
         )
 
-    def _accept(self, *, request_id: str | None, model: str, timeout_s: float | None) -> RequestStream:
+    def _accept(self, *, request_id: str | None, model: str, priority: int, timeout_s: float | None) -> RequestStream:
         self._check_model(model)
         request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
-        if not _REQUEST_ID.fullmatch(request_id):
-            raise InvalidRequest(f"request_id must be 1 to 128 visible ASCII characters, not {request_id[:140]!r}")
+        check_request_id(request_id)
         if request_id in self._streams:
             raise InvalidRequest(f"request_id {request_id!r} is in flight already; ids must be unique among running requests")
+        if not -(2**31) <= priority < 2**31:
+            raise InvalidRequest(f"priority must fit 32 bits, not {priority}")
         timeout_s = self._config.gateway.default_timeout_s if timeout_s is None else timeout_s
         if not 0 < timeout_s < 1e9:
             raise InvalidRequest(f"the timeout must be a positive number of seconds, not {timeout_s!r}")

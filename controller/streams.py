@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from ..common.errors import DeadlineExceeded, PilotfishError
 from ..common.requests import EngineRequest, FinishReason, SequenceOutput
 from ..text.output import SequenceText, TextDelta
-from .front_end import Prepared
 from .events import Delta, Event, RequestRecord, Started, Usage
+from .front_end import Prepared
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -71,8 +71,8 @@ class RequestStream:
         self._wake = asyncio.Event()
         self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire)
 
-    def start(self, prepared: Prepared, *, echo: bool) -> None:
-        """The request was accepted. With `echo` every choice opens with the prompt's text."""
+    def start(self, prepared: Prepared) -> None:
+        """The request was accepted. Every choice opens with the prompt's text, where the caller wants it (echo)."""
         self.accepted = True
         self.sequences = [
             SequenceState(stream=self, index=index, request=request, text=text)
@@ -87,7 +87,7 @@ class RequestStream:
                 prompt_tokens=prepared.num_prompt_tokens,
             )
         )
-        if echo:
+        if prepared.prompt_text:
             self._ready.extend(Delta(index=s.index, content=TextDelta(text=prepared.prompt_text)) for s in self.sequences)
 
     def refuse(self) -> None:
@@ -179,8 +179,8 @@ class RequestStream:
         num_tokens = sum(len(s.output_token_ids) for s in self.sequences)
         self.fail(
             DeadlineExceeded(
-                f"request {self.request_id} was not complete after its {self._timeout_s:g} s ({num_tokens} tokens were produced); "
-                "allow more time or ask for fewer tokens"
+                f"request {self.request_id} was not complete after its {self._timeout_s:g} s ({num_tokens} tokens were "
+                "produced); allow more time or ask for fewer tokens"
             )
         )
 

@@ -1,0 +1,224 @@
+"""The controller's one stream to a worker: submits and aborts down, steps up, and what it takes to lose nothing.
+
+Life: `run` connects and, as long as the worker lives, connects again after every break; `close` ends it. What was sent and has
+not ended is sent again after a break, and the worker ignores what it knows; the worker sends again what was not acknowledged,
+and step ids tell what was seen. The first attachment starts from a snapshot of the worker's prefix cache; a gap in the
+cache's events leads to another one. Everything runs on the controller's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from typing import Protocol
+
+import grpc
+
+from ..common.requests import EngineLoad, EngineRequest, StepOutput
+from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.codec import load_from_proto, request_to_proto, step_from_proto
+
+logger = logging.getLogger(__name__)
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 256 * 1024 * 1024),  # the snapshot of a large prefix cache
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel connects at once, whatever an earlier one met
+]
+_CALL_TIMEOUT_S = 10.0
+_ACK_INTERVAL_S = 0.1
+_ACK_STEPS = 32
+_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+_SILENCE_TIMEOUT_S = 4.0  # heartbeats come every second
+
+
+class WorkerRefused(Exception):
+    """The worker will not serve this controller: another epoch."""
+
+
+class LinkListener(Protocol):
+    """Who receives what the link brings."""
+
+    def on_snapshot(self, snapshot: worker_pb2.SnapshotResponse) -> None: ...
+
+    def on_connected(self) -> None: ...
+
+    def on_step(self, step: StepOutput) -> bool:
+        """False asks for a new snapshot: prefix-cache events are missing."""
+
+
+class WorkerLink:
+    """See the module's docstring.
+
+    Attributes:
+        connected: the worker has greeted; what is submitted now leaves now.
+        last_message_time: of the monotonic clock.
+        load, step_id, step_age_s, phase: as of the last message; `step_age_s` is 0 when no step runs.
+    """
+
+    def __init__(self, *, address: str, epoch: int, controller_id: str, listener: LinkListener) -> None:
+        self.address = address
+        self.connected = False
+        self.last_message_time = time.monotonic()
+        self.load = EngineLoad()
+        self.step_id = 0
+        self.step_age_s = 0.0
+        self.phase = ""
+        self._epoch = epoch
+        self._controller_id = controller_id
+        self._listener = listener
+        self._needs_snapshot = True
+        self._in_flight: dict[str, EngineRequest] = {}
+        self._aborted: set[str] = set()
+        self._outgoing: deque[worker_pb2.ControllerMessage] = deque()
+        self._outgoing_wake = asyncio.Event()
+        self._acked_step_id = 0
+        self._ack_timer: asyncio.TimerHandle | None = None
+
+    def submit(self, request: EngineRequest) -> None:
+        """Hand a request to the worker; its outputs come through the listener until one has a finish reason."""
+        self._in_flight[request.request_id] = request
+        self._send(worker_pb2.ControllerMessage(submit=request_to_proto(request)))
+
+    def abort(self, request_id: str) -> None:
+        """Ask the worker to end a request; its last output still comes."""
+        self._aborted.add(request_id)
+        self._send(_abort_message(request_id))
+
+    async def run(self) -> None:
+        """Stay connected until cancelled.
+
+        Raises:
+            WorkerRefused: there is no use in trying again.
+        """
+        num_failures = 0
+        while True:
+            received_before = self.last_message_time
+            try:
+                await self._serve_one_connection()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+                if isinstance(error, grpc.aio.AioRpcError) and error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+                    raise WorkerRefused(error.details()) from error
+                logger.info("worker %s: the connection broke: %s", self.address, _describe(error))
+            finally:
+                self._disconnected()
+            num_failures = 0 if self.last_message_time > received_before else num_failures + 1
+            await asyncio.sleep(_BACKOFF_S[min(num_failures, len(_BACKOFF_S) - 1)])
+
+    async def _serve_one_connection(self) -> None:
+        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            if self._needs_snapshot:
+                await self._take_snapshot(stub)
+            call = stub.Connect()
+            tasks = [asyncio.create_task(work) for work in (self._read(call), self._write(call), self._watch_silence())]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    if task in done:
+                        task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                call.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
+        """Until the worker or a failure ends the call, or a new snapshot is needed."""
+        while not self._needs_snapshot:
+            message = await call.read()
+            if message is grpc.aio.EOF:
+                return
+            self.last_message_time = time.monotonic()
+            match message.WhichOneof("message"):
+                case "step":
+                    self._take_step(message.step)
+                case "heartbeat":
+                    beat = message.heartbeat
+                    self.load, self.phase = load_from_proto(beat.load), beat.phase
+                    self.step_age_s = beat.step_age_s
+                case "hello":
+                    self._greeted()
+
+    def _greeted(self) -> None:
+        """The worker may have missed anything that was sent before the break: say it again."""
+        self.connected = True
+        for request_id, request in self._in_flight.items():
+            self._send(worker_pb2.ControllerMessage(submit=request_to_proto(request)))
+            if request_id in self._aborted:
+                self._send(_abort_message(request_id))
+        self._listener.on_connected()
+
+    def _take_step(self, message: worker_pb2.Step) -> None:
+        if message.step_id:  # 0: an answer outside of the steps
+            if message.step_id <= self.step_id:
+                return
+            self.step_id = message.step_id
+            self._acknowledge_later()
+        step = step_from_proto(message)
+        self.load, self.step_age_s, self.phase = step.load, 0.0, ""
+        for output in step.sequences:
+            if output.finish_reason is not None:
+                self._in_flight.pop(output.request_id, None)
+                self._aborted.discard(output.request_id)
+        if not self._listener.on_step(step):
+            logger.warning("worker %s: prefix-cache events are missing; taking a snapshot", self.address)
+            self._needs_snapshot = True
+
+    async def _take_snapshot(self, stub: worker_pb2_grpc.WorkerStub) -> None:
+        snapshot = await stub.Snapshot(worker_pb2.SnapshotRequest(), timeout=_CALL_TIMEOUT_S)
+        if snapshot.epoch != self._epoch:
+            raise WorkerRefused(f"the worker belongs to epoch {snapshot.epoch}, not {self._epoch}")
+        self._needs_snapshot = False
+        if self.step_id == 0:  # what came before was for another controller
+            self.step_id = self._acked_step_id = snapshot.step_id
+        self._listener.on_snapshot(snapshot)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+        attach = worker_pb2.Attach(epoch=self._epoch, acked_step_id=self.step_id, controller_id=self._controller_id)
+        await call.write(worker_pb2.ControllerMessage(attach=attach))
+        while True:
+            while self._outgoing:
+                await call.write(self._outgoing.popleft())
+            self._outgoing_wake.clear()
+            await self._outgoing_wake.wait()
+
+    async def _watch_silence(self) -> None:
+        """A connection that brings nothing is broken, whatever the transport thinks."""
+        opened = time.monotonic()
+        while time.monotonic() - max(opened, self.last_message_time) < _SILENCE_TIMEOUT_S:  # noqa: ASYNC110 - silence is no event
+            await asyncio.sleep(_SILENCE_TIMEOUT_S / 4)
+        raise TimeoutError(f"nothing came for {_SILENCE_TIMEOUT_S:g} s")
+
+    def _send(self, message: worker_pb2.ControllerMessage) -> None:
+        """Messages for a broken connection are not kept: the greeting of the next one says them again."""
+        if self.connected:
+            self._outgoing.append(message)
+            self._outgoing_wake.set()
+
+    def _acknowledge_later(self) -> None:
+        """Acknowledgements are joined: one message for many steps."""
+        if self.step_id - self._acked_step_id >= _ACK_STEPS:
+            self._acknowledge()
+        elif self._ack_timer is None:
+            self._ack_timer = asyncio.get_running_loop().call_later(_ACK_INTERVAL_S, self._acknowledge)
+
+    def _acknowledge(self) -> None:
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
+        self._acked_step_id = self.step_id
+        self._send(worker_pb2.ControllerMessage(ack=worker_pb2.Ack(step_id=self.step_id)))
+
+    def _disconnected(self) -> None:
+        self.connected = False
+        self._outgoing.clear()
+
+
+def _abort_message(request_id: str) -> worker_pb2.ControllerMessage:
+    return worker_pb2.ControllerMessage(abort=worker_pb2.Abort(request_id=request_id))
+
+
+def _describe(error: Exception) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)

@@ -1,0 +1,41 @@
+"""What the server needs of an engine. engine.py is it; a stand-in for tests of timing and faults has the same verbs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..common.requests import EngineRequest
+from ..scheduler.snapshot import SchedulerSnapshot
+
+
+class EngineHealth(Protocol):
+    """`ok`: steps complete, or there is nothing to do. `step_age_s` is how long the current step has run, 0 when idle."""
+
+    @property
+    def ok(self) -> bool: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def step_id(self) -> int: ...
+    @property
+    def step_age_s(self) -> float: ...
+
+
+class EngineSnapshot(Protocol):
+    """The state after step `step_id`."""
+
+    @property
+    def step_id(self) -> int: ...
+    @property
+    def scheduler(self) -> SchedulerSnapshot: ...
+
+
+class EngineInterface(Protocol):
+    """Only `snapshot` may wait for a step."""
+
+    def submit(self, request: EngineRequest) -> None:
+        """Raises PilotfishError if the request cannot be taken; else exactly one output with a finish reason will come."""
+
+    def abort(self, request_id: str) -> object: ...
+    def snapshot(self) -> EngineSnapshot: ...
+    def health(self) -> EngineHealth: ...
