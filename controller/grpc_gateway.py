@@ -1,0 +1,189 @@
+"""The gRPC door: pilotfish.v1.Inference over an InferenceService, with standard health and reflection.
+
+Requests arrive as bytes and are parsed here, so that malformed ones get the same typed errors as any other. A call's gRPC
+deadline is the request's deadline; a cancelled call ends its request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ..common.config import GatewayConfig
+from ..common.errors import ConfigError, InternalError, InvalidRequest, PilotfishError, status_row
+from ..proto import inference_pb2 as pb
+from ..text.tokenizer import Tokenizer
+from . import grpc_messages
+from .service import InferenceService
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_STOP_GRACE_S = 5.0
+
+Context = grpc.aio.ServicerContext
+
+
+class GrpcGateway:
+    """Owns the gRPC server: `await start()`, then `await stop()`."""
+
+    def __init__(self, service: InferenceService, tokenizer: Tokenizer, config: GatewayConfig) -> None:
+        self._service = service
+        self._tokenizer = tokenizer
+        self._config = config
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", config.max_body_bytes),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            )
+        )
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> str:
+        """Listen; returns the address.
+
+        Raises:
+            ConfigError: the port is in use or the host is not of this machine.
+        """
+        wanted = f"{self._config.host}:{self._config.grpc_port}"
+        try:
+            port = self._server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot serve gRPC on {wanted}: the port is in use or the address is not of this machine; "
+                "choose another with --grpc-port (0 takes a free one) or --host"
+            ) from error
+        await self._server.start()
+        return f"{self._config.host}:{port}"
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers, for the whole server and for Inference."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+    async def stop(self) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(_STOP_GRACE_S)
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        def unary(cls: type[Message], method: Callable[[Any], Awaitable[Message]]) -> grpc.RpcMethodHandler:
+            async def handle(data: bytes, context: Context) -> Message:
+                try:
+                    return await method(grpc_messages.parse(cls, data))
+                except (PilotfishError, Exception) as error:  # noqa: BLE001 - a process's edge: logged and answered
+                    await _abort(context, error)
+
+            return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
+
+        def stream(cls: type[Message], method: Callable[[Any, Context], AsyncIterator[Message]]) -> grpc.RpcMethodHandler:
+            async def handle(data: bytes, context: Context) -> AsyncIterator[Message]:
+                try:
+                    async for message in method(grpc_messages.parse(cls, data), context):
+                        yield message
+                except (PilotfishError, Exception) as error:  # noqa: BLE001 - a process's edge: logged and answered
+                    await _abort(context, error)
+
+            return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
+
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Generate": stream(pb.GenerateRequest, self._generate),
+                "Chat": stream(pb.ChatRequest, self._chat),
+                "Abort": unary(pb.AbortRequest, self._abort_request),
+                "Tokenize": unary(pb.TokenizeRequest, self._tokenize),
+                "ListModels": unary(pb.ListModelsRequest, self._list_models),
+                "ClusterStatus": unary(pb.ClusterStatusRequest, self._cluster_status),
+            },
+        )
+
+    async def _generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:
+        kind = request.WhichOneof("prompt")
+        if kind is None:
+            raise InvalidRequest("prompt is missing: set text or tokens")
+        async for event in self._events(
+            request, context, prompt=request.text if kind == "text" else list(request.tokens.ids), echo=request.echo
+        ):
+            yield event
+
+    async def _chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:
+        async for event in self._events(
+            request,
+            context,
+            messages=grpc_messages.messages_from_proto(request.messages),
+            continue_final_message=request.continue_final_message,
+        ):
+            yield event
+
+    async def _events(
+        self, request: pb.GenerateRequest | pb.ChatRequest, context: Context, **what: Any
+    ) -> AsyncIterator[pb.GenerateEvent]:
+        handle = await self._service.start_request(
+            request_id=request.request_id or None,
+            sampling=grpc_messages.sampling_fields(request.sampling),
+            model=request.model,
+            priority=request.priority,
+            timeout_s=_time_remaining_s(context),
+            **what,
+        )
+        async with handle:
+            async for event in handle:
+                yield grpc_messages.event_to_proto(event, self._tokenizer)
+
+    async def _abort_request(self, request: pb.AbortRequest) -> pb.AbortResponse:
+        return pb.AbortResponse(found=await self._service.abort(request.request_id))
+
+    async def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        kind = request.WhichOneof("input")
+        if kind is None:
+            raise InvalidRequest("input is missing: set text or messages")
+        result = await self._service.tokenize(
+            text=request.text if kind == "text" else None,
+            messages=grpc_messages.messages_from_proto(request.messages.messages) if kind == "messages" else None,
+            model=request.model,
+            add_special_tokens=request.add_special_tokens,
+        )
+        return pb.TokenizeResponse(token_ids=result.token_ids, tokens=result.tokens)
+
+    async def _list_models(self, _request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[grpc_messages.card_to_proto(card) for card in self._service.models()])
+
+    async def _cluster_status(self, _request: pb.ClusterStatusRequest) -> pb.ClusterStatusResponse:
+        return grpc_messages.status_to_proto(self._service.status())
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _time_remaining_s(context: Context) -> float | None:
+    """The client's deadline; None where it set none (gRPC then reports an absurdly long time)."""
+    remaining_s = context.time_remaining()
+    return None if remaining_s is None or remaining_s > 1e8 else max(remaining_s, 1e-3)
+
+
+async def _abort(context: Context, error: Exception) -> NoReturn:
+    """End the call with the error's status, its code and retry-after in trailing metadata."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, PilotfishError):
+        logger.exception("a gRPC call failed", exc_info=error)
+        error = InternalError(f"pilotfish failed ({type(error).__name__}); the controller's log has the details")
+    metadata = [("pilotfish-error-code", error.code)]
+    if error.retry_after_s is not None:
+        metadata.append(("pilotfish-retry-after-ms", str(round(error.retry_after_s * 1000))))
+    status = getattr(grpc.StatusCode, status_row(error).grpc)
+    await context.abort(status, error.message, trailing_metadata=tuple(metadata))
+    raise AssertionError("context.abort raises")

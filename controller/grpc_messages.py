@@ -1,0 +1,165 @@
+"""Between inference.proto and the controller's values.
+
+A request is parsed strictly: bytes that are no such message, text that is not UTF-8, or a field that this server does not
+know (a newer client's) is an InvalidRequest, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from .. import __version__
+from ..common.errors import InvalidRequest
+from ..common.requests import TokenLogprob
+from ..proto import codec
+from ..proto import common_pb2 as common
+from ..proto import inference_pb2 as pb
+from ..text.tokenizer import Tokenizer
+from .cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
+from .events import Delta, Event, Started, Usage
+
+M = TypeVar("M", bound=Message)
+
+_STATES = {
+    ReplicaState.STARTING: pb.REPLICA_STATE_STARTING,
+    ReplicaState.READY: pb.REPLICA_STATE_READY,
+    ReplicaState.DRAINING: pb.REPLICA_STATE_DRAINING,
+    ReplicaState.LOST: pb.REPLICA_STATE_LOST,
+    ReplicaState.FAILED: pb.REPLICA_STATE_FAILED,
+}
+
+
+def parse(cls: type[M], data: bytes) -> M:
+    """The message in `data`.
+
+    Raises:
+        InvalidRequest: not such a message, not UTF-8, or an unknown field anywhere in it.
+    """
+    try:
+        message = cls.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequest(f"the request is not a valid {cls.DESCRIPTOR.name}; strings must be UTF-8 ({error})") from error
+    _refuse_unknown(message)
+    return message
+
+
+def sampling_fields(message: common.SamplingParams) -> dict[str, Any]:
+    """The fields that the client set, by name."""
+    fields: dict[str, Any] = {}
+    for descriptor, value in message.ListFields():
+        if isinstance(value, Mapping):
+            fields[descriptor.name] = dict(value)
+        elif descriptor.is_repeated:
+            fields[descriptor.name] = tuple(value)
+        else:
+            fields[descriptor.name] = value
+    return fields
+
+
+def messages_from_proto(messages: Any) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def event_to_proto(event: Event, tokenizer: Tokenizer) -> pb.GenerateEvent:
+    if isinstance(event, Delta):
+        return pb.GenerateEvent(delta=_delta_to_proto(event, tokenizer))
+    if isinstance(event, Started):
+        return pb.GenerateEvent(
+            started=pb.RequestStarted(
+                request_id=event.request_id,
+                model=event.model,
+                created_unix_s=event.created_unix_s,
+                prompt_tokens=event.prompt_tokens,
+            )
+        )
+    return pb.GenerateEvent(usage=_usage_to_proto(event))
+
+
+def status_to_proto(state: ClusterState) -> pb.ClusterStatusResponse:
+    return pb.ClusterStatusResponse(
+        version=state.version,
+        model=state.model,
+        uptime_s=state.uptime_s,
+        replicas=[_replica_to_proto(replica) for replica in state.replicas],
+        num_queued=state.num_queued,
+        num_running=state.num_running,
+        generation_config=state.generation_config,
+        sampling_defaults=state.sampling_defaults,
+        grpc_address=state.grpc_address,
+        http_address=state.http_address,
+        num_requests=state.num_requests,
+        num_restarts=state.num_restarts,
+        controller_pid=state.controller_pid,
+    )
+
+
+def card_to_proto(card: ModelCard) -> pb.ModelCard:
+    return pb.ModelCard(
+        name=card.name, architecture=card.architecture, max_model_len=card.max_model_len, created_unix_s=card.created_unix_s
+    )
+
+
+def _delta_to_proto(event: Delta, tokenizer: Tokenizer) -> pb.TextDelta:
+    content = event.content
+    return pb.TextDelta(
+        index=event.index,
+        offset=content.offset,
+        token_ids=content.token_ids,
+        text=content.text,
+        logprobs=[_logprob_to_proto(entry, tokenizer) for entry in content.logprobs],
+        finish_reason=codec.finish_reason_to_proto(content.finish_reason),
+        stop_reason=content.stop_reason or "",
+    )
+
+
+def _logprob_to_proto(entry: TokenLogprob, tokenizer: Tokenizer) -> common.TokenLogprob:
+    message = codec.logprob_to_proto(entry)
+    message.token = tokenizer.token_bytes(entry.token_id)
+    for top in message.top:
+        top.token = tokenizer.token_bytes(top.token_id)
+    return message
+
+
+def _usage_to_proto(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+        queue_ms=usage.queue_ms,
+        ttft_ms=usage.ttft_ms,
+        total_ms=usage.total_ms,
+        replica=usage.replica,
+    )
+
+
+def _replica_to_proto(replica: ReplicaStatus) -> pb.ReplicaStatus:
+    return pb.ReplicaStatus(
+        name=replica.name,
+        state=_STATES[replica.state],
+        message=replica.message,
+        address=replica.address,
+        node=replica.node,
+        restarts=replica.restarts,
+        info=None if replica.info is None else codec.info_to_proto(replica.info),
+        load=codec.load_to_proto(replica.load),
+        last_step_age_s=replica.last_step_age_s,
+        last_step_id=replica.last_step_id,
+    )
+
+
+def _refuse_unknown(message: Message) -> None:
+    name = message.DESCRIPTOR.name
+    for field in UnknownFieldSet(message):
+        raise InvalidRequest(
+            f"{name} has the unknown field number {field.field_number}; this server is pilotfish {__version__}: "
+            "use a client of this version"
+        )
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
+            continue
+        for part in value if descriptor.is_repeated else (value,):
+            _refuse_unknown(part)

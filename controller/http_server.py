@@ -1,0 +1,137 @@
+"""What every HTTP route needs: a socket bound with a clear error, bodies with a bound, a stream that ends with its reader."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..common.errors import Cancelled, ConfigError, PilotfishError, RequestTooLarge, status_row
+from .openai_response import error_json
+
+T = TypeVar("T")
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the process belongs to the controller."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket.
+
+    Raises:
+        ConfigError: the port is in use or the host is not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot serve HTTP on {host}:{port}: {error.strerror}; choose another with --http-port (0 takes a free one) "
+            "or --host"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def make_server(app: ASGIApp) -> Server:
+    return Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5))
+
+
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """The body.
+
+    Raises:
+        RequestTooLarge: it is longer than `max_bytes`; the rest is not read.
+    """
+    body = bytearray()
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+    async for part in request.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body is over {max_bytes} bytes; send less, or start the server with a larger --max-body-bytes")
+
+
+def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dump(value), status_code=status, media_type="application/json", headers=headers)
+
+
+def error_response(error: PilotfishError) -> Response:
+    """The error's status and OpenAI-style body, with Retry-After in whole seconds where it is known."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
+    if isinstance(error, RequestTooLarge):
+        headers["Connection"] = "close"  # the rest of the body was not read
+    return json_response(error_json(error), status=status_row(error).http, headers=headers)
+
+
+def dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+async def unless_disconnected(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
+    """The result of `work()`, which is cancelled when the reader closes its connection.
+
+    Raises:
+        Cancelled: the reader has gone; nobody will see an answer.
+    """
+    task = asyncio.ensure_future(work())
+    gone = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("the client closed its connection")
+        return task.result()
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events from an iterator of data lines, closed as soon as the reader has gone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, lines: AsyncIterator[str]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._lines = lines
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+        async def send_all() -> None:
+            async for line in self._lines:
+                await send({"type": "http.response.body", "body": f"data: {line}\n\n".encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        with contextlib.suppress(Cancelled):
+            await unless_disconnected(receive, send_all)
