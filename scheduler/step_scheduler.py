@@ -190,8 +190,8 @@ class StepScheduler:
     def _fail_for_size(self, sequence: SequenceState) -> None:
         config = self.config
         message = (
-            f"the sequence has {sequence.num_known} tokens ({sequence.num_prompt} of them prompt) and does not fit in the KV cache, "
-            f"which holds {config.num_blocks * config.block_size}: shorten the prompt, lower max_tokens, or serve with more KV "
+            f"the sequence has {sequence.num_known} tokens ({sequence.num_prompt} of them prompt), which do not fit in the KV "
+            f"cache of {config.num_blocks * config.block_size}: shorten the prompt, lower max_tokens, or serve with more KV "
             "cache (kv_memory_fraction or num_kv_blocks)"
         )
         self._finish(sequence, FinishReason.ERROR, error=message)
