@@ -118,7 +118,7 @@ def _hub_snapshot(name: str, *, allow_download: bool) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise _NotHere("a Hub id: the name is not of the form organisation/model")
     from huggingface_hub import snapshot_download  # here, because it reads its environment variables when imported
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, HTTPError
 
     try:
         path = snapshot_download(
@@ -126,10 +126,10 @@ def _hub_snapshot(name: str, *, allow_download: bool) -> Path:
         )
     except GatedRepoError as error:
         raise _NotHere(f"a Hub id: {name} is gated: accept its terms on its page, then `hf auth login` ({error})") from error
-    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
+    except (HTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
         raise _NotHere(f"a Hub id: {' '.join(str(error).split())}") from error
     if not any(file.endswith(".safetensors") for file in os.listdir(path)):
-        raise _NotHere(f"a Hub id: {name} has no safetensors weights (to use a GGUF file, download it and name it)")
+        raise _NotHere(f"a Hub id: {name} holds no safetensors weights (to use a GGUF file, download it and name it)")
     return Path(path)
 
 

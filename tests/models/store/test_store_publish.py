@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -164,15 +163,15 @@ def test_waiting_for_another_build_ends(cache: Path) -> None:
         thread.join(timeout=30)
 
 
-def _run_builder(code: str, cache: Path, **options) -> subprocess.Popen:
+def _run_builder(code: str, cache: Path) -> subprocess.Popen[str]:
     program = f"""
-import os, signal, sys, time
+import resource, time
 from pathlib import Path
 from pilotfish.models.store_publish import ensure_published, DiskFull
 target = Path({str(cache)!r}) / "m"
 {code}
 """
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
 
 def test_killed_builder_leaves_nothing_that_looks_whole_and_no_lock(cache: Path) -> None:
@@ -189,7 +188,7 @@ ensure_published(target, build, source_sha256={SHA!r})
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert directory_problem(cache / "m", source_sha256=SHA) == "it is not there"
-    assert _hidden(cache) == [f".m.building-{process.pid}"]
+    assert len(_hidden(cache)) == 1
     ensure_published(cache / "m", _build, source_sha256=SHA, lock_timeout_s=1.0)
     assert directory_problem(cache / "m", source_sha256=SHA) is None
     assert _hidden(cache) == []
@@ -198,6 +197,7 @@ ensure_published(target, build, source_sha256={SHA!r})
 def test_full_disk_while_building(cache: Path) -> None:
     """A limit on a file's size stands for the full disk: the same error path, and no root is needed."""
     code = f"""
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 def build(scratch, model):
     with (model / "weights").open("wb") as file:
         while True:
@@ -207,7 +207,7 @@ try:
 except DiskFull as error:
     print(error)
 """
-    process = _run_builder(code, cache, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    process = _run_builder(code, cache)
     output, _ = process.communicate(timeout=30)
     assert "no room for" in output
     assert "PILOTFISH_CACHE" in output
