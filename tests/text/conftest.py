@@ -49,7 +49,9 @@ def byte_level_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    return _save(tokenizer, tmp_path_factory.mktemp("byte-level"), bos_token="<|begin|>", eos_token="<|end|>")
+    tokenizer.add_special_tokens([AddedToken("<|pad|>", rstrip=True, normalized=False)])
+    named = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    return _save(tokenizer, tmp_path_factory.mktemp("byte-level"), **named)
 
 
 @pytest.fixture(scope="session")

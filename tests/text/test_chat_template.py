@@ -10,6 +10,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
 # Whitespace control, trimming, loop controls, a refusal, a date, JSON, namespaces, special tokens and the training mark.
 ELABORATE = """{{ bos_token }}
 {%- set ns = namespace(turn=0) %}
@@ -65,7 +66,7 @@ def test_the_embedded_model_equals_transformers(smollm2_path):
         assert ours.render(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-@pytest.mark.parametrize("source", [CHATML, ELABORATE])
+@pytest.mark.parametrize("source", [CHATML, TRIMMING, ELABORATE])
 @pytest.mark.parametrize("final", ["The answer is", "The answer is ", "", " \n{", "Hi"])
 def test_continuing_the_final_message_equals_transformers(directory, source, final):
     (directory / "chat_template.jinja").write_text(source)

@@ -14,7 +14,7 @@ def test_ids_and_text_equal_transformers(any_path, make_text):
     ours, theirs = Tokenizer.from_directory(any_path), AutoTokenizer.from_pretrained(any_path)
     rng = random.Random(1)
     texts = [make_text(rng) for _ in range(150)]
-    texts += ["", " ", "\n", "a", " a", "  a  b ", f"x{theirs.eos_token}y {theirs.bos_token} z", "<tool>é"]
+    texts += ["", " ", "\n", "a", " a", "  a  b ", f"x{theirs.eos_token}y {theirs.bos_token} z", "<tool>é <|pad|>  b"]
     for text in texts:
         for add_special_tokens in (True, False):
             ids = ours.encode(text, add_special_tokens=add_special_tokens)
@@ -54,8 +54,8 @@ def test_sentencepiece_ids_equal_the_llama_class(sentencepiece_path, tmp_path, m
         {"extra_special_tokens": ["<|new|>"]},
         {"additional_special_tokens": ["<|new|>"]},
         {"pad_token": {"__type": "AddedToken", "content": "<|new|>", "lstrip": True, "rstrip": False, "normalized": False}},
-        {"added_tokens_decoder": {"401": {"content": "<|new|>", "special": True, "rstrip": True, "normalized": False}}},
-        {"added_tokens_decoder": {"401": {"content": "<|new|>", "special": False, "normalized": False}}},
+        {"added_tokens_decoder": {"402": {"content": "<|new|>", "special": True, "rstrip": True, "normalized": False}}},
+        {"added_tokens_decoder": {"402": {"content": "<|new|>", "special": False, "normalized": False}}},
         {"eos_token": "The"},
     ],
 )
