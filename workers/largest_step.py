@@ -1,0 +1,56 @@
+"""The profiling run: the largest step the scheduler can make, run for the memory it takes.
+
+It goes through the real runner, with every sampling feature on, over a cache of a single page that all sequences share: what
+is computed is meaningless, what is allocated is not.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..common.config import EngineConfig
+from ..common.errors import ConfigError
+from ..common.requests import EngineRequest, TokenSampling
+from ..models.causal_lm import CausalLM
+from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan
+from .kv_cache import KvCache
+from .memory import measure_peak
+from .model_runner import ModelRunner
+
+_EVERYTHING = TokenSampling(
+    temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, repetition_penalty=1.1, max_tokens=1, seed=0, logprobs=1
+)
+
+
+def measure_largest_step(
+    model: CausalLM, *, config: EngineConfig, one_page: KvCache, max_model_len: int, device: torch.device
+) -> int:
+    """Bytes that a step of max_num_batched_tokens tokens over max_num_seqs sequences needs besides weights and cache.
+
+    Raises:
+        ConfigError: it does not fit into the device's memory.
+    """
+    cache = KvCache(one_page.layers, -(-max_model_len // config.block_size), config.block_size)
+    runner = ModelRunner(model, config=config, kv_cache=cache, max_model_len=max_model_len, device=device)
+    plan = _largest_plan(config, max_model_len)
+    try:
+        with measure_peak(device) as peak:
+            runner.launch(plan, isolate_failures=False).result()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a step of {plan.num_tokens} tokens does not fit into this device's memory: lower max_num_batched_tokens "
+            f"or max_num_seqs ({error})"
+        ) from error
+    return peak.temporary_bytes
+
+
+def _largest_plan(config: EngineConfig, max_model_len: int) -> StepPlan:
+    shared, rest = divmod(config.max_num_batched_tokens, config.max_num_seqs)
+    admitted, rows = [], []
+    for slot in range(config.max_num_seqs):
+        num_tokens = min(shared + (slot < rest), max_model_len)
+        request = EngineRequest(request_id=f"largest-step-{slot}", prompt_token_ids=(0,) * num_tokens, sampling=_EVERYTHING)
+        page_ids = (0,) * -(-num_tokens // config.block_size)
+        admitted.append(AdmittedSequence(request, slot, request.prompt_token_ids, (), 0, 0))
+        rows.append(PlannedRow(request.request_id, slot, 0, num_tokens, True, page_ids, 0))
+    return StepPlan(0, tuple(admitted), tuple(rows), ())

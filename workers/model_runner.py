@@ -1,0 +1,160 @@
+"""Runs step plans on the device: applies a plan's changes to the batch state, runs the model, draws tokens.
+
+A step has two halves. `launch` applies the plan and queues all its work; on a GPU it returns before that work is done, so
+that the next plan can be made and launched meanwhile. `PendingStep.result` waits for the tokens. Plans are launched in the
+order of their ids and their results are taken in the same order.
+
+A step that raises is run again in halves: running the same rows twice writes the same keys and values and draws the same
+tokens. Rows that fail alone are reported as errors, all others get their tokens; a step that was too large for
+the memory left succeeds in smaller parts.
+
+Shape letters: R rows that sample, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+
+from ..common.config import EngineConfig
+from ..common.requests import TokenLogprob
+from ..models.causal_lm import CausalLM
+from ..scheduler.step_plan import PlannedRow, StepPlan, StepResult
+from .batch_state import BatchState
+from .kv_cache import KvCache
+from .sampler import Sampled, Sampler
+from .stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+_NO_TOKEN = "the model's logits are not finite, or logit_bias, bad_words and min_tokens leave no token to draw"
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPart:
+    """The rows of one forward pass and what they sampled (on its way to the host); `error` where the pass raised."""
+
+    rows: Sequence[PlannedRow]
+    sampled: Sampled | None = None
+    error: str = ""
+
+    def collect(self) -> tuple[list[int], list[TokenLogprob | None], dict[str, str]]:
+        """Tokens and logprobs of the rows that sample, and errors by request id; the copies must have arrived."""
+        sampling = [row for row in self.rows if row.samples]
+        if self.sampled is None:
+            errors = {row.request_id: self.error for row in self.rows if self.error}
+            return [0] * len(sampling), [None] * len(sampling), errors
+        token_ids, logits_R = self.sampled.tokens_R.tolist(), self.sampled.logits_R.tolist()
+        errors = {row.request_id: _NO_TOKEN for row, logit in zip(sampling, logits_R, strict=True) if not isfinite(logit)}
+        if self.sampled.logprobs is None:
+            return token_ids, [None] * len(token_ids), errors
+        return token_ids, self.sampled.logprobs.entries(token_ids), errors
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A launched step. `arrived` is the GPU's mark behind its last copy to the host; None on a CPU."""
+
+    plan: StepPlan
+    parts: Sequence[PendingPart]
+    stopwatch: Stopwatch
+    arrived: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        """Waits for the step's work; one token for each row that samples, in the order of the plan."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        errors: dict[str, str] = {}
+        for part in self.parts:
+            part_token_ids, part_logprobs, part_errors = part.collect()
+            token_ids += part_token_ids
+            logprobs += part_logprobs
+            errors |= part_errors
+        return StepResult(self.plan.step_id, tuple(token_ids), tuple(logprobs), errors)
+
+
+class ModelRunner:
+    """A model with its cache and the device state of its running sequences."""
+
+    def __init__(
+        self, model: CausalLM, *, config: EngineConfig, kv_cache: KvCache, max_model_len: int, device: torch.device
+    ) -> None:
+        self.model = model
+        self._kv_cache = kv_cache
+        self._device = device
+        self._batch_state = BatchState(
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=config.block_size,
+            num_blocks=kv_cache.num_blocks,
+            device=device,
+        )
+        self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Launches the step and waits for it."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, *, isolate_failures: bool = True) -> PendingStep:
+        """Applies the plan and queues its work; without `isolate_failures` the first exception is raised.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+        """
+        for slot in plan.released_slots:
+            self._sampler.release(slot)
+        for sequence in plan.admitted:
+            self._batch_state.admit(sequence)
+            self._sampler.admit(sequence)
+        self._batch_state.update_blocks(plan.replaced_blocks, plan.rows)
+        stopwatch = Stopwatch(self._device)
+        launch_rows = self._launch_isolating if isolate_failures else self._launch_whole
+        parts = launch_rows(plan.rows, stopwatch)
+        arrived = torch.cuda.Event() if self._device.type == "cuda" else None
+        if arrived is not None:
+            arrived.record()
+        return PendingStep(plan, parts, stopwatch, arrived)
+
+    def _launch_isolating(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
+        try:
+            return self._launch_whole(rows, stopwatch)
+        except torch.AcceleratorError:
+            raise  # no smaller step can succeed
+        except Exception as error:
+            if len(rows) == 1:
+                logger.exception("the step of request %s failed", rows[0].request_id)
+                return [PendingPart(rows, error=f"{type(error).__name__}: {error}")]
+            logger.exception("a step of %d rows failed and runs again in halves", len(rows))
+        # Outside the handler, where the failed pass's tensors are no longer held by its traceback.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        middle = len(rows) // 2
+        return self._launch_isolating(rows[:middle], stopwatch) + self._launch_isolating(rows[middle:], stopwatch)
+
+    def _launch_whole(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
+        return [self._forward_and_draw(rows, stopwatch)] if rows else []
+
+    def _forward_and_draw(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> PendingPart:
+        batch, sampling = self._batch_state.compose(rows, self._kv_cache)
+        with stopwatch.measure("forward"):
+            hidden_RH = self.model.forward(batch)
+        if not len(sampling.host_slots_R):
+            return PendingPart(rows)
+        with stopwatch.measure("sample"):
+            logits_RV = self.model.compute_logits(hidden_RH)
+            sampled = self._sampler.draw(logits_RV, sampling)
+            self._batch_state.append_tokens(sampling, sampled.tokens_R)
+        return PendingPart(rows, sampled.map(self._to_host))
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Queues a copy to the host, behind the work that makes the tensor."""
+        if self._device.type == "cpu":
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

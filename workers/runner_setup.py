@@ -1,0 +1,111 @@
+"""From a configuration to a runner that can run steps: find the model, load it, measure memory, allocate the KV cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import torch
+
+from ..common.config import EngineConfig, ModelConfig
+from ..common.errors import ConfigError
+from ..common.requests import WorkerInfo
+from ..kernels.dispatch import backend_report
+from ..models.build import load_model
+from ..models.causal_lm import CausalLM
+from ..models.store import resolve
+from .cpu_threads import usable_cores
+from .kv_cache import KvCache, allocate_kv_cache, bytes_per_block
+from .largest_step import measure_largest_step
+from .memory import available_bytes, num_kv_blocks
+from .model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[ModelRunner, WorkerInfo]:
+    """The runner and the facts found on the way.
+
+    Raises:
+        ConfigError: a setting does not fit this model or machine; the message names it.
+        ModelNotFound, ModelLoadError: the model cannot be found or loaded, and why.
+    """
+    start_s = time.perf_counter()
+    device = _choose_device(engine_config)
+    if device.type == "cpu":
+        torch.set_num_threads(engine_config.num_threads or usable_cores())
+    path = resolve(model_config.model).path
+    model = load_model(path, device=device, dtype=model_config.dtype)
+    max_model_len = _choose_max_model_len(model_config, model.config.max_position)
+    kv_cache = _allocate_measured(model, engine_config, max_model_len=max_model_len)
+    runner = ModelRunner(model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device)
+    info = WorkerInfo(
+        model_name=model_config.name,
+        model_path=str(path),
+        architecture=model.config.architecture,
+        device=str(device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.config.vocab_size,
+        max_model_len=max_model_len,
+        block_size=kv_cache.block_size,
+        num_blocks=kv_cache.num_blocks,
+        max_num_seqs=engine_config.max_num_seqs,
+        max_num_batched_tokens=engine_config.max_num_batched_tokens,
+        num_parameters=model.num_parameters,
+        weight_bytes=model.weight_bytes,
+        kv_cache_bytes=kv_cache.num_bytes,
+        load_seconds=time.perf_counter() - start_s,
+        kernels=backend_report(),
+        pid=os.getpid(),
+    )
+    logger.info(
+        "ready in %.1f s: KV cache of %d tokens (%.2f GiB)",
+        info.load_seconds,
+        kv_cache.num_blocks * kv_cache.block_size,
+        kv_cache.num_bytes / 2**30,
+    )
+    return runner, info
+
+
+def _choose_device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch finds no CUDA device here: use device auto or cpu, or see `pilotfish env`")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _choose_max_model_len(config: ModelConfig, max_position: int) -> int:
+    if config.max_model_len is None:
+        return max_position
+    if not 2 <= config.max_model_len <= max_position:
+        raise ConfigError(f"max_model_len must be in [2, {max_position}] for this model, not {config.max_model_len}")
+    return config.max_model_len
+
+
+def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_model_len: int) -> KvCache:
+    """The cache, of the size asked for or of the size that measuring the largest step leaves room for."""
+    sizes = {
+        "block_size": config.block_size,
+        "num_layers": model.config.num_layers,
+        "num_kv_heads": model.num_kv_heads,
+        "head_dim": model.config.head_dim,
+        "dtype": model.dtype,
+    }
+    temporary_bytes = available = 0
+    if config.num_kv_blocks is None:
+        one_page = allocate_kv_cache(num_blocks=0, device=model.device, **sizes)
+        temporary_bytes = measure_largest_step(
+            model, config=config, one_page=one_page, max_model_len=max_model_len, device=model.device
+        )
+        available = available_bytes(model.device)
+        logger.info("the largest step takes %.0f MB; %.2f GiB are left", temporary_bytes / 1e6, available / 2**30)
+    num_blocks = num_kv_blocks(
+        config=config,
+        max_model_len=max_model_len,
+        bytes_per_block=bytes_per_block(**sizes),
+        available=available,
+        temporary_bytes=temporary_bytes,
+    )
+    return allocate_kv_cache(num_blocks=num_blocks, device=model.device, **sizes)

@@ -1,0 +1,151 @@
+"""Draws the next token of every row that samples, each by its own sequence's parameters.
+
+The parameters of a sequence are written into its slot when it is admitted. In the common case a step costs a gather of
+them and one `sample`; rules (bias, penalties, bad words, min_tokens) and log probabilities run only when a row of
+the step asked for them. The order of the rules is Hugging Face's.
+
+Shape letters: R rows that sample, V vocabulary, M slots, N rows that want log probabilities, C tokens a sequence can have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..common.requests import TokenLogprob
+from ..kernels.logprobs import gather_logprobs
+from ..kernels.sampling import sample
+from ..scheduler.step_plan import AdmittedSequence
+from .batch_state import BatchState, SamplingRows
+from .logit_rules import BadWordsRule, LogitBiasRule, LogitRule, MinTokensRule
+from .penalty_rule import PenaltyRule
+
+_NO_LOGPROBS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tokens of a step's sampling rows, as tensors.
+
+    `logits_R` are the drawn tokens' own, after all rules. One that is not finite says that there was no token to draw: the
+    model's logits are not finite, or every token is banned.
+    """
+
+    tokens_R: torch.Tensor
+    logits_R: torch.Tensor
+    logprobs: SampledLogprobs | None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Sampled:
+        """The same with `function` applied to every tensor."""
+        logprobs = self.logprobs.map(function) if self.logprobs else None
+        return Sampled(function(self.tokens_R), function(self.logits_R), logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledLogprobs:
+    """Log probabilities of the rows `rows_N` (indices into R, on the host), which want `num_top_N` alternatives each."""
+
+    rows_N: np.ndarray
+    num_top_N: np.ndarray
+    logprob_N: torch.Tensor
+    top_ids: torch.Tensor  # [N, largest num_top], likeliest first
+    top_logprobs: torch.Tensor
+    rank_N: torch.Tensor
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SampledLogprobs:
+        """The same with `function` applied to every tensor."""
+        columns = (self.logprob_N, self.top_ids, self.top_logprobs, self.rank_N)
+        return SampledLogprobs(self.rows_N, self.num_top_N, *map(function, columns))
+
+    def entries(self, token_ids: list[int]) -> list[TokenLogprob | None]:
+        """One entry a row of R, None where none was asked for; `token_ids` are the tokens drawn."""
+        entries: list[TokenLogprob | None] = [None] * len(token_ids)
+        columns = (self.logprob_N, self.rank_N, self.top_ids, self.top_logprobs)
+        on_host = (self.rows_N.tolist(), self.num_top_N.tolist(), *(column.tolist() for column in columns))
+        for row, num_top, logprob, rank, ids, values in zip(*on_host, strict=True):
+            top = tuple(zip(ids[:num_top], values[:num_top], strict=True))
+            entries[row] = TokenLogprob(token_ids[row], logprob, rank, top)
+        return entries
+
+
+class Sampler:
+    """The sampling parameters of all slots, and the draw."""
+
+    def __init__(self, batch_state: BatchState, *, vocab_size: int) -> None:
+        num_slots, self._to_device = len(batch_state.token_ids_MC), batch_state.to_device
+        token_ids_MC = batch_state.token_ids_MC
+        self._floats_3M = np.zeros((3, num_slots), dtype=np.float32)  # temperature, top_p, min_p
+        self._top_k_M = np.zeros(num_slots, dtype=np.int32)
+        self._seeds_M = np.zeros(num_slots, dtype=np.int64)
+        self._num_logprobs_M = np.full(num_slots, _NO_LOGPROBS, dtype=np.int64)
+        self._penalties = PenaltyRule(self._to_device, token_ids_MC, vocab_size)
+        self._rules: tuple[LogitRule, ...] = (
+            LogitBiasRule(self._to_device),
+            self._penalties,
+            BadWordsRule(self._to_device, token_ids_MC),
+            MinTokensRule(self._to_device),
+        )
+        self._rule_on = np.zeros((len(self._rules), num_slots), dtype=bool)
+        self._on_device: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def admit(self, sequence: AdmittedSequence) -> None:
+        """Writes the sequence's parameters into its slot; the batch state must have its tokens already."""
+        slot, sampling = sequence.slot, sequence.request.sampling
+        self._floats_3M[:, slot] = sampling.temperature, sampling.top_p, sampling.min_p
+        self._top_k_M[slot] = sampling.top_k
+        self._seeds_M[slot] = sampling.seed
+        self._num_logprobs_M[slot] = _NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
+        for index, rule in enumerate(self._rules):
+            if rule.wants(sampling):
+                rule.admit(sequence)
+                self._rule_on[index, slot] = True
+        self._on_device = None
+
+    def release(self, slot: int) -> None:
+        """Forgets what rules keep for the slot."""
+        for index in np.flatnonzero(self._rule_on[:, slot]).tolist():
+            self._rules[index].release(slot)
+        self._rule_on[:, slot] = False
+
+    def draw(self, logits_RV: torch.Tensor, rows: SamplingRows) -> Sampled:
+        """One token a row. `logits_RV` are float32 and are changed in place."""
+        rules_on_KR = self._rule_on[:, rows.host_slots_R]
+        num_logprobs_R = self._num_logprobs_M[rows.host_slots_R]
+        wanting_N = np.flatnonzero(num_logprobs_R != _NO_LOGPROBS)
+        raw_NV = logits_RV  # a copy only where something is about to change the rows, or where not all rows are wanted
+        if len(wanting_N) and (len(wanting_N) < len(num_logprobs_R) or rules_on_KR.any()):
+            raw_NV = logits_RV[self._to_device(wanting_N)]
+        for rule, on_R in zip(self._rules, rules_on_KR, strict=True):
+            if on_R.any():
+                rule.apply(logits_RV, rows, np.flatnonzero(on_R))
+        tokens_R = self._sample(logits_RV, rows)
+        drawn_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+        logprobs = None
+        if len(wanting_N):
+            num_top_N = num_logprobs_R[wanting_N]
+            tokens_N = tokens_R[self._to_device(wanting_N)]
+            columns = gather_logprobs(raw_NV, tokens_N, int(num_top_N.max()))
+            logprobs = SampledLogprobs(wanting_N, num_top_N, *columns)
+        if self._rule_on[self._rules.index(self._penalties), rows.host_slots_R].any():
+            self._penalties.record(rows, tokens_R)
+        return Sampled(tokens_R, drawn_R, logprobs)
+
+    def _sample(self, logits_RV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+        if self._on_device is None:
+            tables = (self._floats_3M, self._top_k_M, self._seeds_M)
+            floats_3M, top_k_M, seeds_M = (self._to_device(table.copy()) for table in tables)
+            self._on_device = floats_3M, top_k_M, seeds_M
+        floats_3M, top_k_M, seeds_M = self._on_device
+        floats_3R = floats_3M.index_select(1, rows.slots_R)
+        return sample(
+            logits_RV,
+            temperature_S=floats_3R[0],
+            top_k_S=top_k_M.index_select(0, rows.slots_R),
+            top_p_S=floats_3R[1],
+            min_p_S=floats_3R[2],
+            seeds_S=seeds_M.index_select(0, rows.slots_R),
+            positions_S=rows.output_positions_R,
+        )

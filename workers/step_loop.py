@@ -1,0 +1,99 @@
+"""Plan, launch, update, report: the loop of an engine, one turn at a time and on one thread.
+
+Up to `max_in_flight` steps are launched and not yet completed. With one, a turn is plan, run, update. With two, a turn plans
+and launches the next step while the device still runs this one, then completes this one: results are seen one step late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..common.requests import StepOutput, StepTimings
+from ..scheduler.step_scheduler import StepScheduler
+from .model_runner import ModelRunner, PendingStep
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    pending: PendingStep
+    start_s: float
+    plan_ms: float
+
+
+class StepLoop:
+    """Drives a scheduler and a runner; every turn that has something to tell calls `on_step` once.
+
+    Attributes:
+        step_id: of the last message; messages count from 1 without gaps.
+        busy_since_s: when the device was given the work it is on now (monotonic clock); None while it has none.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, scheduler: StepScheduler, *, on_step: Callable[[StepOutput], None], max_in_flight: int
+    ) -> None:
+        self.scheduler = scheduler
+        self.step_id = 0
+        self.busy_since_s: float | None = None
+        self._runner = runner
+        self._on_step = on_step
+        self._max_in_flight = max_in_flight
+        self._in_flight: deque[_InFlight] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._in_flight) or self.scheduler.has_work
+
+    def advance(self) -> None:
+        """One turn: at most one step launched and one completed."""
+        start_s = time.monotonic()
+        plan = self.scheduler.plan()
+        if plan is not None:
+            if not self._in_flight:
+                self.busy_since_s = start_s
+            plan_ms = (time.monotonic() - start_s) * 1e3
+            self._in_flight.append(_InFlight(self._runner.launch(plan), start_s, plan_ms))
+        if self._in_flight and (plan is None or len(self._in_flight) == self._max_in_flight):
+            self._complete()
+        elif plan is None:
+            self._report(StepTimings(), num_batched_tokens=0)
+
+    def finish(self) -> None:
+        """Completes what is in flight and reports the rest, without starting anything."""
+        while self._in_flight:
+            self._complete()
+        self._report(StepTimings(), num_batched_tokens=0)
+
+    def _complete(self) -> None:
+        step = self._in_flight.popleft()
+        self.scheduler.update(step.pending.result())
+        now_s = time.monotonic()
+        self.busy_since_s = now_s if self._in_flight else None
+        spent_ms = step.pending.stopwatch.total_ms()
+        timings = StepTimings(
+            plan_ms=step.plan_ms,
+            forward_ms=spent_ms.get("forward", 0.0),
+            sample_ms=spent_ms.get("sample", 0.0),
+            total_ms=(now_s - step.start_s) * 1e3,
+        )
+        self._report(timings, num_batched_tokens=step.pending.plan.num_tokens)
+
+    def _report(self, timings: StepTimings, *, num_batched_tokens: int) -> None:
+        sequences = tuple(self.scheduler.drain_outputs())
+        first_event_id, kv_events = self.scheduler.drain_kv_events()
+        if not (sequences or kv_events or num_batched_tokens):
+            return
+        self.step_id += 1
+        self._on_step(
+            StepOutput(
+                step_id=self.step_id,
+                sequences=sequences,
+                first_event_id=first_event_id,
+                kv_events=kv_events,
+                num_batched_tokens=num_batched_tokens,
+                timings=timings,
+                load=self.scheduler.load(),
+            )
+        )
