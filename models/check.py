@@ -1,0 +1,148 @@
+"""Proves a checkpoint: its weights load strictly, and its logits and greedy tokens are those of transformers in float32.
+
+Random prompts of mixed lengths run in one batch through the paged cache: prefill, then decode steps, then once more with the
+prefill in chunks that mix with decode rows. The reference runs each prompt alone through untouched transformers.
+
+V vocabulary, P prompt and decoded tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..common.errors import ModelLoadError
+from .build import load_model
+from .causal_lm import CausalLM
+from .paged_sequences import PagedSequences
+
+# Largest |logit - reference|, relative to the largest reference logit (or to 1 where that is less).
+TOLERANCE = 1e-4
+NUM_DECODE_STEPS = 16
+_CHUNK_TOKENS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRow:
+    """One line of the proof."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One prompt through transformers: logits of every position, and the greedy tokens that followed the prompt."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits_PV: torch.Tensor
+
+
+def check_model(path: str | Path, *, device: str = "cpu", seed: int = 0) -> list[CheckRow]:
+    """The proof of the checkpoint directory, a row a claim; what fails to load ends it early with a row that is not ok.
+
+    Needs memory for the model twice, once of them in float32.
+    """
+    try:
+        model = load_model(path, device=device, dtype="float32")
+    except ModelLoadError as error:
+        return [CheckRow("weights", False, error.message)]
+    rows = [CheckRow("weights", True, f"{model.config.architecture}, {model.num_parameters / 1e6:.1f} M parameters")]
+    try:
+        untouched = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        return [*rows, CheckRow("reference", False, f"transformers {transformers.__version__} cannot load it: {error}")]
+    prompts = choose_prompts(model, seed=seed)
+    references = [run_reference(untouched.eval(), prompt) for prompt in prompts]
+    return rows + compare(model, references)
+
+
+def choose_prompts(model: CausalLM, *, seed: int) -> list[list[int]]:
+    """Random prompts of mixed lengths; where a layer has a sliding window, one prompt is longer than it (up to 1024)."""
+    longest = model.config.max_position - NUM_DECODE_STEPS
+    windows = [window for window in model.config.windows if window is not None]
+    lengths = [1, 5, 17, 40] + [min(max(windows) + 9, 1024) for _ in windows[:1]]
+    generator = random.Random(seed)
+    return [
+        [generator.randrange(model.config.vocab_size) for _ in range(min(length, longest))] for length in lengths if longest > 0
+    ]
+
+
+@torch.inference_mode()
+def run_reference(untouched: transformers.PreTrainedModel, prompt: Sequence[int]) -> Reference:
+    """Prefill and greedy decode steps, with transformers' own cache."""
+    output = untouched(torch.tensor([prompt]), use_cache=True)
+    logits, tokens = [output.logits[0]], []
+    for _ in range(NUM_DECODE_STEPS):
+        tokens.append(int(logits[-1][-1].argmax()))
+        output = untouched(torch.tensor([[tokens[-1]]]), past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits[0])
+    return Reference(list(prompt), tokens, torch.cat(logits))
+
+
+def compare(model: CausalLM, references: Sequence[Reference]) -> list[CheckRow]:
+    """Runs the references' tokens through the model. Each step gets the reference's token, so that errors do not compound."""
+    max_len = max(len(reference.logits_PV) for reference in references)
+    paged = PagedSequences(model, num_sequences=len(references), max_len=max_len)
+    prefill = paged.extend({i: reference.prompt for i, reference in enumerate(references)})
+    steps = [
+        paged.extend({i: [reference.tokens[step]] for i, reference in enumerate(references)})
+        for step in range(NUM_DECODE_STEPS)
+    ]
+    decode = {i: torch.cat([step[i] for step in steps]) for i in range(len(references))}
+    chunked = _run_in_chunks(model, references, max_len)
+    return [
+        _logits_row("prefill logits", [(prefill[i], r.logits_PV[: len(r.prompt)]) for i, r in enumerate(references)]),
+        _logits_row("decode logits", [(decode[i], r.logits_PV[len(r.prompt) :]) for i, r in enumerate(references)]),
+        _tokens_row([torch.cat([prefill[i][-1:], decode[i][:-1]]) for i in range(len(references))], references),
+        _logits_row("chunked prefill", [(chunked[i], r.logits_PV) for i, r in enumerate(references)]),
+    ]
+
+
+def _run_in_chunks(model: CausalLM, references: Sequence[Reference], max_len: int) -> list[torch.Tensor]:
+    """All positions' logits, a few tokens a pass; a short prompt decodes while a long one is still in its prefill."""
+    paged = PagedSequences(model, num_sequences=len(references), max_len=max_len, seed=1)
+    pieces: list[list[torch.Tensor]] = [[] for _ in references]
+    waiting = {}
+    for i, reference in enumerate(references):
+        prompt = reference.prompt
+        chunks = [prompt[start : start + _CHUNK_TOKENS] for start in range(0, len(prompt), _CHUNK_TOKENS)]
+        waiting[i] = chunks + [[token] for token in reference.tokens]
+    while waiting:
+        for i, logits in paged.extend({i: chunks.pop(0) for i, chunks in waiting.items()}).items():
+            pieces[i].append(logits)
+        waiting = {i: chunks for i, chunks in waiting.items() if chunks}
+    return [torch.cat(logits) for logits in pieces]
+
+
+def _logits_row(name: str, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> CheckRow:
+    worst = max(_error(got, want) for got, want in pairs)
+    scale = max(1.0, *(float(want.abs().max()) for _, want in pairs))
+    num_positions = sum(len(want) for _, want in pairs)
+    return CheckRow(
+        name, worst <= TOLERANCE * scale, f"largest error {worst:.1e} at {num_positions} positions, logits up to {scale:.1f}"
+    )
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest absolute difference; infinite where one is not a number, which no comparison would notice."""
+    difference = (got - want).abs()
+    return float(difference.max()) if bool(difference.isfinite().all()) else float("inf")
+
+
+def _tokens_row(logits: Sequence[torch.Tensor], references: Sequence[Reference]) -> CheckRow:
+    for i, reference in enumerate(references):
+        tokens = logits[i].argmax(-1).tolist()
+        for step, (got, want) in enumerate(zip(tokens, reference.tokens, strict=True)):
+            if got != want:
+                return CheckRow(
+                    "greedy tokens", False, f"prompt {i} ({len(reference.prompt)} tokens), step {step}: {got}, not {want}"
+                )
+    return CheckRow("greedy tokens", True, f"{len(references)} prompts x {NUM_DECODE_STEPS} tokens equal")

@@ -1,0 +1,75 @@
+"""Tiny random checkpoints: every weight, norm and bias random, so that nothing that is left out goes unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+# Sizes that fit every family; 6 heads and 3 kv heads also divide over 3 ranks.
+TINY = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+TINY_MOE = {"num_experts_per_tok": 2, "num_local_experts": 5, "num_experts": 5, "moe_intermediate_size": 24}
+
+SaveCheckpoint = Callable[..., transformers.PreTrainedModel]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: more threads would only wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def save_checkpoint() -> SaveCheckpoint:
+    return _save_checkpoint
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """The directory of a tiny Llama checkpoint, one file, float32."""
+    _save_checkpoint(tmp_path, "LlamaForCausalLM")
+    return tmp_path
+
+
+def _save_checkpoint(
+    path: Path, architecture: str, *, dtype: torch.dtype = torch.float32, save: dict[str, Any] | None = None, **config: Any
+) -> transformers.PreTrainedModel:
+    """Writes a checkpoint as transformers does, and returns the same model in float32."""
+    model_class = getattr(transformers, architecture)
+    is_moe = architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+    sizes = TINY | (TINY_MOE if is_moe else {}) | config
+    if architecture == "MixtralForCausalLM":
+        del sizes["num_experts"]
+    model = model_class(model_class.config_class(**sizes))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+    model.to(dtype).save_pretrained(path, **(save or {}))
+    if dtype != torch.float32:
+        # Not model.float(): the rotary buffers went to the lower precision too.
+        model = model_class.from_pretrained(path, dtype=torch.float32)
+    return model.eval()

@@ -1,0 +1,81 @@
+"""Every family against untouched transformers: prefill, decode and chunked prefill of mixed lengths over the paged cache.
+
+An architecture without a row here fails the last test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pilotfish.models.build import load_model
+from pilotfish.models.check import choose_prompts, compare, run_reference
+from pilotfish.models.registry import ARCHITECTURES
+from transformers import PreTrainedModel
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+SLIDING = {"use_sliding_window": True, "sliding_window": 11}
+FUSED = {"save": {"save_original_format": False}}
+
+ROWS: list[tuple[str, str, dict[str, Any]]] = [
+    ("LlamaForCausalLM", "grouped heads", {}),
+    ("LlamaForCausalLM", "one kv head, tied", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("LlamaForCausalLM", "as many kv heads, all biases", {"num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True}),
+    ("LlamaForCausalLM", "wide heads, gelu", {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}),
+    ("LlamaForCausalLM", "stored in bfloat16", {"dtype": torch.bfloat16}),
+    ("LlamaForCausalLM", "stored in float16, tied", {"dtype": torch.float16, "tie_word_embeddings": True}),
+    ("LlamaForCausalLM", "linear rope", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}}),
+    ("LlamaForCausalLM", "dynamic rope", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}),
+    ("LlamaForCausalLM", "llama3 rope", {"rope_parameters": LLAMA3}),
+    ("LlamaForCausalLM", "yarn rope", {"rope_parameters": YARN}),
+    ("MistralForCausalLM", "sliding window", {"sliding_window": 11}),
+    ("MistralForCausalLM", "no window", {"sliding_window": None}),
+    ("Qwen2ForCausalLM", "biases, tied", {"tie_word_embeddings": True}),
+    ("Qwen2ForCausalLM", "upper layers slide", SLIDING | {"max_window_layers": 1}),
+    ("Qwen3ForCausalLM", "head norms", {}),
+    (
+        "Qwen3ForCausalLM",
+        "biases, lower layer slides",
+        SLIDING
+        | {
+            "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
+    ("Qwen3ForCausalLM", "bfloat16, yarn", {"dtype": torch.bfloat16, "rope_parameters": YARN}),
+    ("Qwen3MoeForCausalLM", "all sparse, renormalized", {"norm_topk_prob": True}),
+    ("Qwen3MoeForCausalLM", "every second layer, biases", {"decoder_sparse_step": 2, "attention_bias": True}),
+    ("Qwen3MoeForCausalLM", "one dense layer, bfloat16", {"mlp_only_layers": [1], "dtype": torch.bfloat16}),
+    ("Qwen3MoeForCausalLM", "sliding window, fused experts", SLIDING | FUSED),
+    ("MixtralForCausalLM", "tensors for each expert", {}),
+    ("MixtralForCausalLM", "sliding window, fused experts", {"sliding_window": 11} | FUSED),
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"), [(row[0], row[2]) for row in ROWS], ids=[f"{row[0]}: {row[1]}" for row in ROWS]
+)
+def test_equals_transformers(
+    architecture: str, config: dict[str, Any], tmp_path: Path, save_checkpoint: Callable[..., PreTrainedModel]
+) -> None:
+    untouched = save_checkpoint(tmp_path, architecture, **config)
+    model = load_model(tmp_path, device="cpu")
+    references = [run_reference(untouched, prompt) for prompt in choose_prompts(model, seed=0)]
+    rows = compare(model, references)
+    assert [row.name for row in rows] == ["prefill logits", "decode logits", "greedy tokens", "chunked prefill"]
+    assert all(row.ok for row in rows), rows
+
+
+def test_every_architecture_has_a_row() -> None:
+    assert set(ARCHITECTURES) == {row[0] for row in ROWS}
