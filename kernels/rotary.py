@@ -34,7 +34,9 @@ def apply_rotary(
     """
     _check(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
     backend = choose_backend("apply_rotary", q_TND, cos_PC)
-    run = {"cpp": cpu_ops.apply_rotary, "triton": _apply_rotary_triton, "reference": apply_rotary_ref}[backend]
+    run = apply_rotary_ref
+    if backend != "reference":
+        run = cpu_ops.apply_rotary if backend == "cpp" else _apply_rotary_triton
     run(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
 
 

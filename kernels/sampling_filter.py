@@ -87,9 +87,8 @@ def _largest_key_with_mass(row, vocab, target, lowest_key, largest, temperature,
         key = candidate ^ sign
         if key <= lowest_key:
             biased = candidate
-        elif key <= largest_key:
-            # Nested: `and` would run the pass over the row in any case.
-            if _mass_at_least(row, vocab, key, largest, temperature, COUNT, BLOCK) >= target:  # noqa: SIM102
+        elif key <= largest_key:  # noqa: SIM102 - `and` would run the pass over the row in any case
+            if _mass_at_least(row, vocab, key, largest, temperature, COUNT, BLOCK) >= target:
                 biased = candidate
     return biased ^ sign
 

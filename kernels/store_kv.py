@@ -27,7 +27,9 @@ def store_kv(
     """
     _check(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
     backend = choose_backend("store_kv", k_TKD, k_cache_BLKD)
-    run = {"cpp": cpu_ops.store_kv, "triton": _store_kv_triton, "reference": store_kv_ref}[backend]
+    run = store_kv_ref
+    if backend != "reference":
+        run = cpu_ops.store_kv if backend == "cpp" else _store_kv_triton
     run(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
 
 

@@ -1,0 +1,59 @@
+"""The same tests through Triton's interpreter on the CPU and, marked `gpu`, on a GPU.
+
+A test that asks for `device`, `dtype` or `case` runs once for each: on "cpu" in float32 and float16 with its module's SMALL
+cases; on "cuda" in bfloat16 too, with the SMALL and the LARGE ones (dicts from a name to a case). bfloat16 tl.dot is wrong in
+the interpreter. Triton reads TRITON_INTERPRET when it is imported, so the variable is set here, before the kernels are.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from pilotfish.kernels.rms_norm import _rms_norm_kernel
+from triton.runtime.interpreter import InterpretedFunction
+
+DTYPES = {
+    "cpu": (torch.float32, torch.float16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = [name for name in ("device", "dtype", "case") if name in metafunc.fixturenames]
+    if "device" not in names:
+        return
+    params = []
+    for device, dtypes in DTYPES.items():
+        cases = getattr(metafunc.module, "SMALL", {})
+        if device == "cuda":
+            cases = cases | getattr(metafunc.module, "LARGE", {})
+        values = {"device": [device], "dtype": dtypes, "case": cases.items()}
+        for choice in itertools.product(*(values[name] for name in names)):
+            arguments = [value[1] if name == "case" else value for name, value in zip(names, choice, strict=True)]
+            labels = [value[0] if name == "case" else str(value) for name, value in zip(names, choice, strict=True)]
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            params.append(pytest.param(*arguments, marks=marks, id="-".join(labels).replace("torch.", "")))
+    metafunc.parametrize(names, params)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(request: pytest.FixtureRequest) -> None:
+    """Kernels take CPU tensors only where Triton was imported in interpreter mode, and CUDA ones only where it was not."""
+    device = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else None
+    interpreted = isinstance(_rms_norm_kernel, InterpretedFunction)
+    if device == "cpu" and not interpreted:
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter needs TRITON_INTERPRET=1 on a machine with a GPU")
+        pytest.fail("a test imported the kernels before TRITON_INTERPRET=1 was set")
+    if device == "cuda" and interpreted:
+        pytest.skip("TRITON_INTERPRET is set: the kernels would run in the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

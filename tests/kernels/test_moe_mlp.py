@@ -1,0 +1,122 @@
+import pytest
+import torch
+from pilotfish.kernels.moe_mlp import TOLERANCE, _moe_mlp_triton, moe_mlp, moe_mlp_ref
+from pilotfish.kernels.moe_routing import route_tokens_ref
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+# (tokens, hidden, intermediate, experts, top_k)
+SMALL = {
+    "one": (1, 32, 48, 4, 2),
+    "few": (7, 40, 24, 5, 2),
+    "empty": (0, 32, 48, 4, 2),
+    "one_expert": (20, 32, 16, 1, 1),
+    "more_experts_than_tokens": (3, 32, 16, 12, 3),
+    "two_tiles": (40, 16, 16, 2, 1),
+}
+LARGE = {
+    "mixtral_decode": (16, 4096, 1024, 8, 2),
+    "qwen3_decode": (8, 2048, 768, 128, 8),
+    "qwen3_prefill": (3000, 2048, 768, 128, 8),
+    "odd_prefill": (1111, 1000, 520, 7, 3),
+}
+RUN = {"cpu": _moe_mlp_triton, "cuda": moe_mlp}
+
+
+def make(case, device="cpu", dtype=torch.float32):
+    num_tokens, hidden, intermediate, num_experts, top_k = case
+    x = torch.randn(num_tokens, hidden, device=device, dtype=dtype)
+    gate_up = torch.randn(num_experts, 2 * intermediate, hidden, device=device, dtype=dtype) * hidden**-0.5
+    down = torch.randn(num_experts, hidden, intermediate, device=device, dtype=dtype) * intermediate**-0.5
+    weights, experts = route_tokens_ref(torch.randn(num_tokens, num_experts, device=device), top_k, renormalize=True)
+    return x, gate_up, down, weights, experts
+
+
+def test_reference_equals_transformers():
+    config = MixtralConfig(hidden_size=24, intermediate_size=40, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    block = MixtralSparseMoeBlock(config).eval()
+    for parameter in block.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2
+    x = torch.randn(9, 24)
+    logits, _, _ = block.gate(x)
+    weights, experts = route_tokens_ref(logits, 2, renormalize=True)
+    out = moe_mlp_ref(x, block.experts.gate_up_proj.data, block.experts.down_proj.data, weights, experts, "silu")
+    torch.testing.assert_close(out, block(x[None])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_kernel_equals_reference(device, dtype, case, activation):
+    arguments = make(case, device, dtype)
+    out = RUN[device](*arguments, activation)
+    rtol, atol = TOLERANCE[dtype]
+    torch.testing.assert_close(out, moe_mlp_ref(*arguments, activation), rtol=rtol, atol=atol)
+
+
+def test_runs_repeat_bit_by_bit(device, dtype):
+    arguments = make(SMALL["few"], device, dtype)
+    first = RUN[device](*arguments, "silu")
+    assert torch.equal(first, RUN[device](*arguments, "silu"))
+
+
+def test_negative_experts_contribute_nothing(device, dtype):
+    x, gate_up, down, weights, experts = make((9, 32, 16, 4, 2), device, dtype)
+    experts[0] = -1
+    experts[3:6, 1] = -1
+    expected = moe_mlp_ref(x, gate_up, down, weights * (experts >= 0), experts.clamp(min=0), "silu")
+    rtol, atol = TOLERANCE[dtype]
+    for run in (RUN[device], moe_mlp_ref):
+        out = run(x, gate_up, down, weights, experts, "silu")
+        assert not out[0].any()
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
+    none = torch.full_like(experts, -1)
+    assert not RUN[device](x, gate_up, down, weights, none, "silu").any()
+
+
+def test_all_tokens_to_one_expert(device, dtype):
+    x, gate_up, down, weights, experts = make((50, 32, 16, 6, 1), device, dtype)
+    experts[:] = 4
+    rtol, atol = TOLERANCE[dtype]
+    out = RUN[device](x, gate_up, down, weights, experts, "silu")
+    torch.testing.assert_close(out, moe_mlp_ref(x, gate_up, down, weights, experts, "silu"), rtol=rtol, atol=atol)
+
+
+def test_half_weights_under_float32_activations(device):
+    x, gate_up, down, weights, experts = make(SMALL["few"], device)
+    gate_up, down = gate_up.half(), down.half()
+    rtol, atol = TOLERANCE[torch.float32]
+    out = RUN[device](x, gate_up, down, weights, experts, "silu")
+    torch.testing.assert_close(out, moe_mlp_ref(x, gate_up, down, weights, experts, "silu"), rtol=rtol, atol=atol)
+
+
+def test_views_of_wider_tensors(device, dtype):
+    x, gate_up, down, weights, experts = make(SMALL["few"], device, dtype)
+    wide_x, wide_down = torch.cat([x, x], 1), torch.cat([down, down], 2)
+    views = wide_x[:, : x.shape[1]], gate_up, wide_down[:, :, : down.shape[2]], weights, experts
+    assert torch.equal(RUN[device](*views, "silu"), RUN[device](x, gate_up, down, weights, experts, "silu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("x", torch.zeros(3, 9)),
+        ("gate_up", torch.zeros(4, 10, 8)),
+        ("down", torch.zeros(5, 8, 6)),
+        ("weights", torch.zeros(3, 3)),
+        ("weights", torch.zeros(3, 2, dtype=torch.float16)),
+        ("experts", torch.zeros(3, 2, dtype=torch.int64)),
+    ],
+)
+def test_misfits_are_refused(change, value):
+    arguments = {
+        "x": torch.zeros(3, 8),
+        "gate_up": torch.zeros(4, 12, 8),
+        "down": torch.zeros(4, 8, 6),
+        "weights": torch.zeros(3, 2),
+        "experts": torch.zeros(3, 2, dtype=torch.int32),
+    }
+    moe_mlp(*arguments.values(), "silu")
+    with pytest.raises(ValueError, match="moe_mlp"):
+        moe_mlp(*(arguments | {change: value}).values(), "silu")
+    with pytest.raises(ValueError, match="activation"):
+        moe_mlp(*arguments.values(), "relu")

@@ -1,0 +1,142 @@
+import pytest
+import torch
+from pilotfish.kernels.philox import philox_uniform_ref
+from pilotfish.kernels.sampling import _sample_triton, sample, sample_ref
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+# (rows, vocabulary)
+SMALL = {"one": (1, 20), "odd": (4, 333), "empty": (0, 64), "two_chunks": (2, 4099)}
+LARGE = {"batch": (64, 151936), "one_row": (1, 32000), "many_rows": (3000, 1000)}
+RUN = {"cpu": _sample_triton, "cuda": sample}
+
+
+def options(num_rows, device="cpu", **values):
+    """Sampling tensors; a value is one for all rows or a list."""
+    kinds = {
+        "temperature": (torch.float32, 1.0),
+        "top_k": (torch.int32, 0),
+        "top_p": (torch.float32, 1.0),
+        "min_p": (torch.float32, 0.0),
+        "seeds": (torch.int64, list(range(num_rows))),
+        "positions": (torch.int64, [11] * num_rows),
+    }
+    tensors = {}
+    for name, (dtype, default) in kinds.items():
+        value = torch.tensor(values.get(name, default), dtype=dtype, device=device)
+        tensors[f"{name}_S"] = value.expand(num_rows).contiguous()
+    return tensors
+
+
+def mixed_options(num_rows, device):
+    return options(
+        num_rows,
+        device,
+        temperature=[(0.0, 1.0, 0.7, 1.5, 1.0)[row % 5] for row in range(num_rows)],
+        top_k=[(0, 0, 10, -1, 3)[row % 5] for row in range(num_rows)],
+        top_p=[(0.1, 1.0, 0.9, 0.8, 1.0)[row % 5] for row in range(num_rows)],
+        min_p=[(0.9, 0.0, 0.0, 0.01, 0.0)[row % 5] for row in range(num_rows)],
+    )
+
+
+def test_kernel_equals_reference(device, case):
+    num_rows, vocab = case
+    logits = torch.randn(num_rows, vocab + 5, device=device)[:, 5:] * 3
+    tensors = mixed_options(num_rows, device)
+    tokens, expected = RUN[device](logits, **tensors), sample_ref(logits, **tensors)
+    assert tokens.dtype == torch.int64
+    # Scores that tie within float32 rounding may fall either way: at most one draw in a thousand.
+    assert (tokens != expected).sum() <= num_rows // 1000
+
+
+def test_greedy_takes_the_lowest_of_the_largest(device):
+    logits = torch.zeros(3, 5000, device=device)
+    logits[0, [7, 4500]] = 2.0
+    logits[1, [4097, 4999]] = 2.0
+    for run in (RUN[device], sample_ref):
+        assert run(logits, **options(3, device, temperature=0.0)).tolist() == [7, 4097, 0]
+
+
+def test_forbidden_tokens_are_never_drawn(device):
+    logits = torch.full((30, 40), -float("inf"), device=device)
+    logits[:, [3, 17]] = torch.tensor([0.0, 0.0], device=device)
+    tokens = RUN[device](logits, **options(30, device, temperature=[0.0, 5.0, 1.0] * 10, top_k=[0, 0, 20] * 10))
+    assert set(tokens.tolist()) == {3, 17}
+
+
+def test_a_row_draws_the_same_in_every_batch(device):
+    logits = torch.randn(6, 300, device=device)
+    tensors = mixed_options(6, device)
+    together = RUN[device](logits, **tensors)
+    backwards = RUN[device](logits.flip(0), **{name: value.flip(0) for name, value in tensors.items()})
+    assert torch.equal(backwards.flip(0), together)
+    for row in range(6):
+        alone = {name: value[row : row + 1] for name, value in tensors.items()}
+        assert RUN[device](logits[row : row + 1], **alone) == together[row]
+
+
+def test_a_shard_of_the_vocabulary_keeps_its_noise(device):
+    """Tokens after the first 100 switched off: the winner among those left is the one of the race over 100 alone."""
+    logits = torch.randn(8, 400, device=device)
+    masked = logits.clone()
+    masked[:, 100:] = -float("inf")
+    tensors = options(8, device)
+    assert torch.equal(RUN[device](masked, **tensors), RUN[device](logits[:, :100], **tensors))
+
+
+@pytest.mark.parametrize("over", ["seeds", "positions"])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, 0, 1.0, 0.0), (0.5, 0, 1.0, 0.0), (2.0, 12, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (1.2, 0, 1.0, 0.1), (1.5, 15, 0.9, 0.05)],
+)
+def test_draws_follow_the_filtered_distribution(device, over, temperature, top_k, top_p, min_p):
+    """Chi-square of 20,000 draws against the probabilities that transformers' warpers leave (on "cpu" the public op's)."""
+    num_draws = 20_000
+    logits = torch.randn(1, 30)
+    scores = logits / temperature
+    for warper in (TopKLogitsWarper(top_k) if top_k else None, TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):
+        scores = warper(None, scores) if warper else scores
+    expected = scores.double().softmax(-1)[0] * num_draws
+    counted = {"seeds": [1234] * num_draws, "positions": [77] * num_draws, over: list(range(num_draws))}
+    tensors = options(num_draws, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **counted)
+    tokens = sample(logits.to(device).expand(num_draws, -1), **tensors).cpu()
+    counts = tokens.bincount(minlength=30).double()
+    kept = expected > 0
+    assert not counts[~kept].any()
+    freedom = int(kept.sum()) - 1
+    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    # Wilson and Hilferty: the cube root of chi-square over its freedom is normal. Four sigma: one in 30,000.
+    deviation = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert deviation < 4
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should():
+    """A token of probability 1e-3 among 2,000 others: the small exponentials that win keep their precision."""
+    logits = torch.zeros(1, 2001)
+    logits[0, 0] = 0.693147
+    tokens = sample(logits.expand(30_000, -1), **options(30_000))
+    assert abs(int((tokens == 0).sum()) - 30_000 * 2 / 2002) < 4 * (30_000 * 2 / 2002) ** 0.5
+
+
+def test_of_equal_logits_the_smallest_uniform_wins(device):
+    tensors = options(20, device)
+    tokens = RUN[device](torch.zeros(20, 900, device=device), **tensors)
+    uniform = philox_uniform_ref(tensors["seeds_S"], tensors["positions_S"], 900)
+    assert torch.equal(tokens, uniform.argmin(-1))
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("temperature_S", torch.ones(2)),
+        ("top_k_S", torch.ones(3)),
+        ("top_p_S", torch.ones(3, dtype=torch.float64)),
+        ("seeds_S", torch.ones(3, dtype=torch.int32)),
+        ("positions_S", torch.ones(6, dtype=torch.int64)[::2]),
+    ],
+)
+def test_misfits_are_refused(change, value):
+    with pytest.raises(ValueError, match=change[:-2]):
+        sample(torch.zeros(3, 5), **(options(3) | {change: value}))
+    for logits in (torch.zeros(3, 5).half(), torch.zeros(3, 0), torch.zeros(5, 3).T):
+        with pytest.raises(ValueError, match="logits"):
+            sample(logits, **options(3))
