@@ -1,9 +1,9 @@
 """Which replica's cache holds which blocks: the router's index, exact as long as no event is missed.
 
 A block's hash names its whole prefix, so a replica's longest match is found by walking the hashes of a prompt in order. Entries
-come from a replica's numbered events; a hole in the numbers means that events were lost, and what was known stays in use, marked,
-until a snapshot is loaded. A routed prompt is entered at once as speculative, so that a burst with one prefix meets in one place;
-such an entry becomes real with the replica's own event, or lapses.
+come from a replica's numbered events; a hole in the numbers means that events were lost, and what was known stays in use,
+marked, until a snapshot is loaded. A routed prompt is entered at once as speculative, so that a burst with one prefix meets in
+one place; such an entry becomes real with the replica's own event, or lapses.
 
 Life cycle of a replica: `add_replica` -> `apply` ... (gap -> `load_snapshot`) ... -> `remove_replica`. An engine that restarts
 is removed and added again: it counts its events from 1.

@@ -174,11 +174,11 @@ class StepPlanner:
     def _grow(self, sequence: SequenceState, num_tokens: int, draft: _Draft) -> tuple[int, ...] | None:
         """Blocks for the next tokens, from others if need be; None if the row must wait or the sequence has ended."""
         while (blocks := self._cache.grow(sequence, num_tokens)) is None:
-            draft.lacks_blocks = True
             if self._cache.num_blocks_for(sequence.num_computed + num_tokens) > self._config.num_blocks:
                 if not self._cache.is_in_flight(sequence):  # else its last token may be an end token
                     self._fail(sequence)
                 return None
+            draft.lacks_blocks = True
             victim = self._lines.running[-1]
             if victim is sequence or victim.last_step_id == draft.step_id or self._cache.is_waiting_for_step:
                 return None
