@@ -1,0 +1,67 @@
+"""The cluster as a value: what the controller reports, `status` shows and ClusterStatusResponse mirrors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .requests import EngineLoad, WorkerInfo
+
+
+class ReplicaState(StrEnum):
+    """Where a replica is in its life; the moves between them are the table in controller/replica.py."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaStatus:
+    """One replica. `message` explains LOST and FAILED; `info` is None until its worker first started.
+
+    `last_step_age_s` is the age of the step that runs now, 0 when idle.
+    """
+
+    name: str
+    state: ReplicaState
+    message: str
+    address: str
+    node: str
+    restarts: int
+    info: WorkerInfo | None
+    load: EngineLoad
+    last_step_age_s: float
+    last_step_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """A model that can be asked for by `name`."""
+
+    name: str
+    architecture: str
+    max_model_len: int
+    created_unix_s: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterState:
+    """Everything at one moment. `num_queued` waits for a replica, `num_running` is on one; both count sequences (choices)."""
+
+    version: str
+    model: str
+    uptime_s: float
+    replicas: tuple[ReplicaStatus, ...]
+    num_queued: int
+    num_running: int
+    generation_config: str
+    sampling_defaults: Mapping[str, str]
+    grpc_address: str
+    http_address: str
+    num_requests: int
+    num_restarts: int
+    controller_pid: int
