@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..common.errors import InvalidRequest
+from ..common.hashing import block_hashes, root_hash
 from ..common.requests import EngineRequest
 from ..text import generation_defaults
 from ..text.chat_template import ChatTemplate
@@ -28,9 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A request in tokens: one engine request and one text state a choice. `prompt_text` is set only if it was asked for."""
+    """A request in tokens: one engine request and one text state a choice.
+
+    `prompt_hashes` are those of the prompt's full blocks; `prompt_text` is set only if it was asked for.
+    """
 
     num_prompt_tokens: int
+    prompt_hashes: tuple[bytes, ...]
     prompt_text: str
     requests: tuple[EngineRequest, ...]
     texts: tuple[SequenceText, ...]
@@ -55,7 +60,8 @@ class FrontEnd:
         ModelLoadError: the directory lacks a readable tokenizer, template or generation configuration.
     """
 
-    def __init__(self, model_path: str | Path, *, generation_config: Literal["openai", "model"]) -> None:
+    def __init__(self, model_path: str | Path, *, generation_config: Literal["openai", "model"], block_size: int) -> None:
+        self._block_size = block_size
         self.tokenizer = Tokenizer.from_directory(model_path)
         self._template = ChatTemplate.from_directory(model_path)
         self._defaults = generation_defaults.load(model_path, tokenizer=self.tokenizer)
@@ -106,6 +112,7 @@ class FrontEnd:
                 prompt_text = source if isinstance(source, str) else self.tokenizer.decode(source)
             return Prepared(
                 num_prompt_tokens=len(ready.prompt_token_ids),
+                prompt_hashes=tuple(block_hashes(ready.prompt_token_ids, self._block_size, parent=root_hash())),
                 prompt_text=prompt_text,
                 requests=ready.sequences,
                 texts=tuple(

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from .. import __version__
+from ..common.cluster_state import ClusterState, ModelCard
 from ..common.config import ServeConfig
-from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError
+from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError, Unavailable
 from ..text.prepare import check_request_id
-from .cluster_state import ClusterState, ModelCard
 from .dispatcher import Dispatcher
 from .events import Event, Observer
 from .fleet import Fleet
@@ -97,6 +97,7 @@ class InferenceService:
         self._num_preparing = 0
         self._num_requests = 0
         self._started_unix_s = time.time()
+        self._is_closed = False
         self.addresses = Addresses()
 
     async def start_request(
@@ -213,7 +214,18 @@ class InferenceService:
             controller_pid=os.getpid(),
         )
 
+    def close(self) -> None:
+        """Refuse new requests from now on."""
+        self._is_closed = True
+
+    def end_all(self) -> None:
+        """End what is still in flight."""
+        for stream in list(self._streams.values()):
+            stream.fail(Unavailable("the server is shutting down"))
+
     def _accept(self, *, request_id: str | None, model: str, priority: int, timeout_s: float | None) -> RequestStream:
+        if self._is_closed:
+            raise Unavailable("the server is shutting down")
         self._check_model(model)
         request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
         check_request_id(request_id)

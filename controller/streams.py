@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..common.errors import DeadlineExceeded, PilotfishError
@@ -23,26 +23,36 @@ from .front_end import Prepared
 class SequenceState:
     """One choice of a request, wherever it runs. `output_token_ids` is what a replay on another replica starts from.
 
-    `wire_id` names the current run of it on a worker; every dispatch makes a new one, so that late output of an earlier run
-    can never be taken for this one's.
+    `wire_id` names its current run on a worker; every dispatch makes a new one, so that late output of an earlier run can never
+    be taken for this one's. `prompt_hashes` are those of the prompt's full blocks.
     """
 
     stream: RequestStream
     index: int
     request: EngineRequest
     text: SequenceText
+    prompt_hashes: Sequence[bytes]
     output_token_ids: list[int] = field(default_factory=list)
     wire_id: str = ""
     replica: str = ""
     num_attempts: int = 0
+    awaits_first_token: bool = True
+    abort_sent: bool = False
     cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
 
-    def to_submit(self, wire_id: str) -> EngineRequest:
-        """The request for a worker: all known tokens, and the time that is left."""
+    def dispatched(self, wire_id: str, replica: str) -> None:
+        """A run on a replica begins."""
+        self.wire_id, self.replica = wire_id, replica
+        self.num_attempts += 1
+        self.awaits_first_token, self.abort_sent = True, False
+        self.stream.mark_dispatched()
+
+    def to_submit(self) -> EngineRequest:
+        """The request for the worker: all known tokens, and the time that is left."""
         return replace(
             self.request,
-            request_id=wire_id,
+            request_id=self.wire_id,
             output_token_ids=tuple(self.output_token_ids),
             deadline_ms=self.stream.time_left_s() * 1000,
         )
@@ -69,13 +79,13 @@ class RequestStream:
         self._ready: list[Event] = []
         self._unread: dict[int, list[TextDelta]] = {}
         self._wake = asyncio.Event()
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire)
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self.expire)
 
     def start(self, prepared: Prepared) -> None:
         """The request was accepted. Every choice opens with the prompt's text, where the caller wants it (echo)."""
         self.accepted = True
         self.sequences = [
-            SequenceState(stream=self, index=index, request=request, text=text)
+            SequenceState(stream=self, index=index, request=request, text=text, prompt_hashes=prepared.prompt_hashes)
             for index, (request, text) in enumerate(zip(prepared.requests, prepared.texts, strict=True))
         ]
         self._num_prompt_tokens = prepared.num_prompt_tokens
@@ -128,6 +138,16 @@ class RequestStream:
             self.error = error
             self._end()
 
+    def expire(self) -> None:
+        """The time is up."""
+        num_tokens = sum(len(s.output_token_ids) for s in self.sequences)
+        self.fail(
+            DeadlineExceeded(
+                f"request {self.request_id} was not complete after its {self._timeout_s:g} s ({num_tokens} tokens were "
+                "produced); allow more time or ask for fewer tokens"
+            )
+        )
+
     async def next_event(self) -> Event | None:
         """The next event, None at the end; raises the stream's error in its place."""
         while True:
@@ -174,15 +194,6 @@ class RequestStream:
             self._usage_taken = True
             return self.usage()
         return self._ready.pop(0) if self._ready else None
-
-    def _expire(self) -> None:
-        num_tokens = sum(len(s.output_token_ids) for s in self.sequences)
-        self.fail(
-            DeadlineExceeded(
-                f"request {self.request_id} was not complete after its {self._timeout_s:g} s ({num_tokens} tokens were "
-                "produced); allow more time or ask for fewer tokens"
-            )
-        )
 
     def _end(self) -> None:
         self.ended = True

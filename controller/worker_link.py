@@ -71,6 +71,7 @@ class WorkerLink:
         self._needs_snapshot = True
         self._in_flight: dict[str, EngineRequest] = {}
         self._aborted: set[str] = set()
+        self._orphans: list[str] = []
         self._outgoing: deque[worker_pb2.ControllerMessage] = deque()
         self._outgoing_wake = asyncio.Event()
         self._acked_step_id = 0
@@ -144,6 +145,8 @@ class WorkerLink:
     def _greeted(self) -> None:
         """The worker may have missed anything that was sent before the break: say it again."""
         self.connected = True
+        for request_id in self._orphans:
+            self._send(_abort_message(request_id))
         for request_id, request in self._in_flight.items():
             self._send(worker_pb2.ControllerMessage(submit=request_to_proto(request)))
             if request_id in self._aborted:
@@ -173,6 +176,8 @@ class WorkerLink:
         self._needs_snapshot = False
         if self.step_id == 0:  # what came before was for another controller
             self.step_id = self._acked_step_id = snapshot.step_id
+        # Requests of an earlier controller: their clients went with it.
+        self._orphans = [running.request_id for running in snapshot.requests if running.request_id not in self._in_flight]
         self._listener.on_snapshot(snapshot)
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:

@@ -1,0 +1,111 @@
+"""The controller put together, without Ray: front end, dispatcher, fleet, service and the two doors.
+
+Life: `start` opens the doors at once (requests are answered with Unavailable until a replica serves) and starts the fleet;
+`wait_ready` says when it serves; `stop` ends requests, doors and workers in this order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from ..common.config import ServeConfig
+from ..common.errors import ConfigError
+from .dispatcher import Dispatcher
+from .fleet import Fleet
+from .front_end import FrontEnd
+from .grpc_gateway import GrpcGateway
+from .http_gateway import HttpGateway
+from .metrics import Metrics
+from .service import Addresses, InferenceService
+from .worker_process import Launcher
+
+logger = logging.getLogger(__name__)
+
+_BIND_PAUSE_S = 0.25
+
+
+class Controller:
+    """See the module's docstring.
+
+    Raises:
+        ModelLoadError: the model's directory lacks a readable tokenizer, template or generation configuration.
+    """
+
+    def __init__(self, config: ServeConfig, *, model_path: str | Path, launcher: Launcher, controller_id: str) -> None:
+        self._config = config
+        self._front_end = FrontEnd(
+            model_path, generation_config=config.model.generation_config, block_size=config.engine.block_size
+        )
+        self._metrics = Metrics()
+        self._dispatcher = Dispatcher(
+            max_queued=config.gateway.max_queued_requests,
+            max_attempts=config.fleet.max_attempts,
+            block_size=config.engine.block_size,
+            observers=(self._metrics,),
+        )
+        self._fleet = Fleet(
+            config.fleet,
+            launcher=launcher,
+            dispatcher=self._dispatcher,
+            controller_id=controller_id,
+            stall_timeout_s=config.engine.stall_timeout_s,
+        )
+        self.service = InferenceService(
+            config=config,
+            front_end=self._front_end,
+            fleet=self._fleet,
+            dispatcher=self._dispatcher,
+            observers=(self._metrics,),
+        )
+        self._doors: list[GrpcGateway | HttpGateway] = []
+
+    async def start(self, *, bind_timeout_s: float = 0.0) -> Addresses:
+        """Open the doors and start the fleet.
+
+        A restarted controller gives `bind_timeout_s`: its predecessor's ports may take a moment to become free.
+
+        Raises:
+            ConfigError: a port is in use.
+        """
+        deadline = time.monotonic() + bind_timeout_s
+        while True:
+            try:
+                await self._open_doors()
+                break
+            except ConfigError:
+                await self._close_doors()
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(_BIND_PAUSE_S)
+        await self._fleet.start()
+        return self.service.addresses
+
+    async def wait_ready(self) -> None:
+        """Until every replica serves; raises why one never will."""
+        await self._fleet.wait_ready()
+        for door in self._doors:
+            if isinstance(door, GrpcGateway):
+                await door.set_serving(True)
+
+    async def stop(self, *, grace_s: float = 0.0) -> None:
+        """Refuse new requests, give running ones `grace_s`, then end everything. May be called at any time, and again."""
+        self.service.close()
+        await self._fleet.stop(grace_s=grace_s)
+        self.service.end_all()
+        await self._close_doors()
+        self._front_end.close()
+
+    async def _open_doors(self) -> None:
+        gateway, tokenizer = self._config.gateway, self._front_end.tokenizer
+        grpc_door = GrpcGateway(self.service, tokenizer, gateway)
+        http_door = HttpGateway(self.service, tokenizer, self._metrics, gateway)
+        self._doors = [grpc_door, http_door]
+        self.service.addresses = Addresses(grpc=await grpc_door.start(), http=await http_door.start())
+        logger.info("gRPC on %s, HTTP on %s", self.service.addresses.grpc, self.service.addresses.http)
+
+    async def _close_doors(self) -> None:
+        doors, self._doors = self._doors, []
+        await asyncio.gather(*(door.stop() for door in doors))

@@ -1,0 +1,229 @@
+"""The replicas: started, watched, restarted, and ended.
+
+One task a replica leads it through its life (the table in replica.py): start a worker under a new epoch, serve until it dies,
+falls silent or stops making progress, end it, and start again unless it fails time after time. A controller that was restarted
+first takes over the workers that live. Epochs are milliseconds of the clock, so that they grow over controllers too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from ..common.cluster_state import ReplicaState, ReplicaStatus
+from ..common.config import FleetConfig
+from ..common.errors import ConfigError, InternalError, ModelLoadError, ModelNotFound, PilotfishError, Unavailable
+from ..common.requests import BlockStored, StepOutput, WorkerInfo
+from ..proto import worker_pb2
+from ..text.prepare import ModelLimits
+from .dispatcher import Dispatcher
+from .replica import Happening, Replica
+from .worker_link import WorkerLink, WorkerRefused
+from .worker_process import Launcher, WorkerDied, WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+_WATCH_INTERVAL_S = 0.25
+_RESTART_PAUSE_S = (0.0, 1.0, 5.0, 15.0)
+_FINAL = (ConfigError, ModelNotFound, ModelLoadError)  # starting again would end the same way
+
+
+class Fleet:
+    """See the module's docstring. `start`, then `wait_ready`; `stop` ends every worker."""
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        *,
+        launcher: Launcher,
+        dispatcher: Dispatcher,
+        controller_id: str,
+        stall_timeout_s: float,
+    ) -> None:
+        self._config = config
+        self._launcher = launcher
+        self._dispatcher = dispatcher
+        self._controller_id = controller_id
+        self._stall_timeout_s = stall_timeout_s
+        self._replicas = [Replica(name=f"replica-{index}") for index in range(config.num_replicas)]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._last_epoch = 0
+
+    @property
+    def num_restarts(self) -> int:
+        return sum(replica.restarts for replica in self._replicas)
+
+    async def start(self) -> None:
+        """Take over living workers and start the missing ones; returns before they serve."""
+        found = dict(await self._launcher.find())
+        for replica in self._replicas:
+            worker = found.pop(replica.name, None)
+            self._tasks.append(asyncio.create_task(self._lead(replica, worker), name=replica.name))
+        for worker in found.values():  # of a larger fleet
+            await worker.end()
+
+    async def wait_ready(self) -> None:
+        """Until every replica serves.
+
+        Raises:
+            PilotfishError: why the first of those that failed did.
+        """
+        for replica in self._replicas:
+            await replica.settled.wait()
+        for replica in self._replicas:
+            if replica.error is not None:
+                raise replica.error
+
+    async def stop(self, *, grace_s: float = 0.0) -> None:
+        """End every worker; running requests get `grace_s` to end first, queued ones are told at once."""
+        for replica in self._replicas:
+            if replica.state is ReplicaState.READY:
+                replica.move(Happening.DRAIN)
+                self._dispatcher.stop_accepting(replica.name)
+        self._dispatcher.fail_queued(Unavailable("the server is shutting down"))
+        deadline = time.monotonic() + grace_s
+        while self._dispatcher.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 - seconds, once
+            await asyncio.sleep(0.05)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._dispatcher.fail_queued(Unavailable("the server is shutting down"))
+
+    def limits(self) -> ModelLimits:
+        """What every replica can take.
+
+        Raises:
+            Unavailable: none has served yet, or none ever will.
+        """
+        infos = [replica.info for replica in self._replicas if replica.info and replica.state is not ReplicaState.FAILED]
+        if not infos:
+            raise self._unavailable()
+        return ModelLimits(
+            max_model_len=min(info.max_model_len for info in infos),
+            vocab_size=min(info.vocab_size for info in infos),
+            kv_capacity_tokens=min(info.num_blocks * info.block_size for info in infos),
+        )
+
+    def info(self) -> WorkerInfo | None:
+        """The facts of one replica's worker, None before any has started."""
+        return next((replica.info for replica in self._replicas if replica.info), None)
+
+    def statuses(self) -> tuple[ReplicaStatus, ...]:
+        return tuple(replica.status() for replica in self._replicas)
+
+    def _unavailable(self) -> Unavailable:
+        failed = [replica for replica in self._replicas if replica.state is ReplicaState.FAILED]
+        if len(failed) == len(self._replicas):
+            return Unavailable(f"no replica is left: {failed[0].message}")
+        return Unavailable("the model is being loaded; try again in a few seconds", retry_after_s=5.0)
+
+    async def _lead(self, replica: Replica, worker: WorkerProcess | None) -> None:
+        """One replica's life."""
+        while True:
+            try:
+                if worker is None:
+                    worker = await self._launch(replica)
+                error: PilotfishError = InternalError(f"{replica.name}: {await self._serve(replica, worker)}")
+            except PilotfishError as refusal:
+                error = refusal
+            except WorkerDied as death:
+                error = InternalError(f"{replica.name} could not start: {death}")
+            worker = None
+            if isinstance(error, _FINAL):
+                self._give_up(replica, error)
+                return
+            replica.move(Happening.DIED, error.message)
+            replica.failures += 1
+            if not replica.has_served or replica.failures > self._config.max_restarts:
+                self._give_up(replica, error)
+                return
+            logger.warning("%s is lost and will be restarted: %s", replica.name, error.message)
+            await asyncio.sleep(_RESTART_PAUSE_S[min(replica.failures, len(_RESTART_PAUSE_S)) - 1])
+            replica.restarts += 1
+            replica.move(Happening.RESTART)
+
+    async def _launch(self, replica: Replica) -> WorkerProcess:
+        self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
+        logger.info("%s starts under epoch %d", replica.name, self._last_epoch)
+        timeout_s = self._config.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._launcher.launch(replica.name, epoch=self._last_epoch)
+        except TimeoutError:
+            raise WorkerDied(f"it was not ready after {timeout_s:g} s (start_timeout_s)") from None
+
+    async def _serve(self, replica: Replica, worker: WorkerProcess) -> str:
+        """Returns why the worker is of no use any more; it has ended then."""
+        link = WorkerLink(
+            address=worker.address,
+            epoch=worker.info.epoch,
+            controller_id=self._controller_id,
+            listener=_Listener(replica, self._dispatcher),
+        )
+        replica.link, replica.info, replica.address, replica.node = link, worker.info, worker.address, worker.node
+        self._dispatcher.add_replica(replica.name, link, max_num_seqs=worker.info.max_num_seqs)
+        watches = [_until_refused(link), worker.wait_dead(), self._until_stuck(link)]
+        tasks = [asyncio.create_task(watch) for watch in watches]
+        reason = "the controller ends it"
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            reason = done.pop().result()
+            return reason
+        finally:
+            replica.link = None
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._dispatcher.remove_replica(replica.name, reason)
+            await worker.end()
+
+    async def _until_stuck(self, link: WorkerLink) -> str:
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            silent_s = time.monotonic() - link.last_message_time
+            if silent_s > self._config.heartbeat_timeout_s:
+                return f"its worker has been silent for {silent_s:.1f} s"
+            if link.step_age_s > self._stall_timeout_s:
+                return f"a step has been running for {link.step_age_s:.0f} s (stall_timeout_s is {self._stall_timeout_s:g})"
+
+    def _give_up(self, replica: Replica, error: PilotfishError) -> None:
+        logger.error("%s is given up: %s", replica.name, error.message)
+        replica.move(Happening.REFUSED, error.message)
+        replica.error = error
+        replica.settled.set()
+        if all(other.state is ReplicaState.FAILED for other in self._replicas):
+            self._dispatcher.fail_queued(self._unavailable())
+
+
+class _Listener:
+    """Passes what a link brings to the dispatcher, under the replica's name."""
+
+    def __init__(self, replica: Replica, dispatcher: Dispatcher) -> None:
+        self._replica = replica
+        self._dispatcher = dispatcher
+
+    def on_snapshot(self, snapshot: worker_pb2.SnapshotResponse) -> None:
+        blocks = tuple(map(BlockStored, snapshot.block_hashes, snapshot.parent_hashes))
+        self._dispatcher.take_snapshot(self._replica.name, blocks=blocks, next_event_id=snapshot.next_event_id)
+
+    def on_connected(self) -> None:
+        replica = self._replica
+        if replica.state is ReplicaState.STARTING:
+            replica.move(Happening.STARTED)
+            replica.has_served = True
+            replica.settled.set()
+            logger.info("%s is ready at %s", replica.name, replica.address)
+        self._dispatcher.pump()
+
+    def on_step(self, step: StepOutput) -> bool:
+        self._replica.failures = 0
+        return self._dispatcher.take_step(self._replica.name, step)
+
+
+async def _until_refused(link: WorkerLink) -> str:
+    try:
+        await link.run()
+    except WorkerRefused as refusal:
+        return f"its worker refused the controller: {refusal}"
+    raise AssertionError("a link runs until it is refused or cancelled")

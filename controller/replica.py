@@ -1,0 +1,75 @@
+"""One replica's life, as a table, and what is known of it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ..common.cluster_state import ReplicaState, ReplicaStatus
+from ..common.errors import PilotfishError
+from ..common.requests import EngineLoad, WorkerInfo
+from .worker_link import WorkerLink
+
+
+class Happening(StrEnum):
+    """What moves a replica from state to state."""
+
+    STARTED = "started"  # its worker runs and is connected
+    DRAIN = "drain"  # it is to end when its requests have
+    DIED = "died"  # its process ended, fell silent or makes no progress
+    RESTART = "restart"  # a new worker is started in its place
+    REFUSED = "refused"  # it cannot start, and trying again would not help
+
+
+TRANSITIONS: dict[tuple[ReplicaState, Happening], ReplicaState] = {
+    (ReplicaState.STARTING, Happening.STARTED): ReplicaState.READY,
+    (ReplicaState.STARTING, Happening.DIED): ReplicaState.LOST,
+    (ReplicaState.STARTING, Happening.REFUSED): ReplicaState.FAILED,
+    (ReplicaState.READY, Happening.DRAIN): ReplicaState.DRAINING,
+    (ReplicaState.READY, Happening.DIED): ReplicaState.LOST,
+    (ReplicaState.DRAINING, Happening.DIED): ReplicaState.LOST,
+    (ReplicaState.LOST, Happening.RESTART): ReplicaState.STARTING,
+    (ReplicaState.LOST, Happening.REFUSED): ReplicaState.FAILED,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Replica:
+    """A replica and its current worker. `failures` counts losses in a row without a completed step between them.
+
+    `error` says why it is FAILED; `has_served`: a worker of it has been ready; `settled` is set once it was ready or FAILED.
+    """
+
+    name: str
+    state: ReplicaState = ReplicaState.STARTING
+    message: str = ""
+    address: str = ""
+    node: str = ""
+    info: WorkerInfo | None = None
+    link: WorkerLink | None = None
+    restarts: int = 0
+    failures: int = 0
+    has_served: bool = False
+    error: PilotfishError | None = None
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def move(self, happening: Happening, message: str = "") -> None:
+        """Follow the table; what it does not have is a defect."""
+        self.state = TRANSITIONS[self.state, happening]
+        self.message = message
+
+    def status(self) -> ReplicaStatus:
+        link = self.link
+        return ReplicaStatus(
+            name=self.name,
+            state=self.state,
+            message=self.message,
+            address=self.address,
+            node=self.node,
+            restarts=self.restarts,
+            info=self.info,
+            load=link.load if link else EngineLoad(),
+            last_step_age_s=link.step_age_s if link else 0.0,
+            last_step_id=link.step_id if link else 0,
+        )

@@ -1,0 +1,44 @@
+"""What the fleet needs of whoever starts worker processes: Ray (ray_launcher.py), or a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from ..common.requests import WorkerInfo
+
+
+class WorkerDied(Exception):
+    """A worker process ended before it was ready, without saying why; the message has what is known."""
+
+
+class WorkerProcess(Protocol):
+    """A worker that serves at `address`."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def info(self) -> WorkerInfo: ...
+
+    async def wait_dead(self) -> str:
+        """Returns when the process has ended, with what is known of the cause."""
+
+    async def end(self) -> None:
+        """Kill the process if it lives."""
+
+
+class Launcher(Protocol):
+    """Starts worker processes, and finds those that an earlier controller started."""
+
+    async def launch(self, replica: str, *, epoch: int) -> WorkerProcess:
+        """Start a worker and wait until it serves. A cancelled launch leaves no process behind.
+
+        Raises:
+            PilotfishError: it cannot start, and why.
+            WorkerDied: its process ended.
+        """
+
+    async def find(self) -> Mapping[str, WorkerProcess]:
+        """Living workers by replica name; the newest of each, and older ones are ended."""
