@@ -6,7 +6,7 @@ t: ms a prompt token takes there; queued: uncached prompt tokens routed there th
 because every request passes here); uncached: this prompt less its cached prefix; tier_load: ms to bring cached blocks from a
 slower tier; step: ms of a decode step with the requests there and this one. Computing a prefix costs this request its time, and
 those behind it the same again (`work_weight`): so a burst with one prefix stays together although waiting for the prefix takes
-as long as computing it elsewhere. Cached work is not charged: affinity and load are weighed in one unit, with no switch of mode.
+as long as computing it elsewhere. Cached work is not charged: affinity and load are weighed in one unit, without a mode switch.
 Replicas within `tie_ms` of the best count as equal: the one chosen longest ago takes the request.
 """
 

@@ -110,9 +110,8 @@ class StepPlanner:
         if is_long and draft.partial is not None:
             return
         wanted = (draft.budget + 1) // 2 if is_long else remaining
-        size = self._config.block_size
-        room = (len(sequence.block_ids) + self._cache.num_available) * size - sequence.num_computed
-        num_tokens = min(wanted, room if room > 0 else size)
+        room = self._room(sequence)
+        num_tokens = min(wanted, room if room > 0 else self._config.block_size)
         if num_tokens < wanted:
             draft.lacks_blocks = True
         new_blocks = self._grow(sequence, num_tokens, draft)
@@ -130,11 +129,15 @@ class StepPlanner:
             return
         sequence, num_tokens, new_blocks = draft.partial
         draft.budget += num_tokens
-        more = self._cache.grow(sequence, draft.budget)
-        if more is None:
-            draft.add_row(sequence, num_tokens, new_blocks)
-        else:
-            draft.add_row(sequence, draft.budget, new_blocks + more)
+        num_tokens = min(draft.budget, self._room(sequence))
+        more = self._cache.grow(sequence, num_tokens)
+        assert more is not None
+        draft.add_row(sequence, num_tokens, new_blocks + more)
+
+    def _room(self, sequence: SequenceState) -> int:
+        """Tokens it can compute without taking blocks from others."""
+        num_blocks = len(sequence.block_ids) + self._cache.num_available
+        return num_blocks * self._config.block_size - sequence.num_computed
 
     def _admit(self, draft: _Draft) -> None:
         waiting = self._lines.waiting

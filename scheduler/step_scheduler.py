@@ -105,16 +105,18 @@ class StepScheduler:
             raise ValueError(f"step {plan.step_id} samples {num_sampled} rows, but its result has {counts}")
         self._in_flight.popleft()
         self._cache.step_done(plan.step_id)
+        size, errors = self.config.block_size, result.errors
         sampled = iter(zip(result.token_ids, result.logprobs, strict=True))
         for row, sequence in zip(plan.rows, sequences, strict=True):
             token = next(sampled) if row.samples else None
             if sequence.is_finished:
                 continue
-            if row.request_id in result.errors:
-                self._finish(sequence, FinishReason.ERROR, error=result.errors[row.request_id])
+            if errors and row.request_id in errors:
+                self._finish(sequence, FinishReason.ERROR, error=errors[row.request_id])
                 continue
-            if sequence.slot != NO_SLOT:  # a sequence preempted meanwhile has no blocks to commit
-                self._cache.commit(sequence, row.start + row.num_tokens)
+            num_computed = row.start + row.num_tokens
+            if num_computed // size > sequence.num_committed and sequence.slot != NO_SLOT:  # a preempted one has no blocks
+                self._cache.commit(sequence, num_computed)
             if token is not None:
                 self._append(sequence, *token)
 

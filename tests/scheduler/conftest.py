@@ -162,7 +162,7 @@ class Engine:
     def describe(self) -> str:
         lines = self.scheduler._lines
         return f"{self.config} {self.scheduler.load()} " + ", ".join(
-            f"{s.request_id}: known {s.num_known}, computed {s.num_computed}, of {s.max_known}, blocks {s.block_ids}, slot {s.slot}"
+            f"{s.request_id}: known {s.num_known}, computed {s.num_computed}, blocks {s.block_ids}, slot {s.slot}"
             for s in [*lines.running, *lines.waiting]
         )
 
