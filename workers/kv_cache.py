@@ -8,9 +8,28 @@ Shape letters: P pages (num_blocks + 1), L tokens a page (block_size), K key-val
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvLayout:
+    """What one block is: of this rank, over all its layers."""
+
+    block_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Keys and values."""
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,28 +42,17 @@ class KvCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for pair in self.layers for tensor in pair)
+        return sum(tensor.nbytes for pair in self.layers for tensor in pair)
 
 
-def allocate_kv_cache(
-    *,
-    num_blocks: int,
-    block_size: int,
-    num_layers: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> KvCache:
-    """A zeroed cache. On a CPU the pages take memory when they are first written."""
-    shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
-    layers = tuple(
-        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(num_layers)
-    )
-    return KvCache(layers, num_blocks, block_size)
+def allocate_kv_cache(layout: KvLayout, *, num_blocks: int, device: torch.device) -> KvCache:
+    """A zeroed cache. On a CPU a page takes memory when it is first written."""
+    shape = (num_blocks + 1, layout.block_size, layout.num_kv_heads, layout.head_dim)
+    zeros = _untouched_zeros if device.type == "cpu" else partial(torch.zeros, device=device)
+    layers = tuple((zeros(shape, dtype=layout.dtype), zeros(shape, dtype=layout.dtype)) for _ in range(layout.num_layers))
+    return KvCache(layers, num_blocks, layout.block_size)
 
 
-def bytes_per_block(*, block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+def _untouched_zeros(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros from the operating system. (torch.zeros writes them, which takes seconds a gigabyte and all of the memory.)"""
+    return torch.frombuffer(mmap.mmap(-1, prod(shape) * dtype.itemsize), dtype=dtype).view(shape)

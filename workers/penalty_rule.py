@@ -32,7 +32,7 @@ class PenaltyRule:
         self._output_counts_PV = torch.zeros((0, vocab_size), dtype=torch.int32, device=token_ids_MC.device)
         self._free_rows: list[int] = []
         self._table_rows_M = np.full(num_slots, _NO_ROW, dtype=np.int64)
-        self._strengths_M3 = np.tile(np.float32([1, 0, 0]), (num_slots, 1))
+        self._strengths_M3 = np.tile(np.array([1, 0, 0], dtype=np.float32), (num_slots, 1))
 
     def wants(self, sampling: TokenSampling) -> bool:
         return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)

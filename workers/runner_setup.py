@@ -16,7 +16,7 @@ from ..models.build import load_model
 from ..models.causal_lm import CausalLM
 from ..models.store import resolve
 from .cpu_threads import usable_cores
-from .kv_cache import KvCache, allocate_kv_cache, bytes_per_block
+from .kv_cache import KvCache, KvLayout, allocate_kv_cache
 from .largest_step import measure_largest_step
 from .memory import available_bytes, num_kv_blocks
 from .model_runner import ModelRunner
@@ -86,16 +86,16 @@ def _choose_max_model_len(config: ModelConfig, max_position: int) -> int:
 
 def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_model_len: int) -> KvCache:
     """The cache, of the size asked for or of the size that measuring the largest step leaves room for."""
-    sizes = {
-        "block_size": config.block_size,
-        "num_layers": model.config.num_layers,
-        "num_kv_heads": model.num_kv_heads,
-        "head_dim": model.config.head_dim,
-        "dtype": model.dtype,
-    }
+    layout = KvLayout(
+        block_size=config.block_size,
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.config.head_dim,
+        dtype=model.dtype,
+    )
     temporary_bytes = available = 0
     if config.num_kv_blocks is None:
-        one_page = allocate_kv_cache(num_blocks=0, device=model.device, **sizes)
+        one_page = allocate_kv_cache(layout, num_blocks=0, device=model.device)
         temporary_bytes = measure_largest_step(
             model, config=config, one_page=one_page, max_model_len=max_model_len, device=model.device
         )
@@ -104,8 +104,8 @@ def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_model_len: 
     num_blocks = num_kv_blocks(
         config=config,
         max_model_len=max_model_len,
-        bytes_per_block=bytes_per_block(**sizes),
+        bytes_per_block=layout.bytes_per_block,
         available=available,
         temporary_bytes=temporary_bytes,
     )
-    return allocate_kv_cache(num_blocks=num_blocks, device=model.device, **sizes)
+    return allocate_kv_cache(layout, num_blocks=num_blocks, device=model.device)
