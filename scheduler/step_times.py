@@ -11,6 +11,7 @@ from dataclasses import dataclass
 _FADE = 0.99  # weight of a step relative to the one after it
 _FACTOR_RATE = 0.05  # how fast a replica's factor follows its last step
 _PRIOR_TOKENS = 1024.0
+_PRIOR_WEIGHT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class StepTime:
 
 
 class StepTimes:
-    """See the module; `prior` holds until steps are seen and then counts as two of them."""
+    """See the module; `prior` holds until steps are seen and then counts as a fraction of one."""
 
     def __init__(self, *, prior: StepTime) -> None:
         self._prior = prior
@@ -56,10 +57,11 @@ class StepTimes:
         return StepTime(self._fit.overhead_ms * factor, self._fit.ms_per_token * factor)
 
     def _fitted(self) -> StepTime:
-        # The prior counts as a step of 0 and one of _PRIOR_TOKENS tokens: without it a run of equal steps would fit any line.
+        # The prior counts as a light step of 0 and one of _PRIOR_TOKENS tokens: without it a run of equal steps fits any line.
         far_ms = self._prior.step_ms(int(_PRIOR_TOKENS))
-        weight, x, y = self._weight + 2, self._x + _PRIOR_TOKENS, self._y + self._prior.overhead_ms + far_ms
-        xx, xy = self._xx + _PRIOR_TOKENS**2, self._xy + _PRIOR_TOKENS * far_ms
+        weight = self._weight + 2 * _PRIOR_WEIGHT
+        x, y = self._x + _PRIOR_WEIGHT * _PRIOR_TOKENS, self._y + _PRIOR_WEIGHT * (self._prior.overhead_ms + far_ms)
+        xx, xy = self._xx + _PRIOR_WEIGHT * _PRIOR_TOKENS**2, self._xy + _PRIOR_WEIGHT * _PRIOR_TOKENS * far_ms
         slope = (weight * xy - x * y) / (weight * xx - x * x)
         slope = max(slope, 1e-6)
         return StepTime(max((y - slope * x) / weight, 0.0), slope)
