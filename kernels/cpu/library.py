@@ -38,6 +38,7 @@ _PARAMETER_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_flo
 _SIGNATURES = {
     "pilotfish_linear_f32": "pipippiiiii",
     "pilotfish_linear_bf16": "pipippiiiii",
+    "pilotfish_paged_attention_f32": "pii" + "piii" + "piii" + "pi" + "pppp" + "iiiiifif" + "i",
 }
 
 

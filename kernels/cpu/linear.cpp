@@ -83,15 +83,15 @@ void linear(const Linear<Weight>& p, int64_t num_threads) {
 
 using pilotfish::BFloat16;
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT void pilotfish_linear_bf16(const float* x, int64_t x_stride, const BFloat16* w, int64_t w_stride, const BFloat16* bias,
+EXPORT(void)
+pilotfish_linear_bf16(const float* x, int64_t x_stride, const BFloat16* w, int64_t w_stride, const BFloat16* bias,
                            float* y, int64_t y_stride, int64_t num_rows, int64_t num_columns, int64_t size,
                            int64_t num_threads) {
   pilotfish::linear<BFloat16>({x, x_stride, w, w_stride, bias, y, y_stride, num_rows, num_columns, size}, num_threads);
 }
 
-EXPORT void pilotfish_linear_f32(const float* x, int64_t x_stride, const float* w, int64_t w_stride, const float* bias,
+EXPORT(void)
+pilotfish_linear_f32(const float* x, int64_t x_stride, const float* w, int64_t w_stride, const float* bias,
                           float* y, int64_t y_stride, int64_t num_rows, int64_t num_columns, int64_t size,
                           int64_t num_threads) {
   pilotfish::linear<float>({x, x_stride, w, w_stride, bias, y, y_stride, num_rows, num_columns, size}, num_threads);

@@ -19,6 +19,7 @@ _WEIGHTS = (_F32, _BF16)
 # The dtypes each op's twin takes, in the order in which the op names its tensors to `supports`.
 _TWINS: dict[str, set[tuple[torch.dtype, ...]]] = {
     "linear": set(itertools.product([_F32], _WEIGHTS)),
+    "paged_attention": {(_F32, _F32)},
 }
 
 
@@ -55,3 +56,47 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
         torch.get_num_threads(),
     )
     return y_MN
+
+
+def paged_attention(
+    q_TND: torch.Tensor,
+    k_cache_BLKD: torch.Tensor,
+    v_cache_BLKD: torch.Tensor,
+    block_tables_SM: torch.Tensor,
+    query_starts_P: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    *,
+    max_query_len: int,  # only a GPU kernel needs to know how many programs to start
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    num_tokens, num_heads, head_dim = q_TND.shape
+    _, page_len, num_kv_heads, _ = k_cache_BLKD.shape
+    sinks = None if sinks_N is None else sinks_N.float().contiguous()
+    out_TND = torch.empty(num_tokens, num_heads, head_dim)
+    _kernels().pilotfish_paged_attention_f32(
+        q_TND.data_ptr(),
+        *q_TND.stride()[:2],
+        k_cache_BLKD.data_ptr(),
+        *k_cache_BLKD.stride()[:3],
+        v_cache_BLKD.data_ptr(),
+        *v_cache_BLKD.stride()[:3],
+        block_tables_SM.data_ptr(),
+        block_tables_SM.stride(0),
+        query_starts_P.data_ptr(),
+        context_lens_S.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        out_TND.data_ptr(),
+        context_lens_S.shape[0],
+        page_len,
+        num_kv_heads,
+        num_heads // num_kv_heads,
+        head_dim,
+        scale,
+        window or 0,
+        soft_cap or 0.0,
+        torch.get_num_threads(),
+    )
+    return out_TND

@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+// An exported function: C names, the only symbols the library shows.
+#define EXPORT(result) extern "C" __attribute__((visibility("default"))) result
+
 namespace pilotfish {
 
 #if defined(__AVX512F__)
@@ -134,6 +137,33 @@ template <class Pattern>
 inline Vector shuffle(Vector a, Vector b) {
   return shuffle_lanes<Pattern>(a, b, std::make_index_sequence<kLanes>{});
 }
+
+// Blocks of Size lanes of a and b in turn: the even ones of both, or the odd ones. {a0 b0 a2 b2 ...}, {a1 b1 a3 b3 ...}.
+template <int Size>
+struct EvenBlocks {
+  static constexpr int index(int lane) { return (lane & Size) ? kLanes + lane - Size : lane; }
+};
+template <int Size>
+struct OddBlocks {
+  static constexpr int index(int lane) { return EvenBlocks<Size>::index(lane) + Size; }
+};
+
+template <int Size>
+inline void transpose_step(Vector* rows) {
+  if constexpr (Size < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & Size) continue;
+      const Vector a = rows[i], b = rows[i + Size];
+      rows[i] = shuffle<EvenBlocks<Size>>(a, b);
+      rows[i + Size] = shuffle<OddBlocks<Size>>(a, b);
+    }
+    transpose_step<2 * Size>(rows);
+  }
+}
+
+// Transposes a square of kLanes vectors in place.
+inline void transpose(Vector* rows) { transpose_step<1>(rows); }
 
 // Within each group of four lanes: {a0 b0 a1 b1}, {a2 b2 a3 b3}, {a0 a1 b0 b1}, {a2 a3 b2 b3}.
 struct InterleaveLow {
