@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ def terminal_progress() -> Iterator[Progress]:
                 bar.close()
             if not sys.stderr.isatty():
                 print(phase, file=sys.stderr, flush=True)
-            bar = tqdm(total=total, unit=unit, unit_scale=unit == "B", disable=not sys.stderr.isatty())
+            columns = min(100, shutil.get_terminal_size().columns)  # a terminal that does not say its size has 80
+            bar = tqdm(total=total, unit=unit, unit_scale=unit == "B", ncols=columns, disable=not sys.stderr.isatty())
             bar.desc = phase
         bar.total = total
         bar.n = done
