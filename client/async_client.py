@@ -1,0 +1,147 @@
+"""`AsyncClient`: the SDK for asyncio. client.py has its twin for threads, with the same methods."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from ..common.cluster_state import ClusterState, ModelCard
+from ..common.errors import Unavailable
+from ..proto import inference_pb2 as pb
+from ..proto.inference_pb2_grpc import InferenceStub
+from .async_text_stream import AsyncTextStream
+from .attempts import Attempts
+from .cluster import cluster_state, model_card
+from .options import DEFAULT_CHANNEL, DEFAULT_RETRY, ChannelOptions, RetryPolicy, TlsOptions, bearer_metadata, parse_address
+from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
+from .results import Completion, Tokenization
+
+
+class AsyncClient:
+    """Talks to a pilotfish server over gRPC, from one event loop::
+
+        async with AsyncClient("127.0.0.1:50051") as client:
+            completion = await client.generate("The capital of France is", max_tokens=8, temperature=0)
+            async for delta in client.stream_chat("Explain gravity in one sentence."):
+                print(delta.text, end="", flush=True)
+
+    Arguments, sampling parameters and errors are those of `Client`. Cancelling a task ends the call it waits for, and the
+    server stops working on it. May be made before its event loop runs; the first call binds it to that loop.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        token: str | None = None,
+        tls: TlsOptions | None = None,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        channel: ChannelOptions = DEFAULT_CHANNEL,
+        timeout_s: float | None = None,
+        short_timeout_s: float = 30.0,
+    ) -> None:
+        self.address = parse_address(address)
+        self._metadata = bearer_metadata(token)
+        self._retry = retry
+        self._timeout_s = timeout_s
+        self._short_timeout_s = short_timeout_s
+        self._is_closed = False
+        self._arguments = channel.arguments(address=self.address, tls=tls)
+        self._credentials = None if tls is None else tls.credentials()
+        self._channel: Any = None
+        self._stub: Any = None
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
+        """Continue a prompt, text or token ids; returns when the answer is whole.
+
+        Options: sampling parameters, `model`, `timeout_s`, `priority`, `request_id`, `echo`; see `GenerateOptions`.
+        """
+        return await self.stream_generate(prompt, params, **options).read_all()
+
+    def stream_generate(
+        self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncTextStream:
+        """As `generate`, but to iterate with `async for`: the text as it is produced."""
+        return self._stream("Generate", generate_call(prompt, params, options))
+
+    async def chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> Completion:
+        """Answer a conversation through the model's chat template; returns when the answer is whole.
+
+        `messages` are objects with `role` and `content`, oldest first; a string alone is one message of the user.
+        Options: sampling parameters, `model`, `timeout_s`, `priority`, `request_id`, `continue_final_message`; see
+        `ChatOptions`.
+        """
+        return await self.stream_chat(messages, params, **options).read_all()
+
+    def stream_chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> AsyncTextStream:
+        """As `chat`, but to iterate with `async for`: the text as it is produced."""
+        return self._stream("Chat", chat_call(messages, params, options))
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request, whoever made it. False if none in flight has this id."""
+        found: bool = (await self._short_call("Abort", pb.AbortRequest(request_id=request_id))).found
+        return found
+
+    async def tokenize(self, text: Messages, *, model: str = "", add_special_tokens: bool = True) -> Tokenization:
+        """Token ids of a text, or of chat messages through the model's template (then `add_special_tokens` has no meaning)."""
+        request = tokenize_request(text, model=model, add_special_tokens=add_special_tokens)
+        response = await self._short_call("Tokenize", request)
+        return Tokenization(token_ids=tuple(response.token_ids), tokens=tuple(response.tokens))
+
+    async def models(self) -> tuple[ModelCard, ...]:
+        """What is served."""
+        return tuple(map(model_card, (await self._short_call("ListModels", pb.ListModelsRequest())).models))
+
+    async def status(self) -> ClusterState:
+        """The cluster at this moment: replicas, load, sampling defaults, addresses."""
+        return cluster_state(await self._short_call("ClusterStatus", pb.ClusterStatusRequest()))
+
+    async def aclose(self) -> None:
+        """End the connection; calls that run get Cancelled."""
+        self._is_closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def _stream(self, method: str, call: TextCall) -> AsyncTextStream:
+        attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
+        return AsyncTextStream(
+            lambda timeout_s: self._begin(method, call.request, timeout_s), attempts, num_choices=call.num_choices
+        )
+
+    async def _short_call(self, method: str, request: Any) -> Any:
+        attempts = self._attempts(self._short_timeout_s)
+        while True:
+            try:
+                return await self._begin(method, request, attempts.remaining_s())
+            except grpc.RpcError as failure:
+                delay_s = attempts.delay_after(failure, cancelled_here=self._is_closed)
+            await asyncio.sleep(delay_s)
+
+    def _begin(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        if self._is_closed:
+            raise Unavailable("this client is closed")
+        if self._stub is None:
+            self._channel = (
+                grpc.aio.insecure_channel(self.address, options=self._arguments)
+                if self._credentials is None
+                else grpc.aio.secure_channel(self.address, self._credentials, options=self._arguments)
+            )
+            self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
+
+    def _attempts(self, timeout_s: float | None) -> Attempts:
+        return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s)

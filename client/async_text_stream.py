@@ -1,0 +1,104 @@
+"""An answer as it is produced, for asyncio. See text_stream.py for its twin for threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from ..common.errors import Cancelled, InternalError
+from .attempts import Attempts
+from .results import Completion, CompletionBuilder, Delta
+
+
+class AsyncTextStream:
+    """Iterate with `async for` over the deltas of an answer; `text` and `completion` are what has arrived so far.
+
+    The call begins with the first delta that is asked for. It ends with the answer, with an error, when the task that reads is
+    cancelled, or when the stream is left: `await aclose()`, the end of an `async with` block, or the last reference to it gone;
+    the server then stops working on it.
+
+    Raises, from the iteration:
+        PilotfishError: the class says what happened. What had arrived stays in `completion`.
+    """
+
+    def __init__(self, begin: Callable[[float | None], Any], attempts: Attempts, *, num_choices: int) -> None:
+        """`begin(timeout_s)` makes a gRPC call that returns a stream of events."""
+        self._begin = begin
+        self._attempts = attempts
+        self._num_choices = num_choices
+        self._builder = CompletionBuilder(num_choices=num_choices)
+        self._is_closed = False
+        self._call: Any = None
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while True:
+            event = await self._next_event()
+            if event is None:
+                continue
+            delta = self._builder.add(event)
+            if delta is not None:
+                return delta
+
+    async def _next_event(self) -> Any:
+        """The next event, or None where the call failed and another is due."""
+        if self._is_closed:
+            raise Cancelled("the stream was closed")
+        try:
+            if self._call is None:
+                self._call = self._begin(self._attempts.remaining_s())
+            event = await self._call.read()
+        except asyncio.CancelledError:
+            if not self._is_closed:
+                raise  # the reading task was cancelled, and with it the call
+            raise Cancelled("the stream was closed") from None
+        except grpc.RpcError as failure:
+            await asyncio.sleep(self._attempts.delay_after(failure, answering=self._builder.has_delta))
+            self._builder = CompletionBuilder(num_choices=self._num_choices)
+            self._call = None
+            return None
+        if event is grpc.aio.EOF:
+            if not self._builder.is_whole:
+                raise InternalError(f"the server ended request {self.request_id} before its answer was complete")
+            raise StopAsyncIteration
+        return event
+
+    @property
+    def request_id(self) -> str:
+        """The server's name for the request; empty before the first event."""
+        return self._builder.request_id
+
+    @property
+    def text(self) -> str:
+        """The first choice's text so far."""
+        return self._builder.text()
+
+    @property
+    def completion(self) -> Completion:
+        return self._builder.build()
+
+    async def read_all(self) -> Completion:
+        """Read to the end; returns the whole answer."""
+        async for _ in self:
+            pass
+        return self.completion
+
+    async def aclose(self) -> None:
+        """End the call if it has not ended. A task that waits for the next delta gets Cancelled."""
+        self._is_closed = True
+        if self._call is not None:
+            self._call.cancel()
+
+    async def __aenter__(self) -> AsyncTextStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

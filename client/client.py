@@ -1,0 +1,159 @@
+"""`Client`: the SDK for threads. async_client.py has its asyncio twin, with the same methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from ..common.cluster_state import ClusterState, ModelCard
+from ..common.errors import Unavailable
+from ..proto import inference_pb2 as pb
+from ..proto.inference_pb2_grpc import InferenceStub
+from .attempts import Attempts
+from .cluster import cluster_state, model_card
+from .options import DEFAULT_CHANNEL, DEFAULT_RETRY, ChannelOptions, RetryPolicy, TlsOptions, bearer_metadata, parse_address
+from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
+from .results import Completion, Tokenization
+from .text_stream import TextStream
+
+
+class Client:
+    """Talks to a pilotfish server over gRPC::
+
+        with Client("127.0.0.1:50051") as client:
+            print(client.generate("The capital of France is", max_tokens=8, temperature=0).text)
+            for delta in client.stream_chat("Explain gravity in one sentence."):
+                print(delta.text, end="", flush=True)
+
+    Safe to use from many threads at once. They share one connection, made when it is first needed and again after it broke.
+
+    Sampling parameters are keyword arguments (`SamplingOptions`), or `params`: a `SamplingParams` or a mapping; keyword
+    arguments win. Only what the caller set is sent, and the server fills in the rest with its own defaults, which
+    `status().sampling_defaults` shows. Of a `SamplingParams` that is what differs from the class's defaults: to insist on
+    such a default against a server that has others, name it as a keyword argument or in a mapping.
+
+    Every method raises classes of `pilotfish.common.errors`: InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded,
+    Unavailable and so on; the message says what to do.
+
+    Args:
+        address: "host:port" of the server's gRPC door.
+        token: sent with every call as `authorization: Bearer TOKEN`. Use it with `tls`, or anyone on the way can read it.
+        tls: encrypt the connection; None sends plain text.
+        retry: when a failed call is made again; `RetryPolicy(max_attempts=1)` never does.
+        channel: keepalive and message size.
+        timeout_s: of requests for text that bring none of their own; None leaves it to the server.
+        short_timeout_s: of all other calls.
+
+    Raises:
+        ConfigError: the address is no host:port, or a TLS file cannot be read.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        token: str | None = None,
+        tls: TlsOptions | None = None,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        channel: ChannelOptions = DEFAULT_CHANNEL,
+        timeout_s: float | None = None,
+        short_timeout_s: float = 30.0,
+    ) -> None:
+        self.address = parse_address(address)
+        self._metadata = bearer_metadata(token)
+        self._retry = retry
+        self._timeout_s = timeout_s
+        self._short_timeout_s = short_timeout_s
+        self._is_closed = False
+        arguments = channel.arguments(address=self.address, tls=tls)
+        self._channel = (
+            grpc.insecure_channel(self.address, options=arguments)
+            if tls is None
+            else grpc.secure_channel(self.address, tls.credentials(), options=arguments)
+        )
+        self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def generate(
+        self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
+        """Continue a prompt, text or token ids; returns when the answer is whole.
+
+        Options: sampling parameters, `model`, `timeout_s`, `priority`, `request_id`, `echo`; see `GenerateOptions`.
+        """
+        return self.stream_generate(prompt, params, **options).read_all()
+
+    def stream_generate(
+        self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
+    ) -> TextStream:
+        """As `generate`, but returns at once: iterate to get the text as it is produced."""
+        return self._stream(self._stub.Generate, generate_call(prompt, params, options))
+
+    def chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> Completion:
+        """Answer a conversation through the model's chat template; returns when the answer is whole.
+
+        `messages` are objects with `role` and `content`, oldest first; a string alone is one message of the user.
+        Options: sampling parameters, `model`, `timeout_s`, `priority`, `request_id`, `continue_final_message`; see
+        `ChatOptions`.
+        """
+        return self.stream_chat(messages, params, **options).read_all()
+
+    def stream_chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> TextStream:
+        """As `chat`, but returns at once: iterate to get the text as it is produced."""
+        return self._stream(self._stub.Chat, chat_call(messages, params, options))
+
+    def abort(self, request_id: str) -> bool:
+        """End a request, whoever made it. False if none in flight has this id."""
+        found: bool = self._short_call(self._stub.Abort, pb.AbortRequest(request_id=request_id)).found
+        return found
+
+    def tokenize(self, text: Messages, *, model: str = "", add_special_tokens: bool = True) -> Tokenization:
+        """Token ids of a text, or of chat messages through the model's template (then `add_special_tokens` has no meaning)."""
+        request = tokenize_request(text, model=model, add_special_tokens=add_special_tokens)
+        response = self._short_call(self._stub.Tokenize, request)
+        return Tokenization(token_ids=tuple(response.token_ids), tokens=tuple(response.tokens))
+
+    def models(self) -> tuple[ModelCard, ...]:
+        """What is served."""
+        return tuple(map(model_card, self._short_call(self._stub.ListModels, pb.ListModelsRequest()).models))
+
+    def status(self) -> ClusterState:
+        """The cluster at this moment: replicas, load, sampling defaults, addresses."""
+        return cluster_state(self._short_call(self._stub.ClusterStatus, pb.ClusterStatusRequest()))
+
+    def close(self) -> None:
+        """End the connection; calls that run get Cancelled."""
+        self._is_closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _stream(self, method: Any, call: TextCall) -> TextStream:
+        attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
+        return TextStream(
+            lambda timeout_s: self._begin(method, call.request, timeout_s), attempts, num_choices=call.num_choices
+        )
+
+    def _short_call(self, method: Any, request: Any) -> Any:
+        attempts = self._attempts(self._short_timeout_s)
+        while True:
+            try:
+                return self._begin(method, request, attempts.remaining_s())
+            except grpc.RpcError as failure:
+                delay_s = attempts.delay_after(failure, cancelled_here=self._is_closed)
+            time.sleep(delay_s)
+
+    def _begin(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        if self._is_closed:
+            raise Unavailable("this client is closed")
+        return method(request, timeout=timeout_s, metadata=self._metadata)
+
+    def _attempts(self, timeout_s: float | None) -> Attempts:
+        return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s)
