@@ -1,0 +1,70 @@
+"""`pilotfish status`: a running cluster at a glance."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from ..client import Client, ClusterState, ReplicaState, ReplicaStatus
+from ..client.options import DEFAULT_PORT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=f"127.0.0.1:{DEFAULT_PORT}", help="host:port of the server's gRPC door")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.epilog = "Exits 1 when no replica is ready."
+
+
+def run(args: argparse.Namespace) -> int:
+    with Client(args.address) as client:
+        state = client.status()
+    print(json.dumps(dataclasses.asdict(state), indent=2, default=dict) if args.json else _text(state))
+    return 0 if any(replica.state is ReplicaState.READY for replica in state.replicas) else 1
+
+
+def _text(state: ClusterState) -> str:
+    source = "the checkpoint's generation_config" if state.generation_config == "model" else "OpenAI's"
+    defaults = ", ".join(f"{name}={value}" for name, value in state.sampling_defaults.items())
+    lines = [
+        f"model               {state.model}",
+        f"version             {state.version}, up {_duration(state.uptime_s)}",
+        f"gRPC, HTTP          {state.grpc_address}, {state.http_address}",
+        f"sampling defaults   {source}: {defaults}",
+        f"sequences           {state.num_running} running, {state.num_queued} queued",
+        f"requests, restarts  {state.num_requests}, {state.num_restarts}",
+    ]
+    return "\n".join(lines + [line for replica in state.replicas for line in _replica_lines(replica)])
+
+
+def _replica_lines(replica: ReplicaStatus) -> list[str]:
+    head = f"{replica.name}: {replica.state}" + (f", {replica.message}" if replica.message else "")
+    head += f", restarted {replica.restarts} times" if replica.restarts else ""
+    lines = ["", head]
+    info, load = replica.info, replica.load
+    if info is not None:
+        lines += [
+            f"  {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters, {info.dtype} on {info.device}, "
+            f"loaded in {info.load_seconds:.1f} s",
+            f"  up to {info.max_num_seqs} sequences of {info.max_model_len} tokens, "
+            f"{info.max_num_batched_tokens} tokens a step",
+            f"  kernels: {', '.join(f'{device}: {backend}' for device, backend in info.kernels.items())}",
+        ]
+    total = load.num_free_blocks + load.num_cached_blocks + load.num_used_blocks
+    if info is not None and total:
+        lines.append(
+            f"  KV cache {info.kv_cache_bytes / 2**30:.2f} GiB: {total} blocks, {load.num_used_blocks} used, "
+            f"{load.num_cached_blocks} cached, {load.num_free_blocks} free"
+        )
+    running = f"in step {replica.last_step_id} for {replica.last_step_age_s:.1f} s" if replica.last_step_age_s else "idle"
+    lines.append(
+        f"  {load.num_running} running, {load.num_waiting} waiting, {load.num_preemptions} preemptions, {running}; "
+        f"at {replica.address} on node {replica.node}"
+    )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
