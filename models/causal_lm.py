@@ -36,7 +36,6 @@ class CausalLM(torch.nn.Module):
         super().__init__()
         self.config = shape
         self.device, self.dtype = placement.device, placement.compute_dtype
-        rotary = RotaryTable(shape.rotary, shape.max_position, device=placement.device)
         self.embedding = Embedding(
             shape.vocab_size,
             shape.hidden_size,
@@ -44,41 +43,25 @@ class CausalLM(torch.nn.Module):
             checkpoint_names=checkpoint_names,
             placement=placement,
         )
-        self.layers = torch.nn.ModuleList()
-        for layer in range(shape.num_layers):
-            attention = Attention(shape, layer, rotary=rotary, placement=placement)
-            mlp: Mlp | SparseMlp
-            if spec.moe is not None and shape.moe is not None and layer in shape.moe.layers:
-                mlp = SparseMlp(
-                    shape,
-                    shape.moe,
-                    layouts=spec.moe.layouts,
-                    checkpoint_names=checkpoint_names,
-                    prefix=_prefix(layer),
-                    placement=placement,
-                )
-            else:
-                mlp = Mlp(shape, placement=placement)
-            self.layers.append(
-                DecoderLayer(
-                    input_norm=self._norm("input_layernorm", placement),
-                    attention=attention,
-                    post_attention_norm=self._norm("post_attention_layernorm", placement),
-                    mlp=mlp,
-                )
-            )
-        self.num_kv_heads = attention.num_kv_heads
-        self.final_norm = self._norm("norm", placement)
-        # nn.Module yields a shared (tied) parameter once.
+        rotary = RotaryTable(shape.rotary, shape.max_position, device=placement.device)
+        self.decoder_layers = [
+            _build_layer(shape, spec, layer, rotary=rotary, checkpoint_names=checkpoint_names, placement=placement)
+            for layer in range(shape.num_layers)
+        ]
+        self.layers = torch.nn.ModuleList(self.decoder_layers)  # the same objects, so that torch finds their parameters
+        self.final_norm = RmsNorm("norm", shape.hidden_size, eps=shape.norm_eps, placement=placement)
+        self.num_kv_heads = self.decoder_layers[0].attention.num_kv_heads
+        # A shared (tied) parameter comes once.
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
         self.weight_bytes = sum(parameter.nbytes for parameter in self.parameters())
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """hidden [R, H] behind the final norm. Stores the batch's keys and values in its caches."""
         x_TH = self.embedding.embed(batch.token_ids_T)
-        residual_TH = None
-        for layer in self.layers:
+        residual_TH: torch.Tensor | None = None
+        for layer in self.decoder_layers:
             x_TH, residual_TH = layer(x_TH, residual_TH, batch)
+        assert residual_TH is not None  # a model has layers
         rows = batch.logits_rows_R
         return self.final_norm.add_and_norm(x_TH[rows], residual_TH[rows])[0]
 
@@ -89,12 +72,38 @@ class CausalLM(torch.nn.Module):
     def weight_sources(self) -> Iterator[WeightSource]:
         """Every checkpoint tensor that this rank needs, in the model's order."""
         yield from self.embedding.weight_sources()
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.decoder_layers):
             yield from layer.weight_sources(_prefix(index))
         yield from self.final_norm.weight_sources("model.")
 
-    def _norm(self, name: str, placement: Placement) -> RmsNorm:
-        return RmsNorm(name, self.config.hidden_size, eps=self.config.norm_eps, placement=placement)
+
+def _build_layer(
+    shape: ModelShape,
+    spec: FamilySpec,
+    layer: int,
+    *,
+    rotary: RotaryTable,
+    checkpoint_names: Set[str],
+    placement: Placement,
+) -> DecoderLayer:
+    mlp: Mlp | SparseMlp
+    if spec.moe is not None and shape.moe is not None and layer in shape.moe.layers:
+        mlp = SparseMlp(
+            shape,
+            shape.moe,
+            layouts=spec.moe.layouts,
+            checkpoint_names=checkpoint_names,
+            prefix=_prefix(layer),
+            placement=placement,
+        )
+    else:
+        mlp = Mlp(shape, placement=placement)
+    input_norm, post_attention_norm = (
+        RmsNorm(name, shape.hidden_size, eps=shape.norm_eps, placement=placement)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    )
+    attention = Attention(shape, layer, rotary=rotary, placement=placement)
+    return DecoderLayer(input_norm=input_norm, attention=attention, post_attention_norm=post_attention_norm, mlp=mlp)
 
 
 def _prefix(layer: int) -> str:

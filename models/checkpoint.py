@@ -110,9 +110,9 @@ def _read_index(index: Path) -> Mapping[str, set[str] | None]:
             expected = files[file]
             assert expected is not None
             expected.add(name)
+        outside = [file for file in files if Path(file).name != file]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelLoadError(f"{index} is not a valid index of weights ({error!r}): download it again") from error
-    outside = [file for file in files if Path(file).name != file]
     if outside:
         raise ModelLoadError(f"{index} names {_some(outside)} outside the model's directory")
     return files

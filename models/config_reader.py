@@ -65,6 +65,14 @@ class ConfigReader:
         except Exception as error:
             raise ModelLoadError(f"{self.file}: transformers {transformers.__version__} refuses it: {error}") from error
         self._read: set[str] = set()
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is not None:
+            method = (
+                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else type(quantization).__name__
+            )
+            raise self.error(f"quantized checkpoints ({method}) are not supported: use the unquantized one")
+        if getattr(self.config, "is_heterogeneous", False):
+            raise self.error("per_layer_config is not supported")
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field's value; `default` where it is absent or null."""
@@ -84,12 +92,6 @@ class ConfigReader:
 
     def check_all_read(self) -> None:
         """ModelLoadError that names declared fields which were not read and do not have their default value."""
-        quantization = getattr(self.config, "quantization_config", None)
-        if quantization is not None:
-            method = (
-                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else type(quantization).__name__
-            )
-            raise self.error(f"quantized checkpoints ({method}) are not supported: use the unquantized one")
         inherited = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
         for field in dataclasses.fields(self.config):
             if field.name in inherited | _WITHOUT_EFFECT | self._read:

@@ -65,15 +65,18 @@ class FamilySpec:
 
 def same_window(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     """Every layer has `sliding_window`, if the config gives one."""
-    return (_window(reader),) * num_layers
+    window = _window(reader)
+    if window is not None and "full_attention" in reader.get("layer_types", ()):
+        # transformers slides every layer of these families, whoever wrote the config meant something else.
+        raise reader.error("layer_types is not supported by this architecture, whose layers all have sliding_window")
+    return (window,) * num_layers
 
 
 def window_by_layer_type(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     """`layer_types` says which layers slide."""
     layer_types = reader.get("layer_types", ())
     window = _window(reader)
-    if len(layer_types) != num_layers:
-        raise reader.error(f"layer_types has {len(layer_types)} entries for {num_layers} layers")
+    assert len(layer_types) == num_layers  # checked by transformers
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise reader.error(f"layer_types holds {', '.join(sorted(unknown))}: only full_attention and sliding_attention work")

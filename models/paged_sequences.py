@@ -28,10 +28,12 @@ class PagedSequences:
         random.Random(seed).shuffle(block_ids)
         self.block_tables = [block_ids[i * blocks_each : (i + 1) * blocks_each] for i in range(num_sequences)]
         shape = (len(block_ids) + 1, block_size, model.num_kv_heads, model.config.head_dim)
-        self.kv_caches = [
-            tuple(torch.full(shape, torch.nan, dtype=model.dtype, device=model.device) for _ in range(2))
-            for _ in range(model.config.num_layers)
-        ]
+
+        def empty() -> torch.Tensor:
+            """Not a number: what reads a place that nobody wrote shows at once."""
+            return torch.full(shape, torch.nan, dtype=model.dtype, device=model.device)
+
+        self.kv_caches = [(empty(), empty()) for _ in range(model.config.num_layers)]
 
     @torch.inference_mode()
     def extend(self, new_tokens: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:

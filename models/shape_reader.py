@@ -94,17 +94,15 @@ def _read_rotary(reader: ConfigReader, head_dim: int) -> tuple[RotaryShape, int]
         raise reader.error("partial_rotary_factor other than 1 is not supported by this architecture")
     if scaling not in SCALINGS:
         raise reader.error(f"rope_type {scaling!r} is not supported: known are {', '.join(SCALINGS)}")
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise reader.error(f"rope_theta must be a positive number, not {theta!r}")
     kind = SCALINGS[scaling]
     parameters = {name: value for name, value in parameters.items() if value is not None}
     unknown, missing = set(parameters) - kind.required - kind.optional, kind.required - set(parameters)
     if unknown or missing:
         problem = f"does not know {', '.join(sorted(unknown))}" if unknown else f"needs {', '.join(sorted(missing))}"
         raise reader.error(f"rope_type {scaling!r} {problem}")
-    for name, value in parameters.items():
-        if not isinstance(value, int | float):
-            raise reader.error(f"rope parameter {name} must be a number, not {value!r}")
+    for name, value in {"rope_theta": theta, **parameters}.items():
+        if not isinstance(value, int | float) or (name == "rope_theta" and value <= 0):
+            raise reader.error(f"rope parameter {name} must be a number, rope_theta above 0, not {value!r}")
     max_position = reader.size("max_position_embeddings")
     if scaling == "yarn":
         # Such configs often keep max_position_embeddings at the length before the scaling.

@@ -1,0 +1,144 @@
+"""Strict loading: each tensor has one place, each place its tensor, and a rank reads its slices only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pilotfish.common.errors import ConfigError, ModelLoadError
+from pilotfish.models.build import load_model
+from pilotfish.models.checkpoint import SINGLE_FILE, Checkpoint
+from pilotfish.models.loader import load_weights
+from pilotfish.models.parallel import Parallel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+SaveCheckpoint = Callable[..., PreTrainedModel]
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def change(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Rewrites the checkpoint's only file with tensors put in, or taken out where None."""
+    tensors = load_file(path / SINGLE_FILE) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path / SINGLE_FILE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({Q_PROJ: None}, f"tensor {Q_PROJ} is missing"),
+        ({Q_PROJ + "2": torch.zeros(1)}, rf"tensor {Q_PROJ}2 \(model\.safetensors\) has no place"),
+        ({"x" + Q_PROJ: torch.zeros(96, 48)}, f"tensor x{Q_PROJ} .* has no place"),
+        ({"model.layers.1.self_attn.q_proj.bias": torch.zeros(96)}, r"q_proj\.bias .* has no place"),
+        ({"model.layers.3.input_layernorm.weight": torch.zeros(48)}, r"layers\.3\.input_layernorm\.weight .* has no place"),
+        ({Q_PROJ: torch.zeros(48, 96)}, rf"{Q_PROJ} .* has shape \(48, 96\), the model needs \(96, 48\)"),
+        ({"model.norm.weight": torch.zeros(48, 1)}, r"model\.norm\.weight .* has shape \(48, 1\)"),
+        ({Q_PROJ: torch.zeros(96, 48, dtype=torch.int8)}, f"{Q_PROJ} .* is stored as I8"),
+        ({"lm_head.weight": None}, r"tensor lm_head\.weight is missing"),
+        ({f"extra.{i}": torch.zeros(1) for i in range(9)}, "and 4 more problems"),
+    ],
+)
+def test_every_tensor_has_its_place(changes: dict[str, torch.Tensor | None], message: str, llama: Path) -> None:
+    change(llama, changes)
+    with pytest.raises(ModelLoadError, match=message) as caught:
+        load_model(llama, device="cpu")
+    assert "download both again" in caught.value.message
+
+
+def test_a_derived_table_of_old_checkpoints_is_left_out(llama: Path) -> None:
+    change(llama, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
+    load_model(llama, device="cpu")
+
+
+def test_truncated_checkpoint(llama: Path) -> None:
+    content = (llama / SINGLE_FILE).read_bytes()
+    (llama / SINGLE_FILE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelLoadError, match="truncated or corrupt"):
+        load_model(llama, device="cpu")
+
+
+def test_tied_head_may_repeat_the_embedding_or_stand_for_it(tmp_path: Path, save_checkpoint: SaveCheckpoint) -> None:
+    save_checkpoint(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    embedding = load_file(tmp_path / SINGLE_FILE)["model.embed_tokens.weight"]
+    change(tmp_path, {"lm_head.weight": embedding.clone()})
+    repeated = load_model(tmp_path, device="cpu")
+    change(tmp_path, {"model.embed_tokens.weight": None})
+    head_only = load_model(tmp_path, device="cpu")
+    for model in (repeated, head_only):
+        torch.testing.assert_close(model.embedding.weight, embedding, rtol=0, atol=0)
+        assert model.embedding.head_weight is model.embedding.weight
+    change(tmp_path, {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 1})
+    with pytest.raises(ModelLoadError, match=r"lm_head\.weight differs.*tie_word_embeddings"):
+        load_model(tmp_path, device="cpu")
+    change(tmp_path, {"model.embed_tokens.weight": None, "lm_head.weight": None})
+    with pytest.raises(ModelLoadError, match=r"tensor model\.embed_tokens\.weight is missing"):
+        load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("stored", "in_memory"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_weights_on_a_cpu_stay_as_stored(
+    stored: torch.dtype, in_memory: torch.dtype, tmp_path: Path, save_checkpoint: SaveCheckpoint
+) -> None:
+    save_checkpoint(tmp_path, "LlamaForCausalLM", dtype=stored)
+    model = load_model(tmp_path, device="cpu")
+    assert {parameter.dtype for parameter in model.parameters() if parameter.dim() > 1} == {in_memory}
+    assert {parameter.dtype for parameter in model.parameters() if parameter.dim() == 1} == {torch.float32}
+    assert model.dtype == torch.float32
+    assert model.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    with pytest.raises(ConfigError, match="bfloat16 is not computed on a CPU"):
+        load_model(tmp_path, device="cpu", dtype="bfloat16")
+
+
+def test_progress_counts_every_byte(llama: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    model = load_model(llama, device="cpu", progress=lambda done, total: calls.append((done, total)))
+    done, totals = [call[0] for call in calls], {call[1] for call in calls}
+    assert done == sorted(done)
+    assert totals == {done[-1]} == {4 * model.num_parameters}
+    with safe_open(llama / SINGLE_FILE, "pt") as file:
+        assert len(calls) == len(file.keys())
+
+
+def only_loaded(x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("loading needs no collective")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_rank_reads_its_slices_only(architecture: str, fused: bool, tmp_path: Path, save_checkpoint: SaveCheckpoint) -> None:
+    save_checkpoint(tmp_path, architecture, save={"save_original_format": not fused}, num_key_value_heads=3)
+    names = load_file(tmp_path / SINGLE_FILE)
+    assert any("experts.gate_up_proj" in name for name in names) == (fused and architecture != "LlamaForCausalLM")
+    replicated = sum(tensor.nbytes for name, tensor in names.items() if "norm" in name or ".gate.weight" in name)
+    total = sum(tensor.nbytes for tensor in names.values())
+    read: list[int] = []
+    for rank in range(3):
+        calls: list[tuple[int, int]] = []
+        parallel = Parallel(rank=rank, size=3, all_reduce=only_loaded, all_gather=only_loaded)
+        model = load_model(tmp_path, device="cpu", parallel=parallel, progress=lambda *call, to=calls: to.append(call))
+        assert calls[-1] == (model.weight_bytes, model.weight_bytes)
+        read.append(calls[-1][0])
+    assert sum(read) == total + 2 * replicated
+    assert max(read) - min(read) <= 2 * 48 * 4  # one row of the embedding and one of the head: 131 = 44 + 44 + 43
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_every_element_of_every_parameter_is_filled_once(
+    architecture: str, tmp_path: Path, save_checkpoint: SaveCheckpoint
+) -> None:
+    save_checkpoint(tmp_path, architecture)
+    model = load_model(tmp_path, device="cpu")
+    for parameter in model.parameters():
+        parameter.zero_()
+    for source in model.weight_sources():
+        source.target.add_(1)
+    assert all(bool((parameter == 1).all()) for parameter in model.parameters())
+    with Checkpoint(tmp_path) as checkpoint:
+        report = load_weights(checkpoint, model.weight_sources())
+    assert report.num_bytes == model.weight_bytes
