@@ -39,6 +39,11 @@ _SIGNATURES = {
     "pilotfish_linear_f32": "pipippiiiii",
     "pilotfish_linear_bf16": "pipippiiiii",
     "pilotfish_paged_attention_f32": "pii" + "piii" + "piii" + "pi" + "pppp" + "iiiiifif" + "i",
+    "pilotfish_rms_norm_f32": "piiii" + "pi" + "pf" + "ppi" + "i",
+    "pilotfish_rms_norm_bf16": "piiii" + "pi" + "pf" + "ppi" + "i",
+    "pilotfish_apply_rotary": "piii" + "piii" + "pi" + "pi" + "pi" + "ii" + "i",
+    "pilotfish_gated_activation": "pi" + "pii" + "i" + "i",
+    "pilotfish_store_kv": "pii" + "pii" + "piii" + "piii" + "p" + "iiii" + "i",
 }
 
 

@@ -16,9 +16,14 @@ from . import library
 
 _F32, _BF16 = torch.float32, torch.bfloat16
 _WEIGHTS = (_F32, _BF16)
+_ACTIVATION_NUMBERS = {"silu": 0, "gelu_tanh": 1}  # as in gated_activation.h
 # The dtypes each op's twin takes, in the order in which the op names its tensors to `supports`.
 _TWINS: dict[str, set[tuple[torch.dtype, ...]]] = {
     "linear": set(itertools.product([_F32], _WEIGHTS)),
+    "rms_norm": set(itertools.product([_F32], _WEIGHTS)),
+    "apply_rotary": {(_F32, _F32)},
+    "gated_activation": {(_F32,)},
+    "store_kv": {(_F32, _F32)},
     "paged_attention": {(_F32, _F32)},
 }
 
@@ -56,6 +61,103 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
         torch.get_num_threads(),
     )
     return y_MN
+
+
+def rms_norm(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    hidden = weight_H.shape[0]
+    x_OIH = x_TH.unsqueeze(1) if x_TH.dim() == 2 else x_TH.reshape(-1, x_TH.shape[-2] if x_TH.dim() > 2 else 1, hidden)
+    num_outer, num_inner, _ = x_OIH.shape
+    outer_stride, inner_stride, _ = x_OIH.stride()
+    y_TH = torch.empty(x_TH.shape)
+    new_residual_TH = None if residual_TH is None else torch.empty(x_TH.shape)
+    kernels = _kernels()
+    run = kernels.pilotfish_rms_norm_f32 if weight_H.dtype is _F32 else kernels.pilotfish_rms_norm_bf16
+    run(
+        x_OIH.data_ptr(),
+        num_outer,
+        outer_stride,
+        num_inner,
+        inner_stride,
+        None if residual_TH is None else residual_TH.data_ptr(),
+        0 if residual_TH is None else residual_TH.stride(0),
+        weight_H.data_ptr(),
+        eps,
+        y_TH.data_ptr(),
+        None if new_residual_TH is None else new_residual_TH.data_ptr(),
+        hidden,
+        torch.get_num_threads(),
+    )
+    return y_TH if new_residual_TH is None else (y_TH, new_residual_TH)
+
+
+def apply_rotary(
+    q_TND: torch.Tensor, k_TKD: torch.Tensor, cos_PC: torch.Tensor, sin_PC: torch.Tensor, positions_T: torch.Tensor
+) -> None:
+    num_tokens, num_q_heads, _ = q_TND.shape
+    q_token_stride, q_head_stride, _ = q_TND.stride()
+    k_token_stride, k_head_stride, _ = k_TKD.stride()
+    _kernels().pilotfish_apply_rotary(
+        q_TND.data_ptr(),
+        q_token_stride,
+        q_head_stride,
+        num_q_heads,
+        k_TKD.data_ptr(),
+        k_token_stride,
+        k_head_stride,
+        k_TKD.shape[1],
+        cos_PC.data_ptr(),
+        cos_PC.stride(0),
+        sin_PC.data_ptr(),
+        sin_PC.stride(0),
+        positions_T.data_ptr(),
+        positions_T.itemsize,
+        num_tokens,
+        cos_PC.shape[1],
+        torch.get_num_threads(),
+    )
+
+
+def gated_activation(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:
+    num_rows, size = gate_up_TU.shape[0], gate_up_TU.shape[1] // 2
+    y_TF = torch.empty(num_rows, size)
+    _kernels().pilotfish_gated_activation(
+        gate_up_TU.data_ptr(),
+        gate_up_TU.stride(0),
+        y_TF.data_ptr(),
+        num_rows,
+        size,
+        _ACTIVATION_NUMBERS[activation],
+        torch.get_num_threads(),
+    )
+    return y_TF
+
+
+def store_kv(
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    k_cache_BLKD: torch.Tensor,
+    v_cache_BLKD: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> None:
+    num_tokens, num_heads, head_dim = k_TKD.shape
+    _kernels().pilotfish_store_kv(
+        k_TKD.data_ptr(),
+        *k_TKD.stride()[:2],
+        v_TKD.data_ptr(),
+        *v_TKD.stride()[:2],
+        k_cache_BLKD.data_ptr(),
+        *k_cache_BLKD.stride()[:3],
+        v_cache_BLKD.data_ptr(),
+        *v_cache_BLKD.stride()[:3],
+        slots_T.data_ptr(),
+        num_tokens,
+        k_cache_BLKD.shape[1],
+        num_heads,
+        head_dim,
+        torch.get_num_threads(),
+    )
 
 
 def paged_attention(
