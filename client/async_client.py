@@ -10,10 +10,10 @@ from typing import Any, Unpack
 import grpc
 
 from ..common.cluster_state import ClusterState, ModelCard
-from ..common.errors import Unavailable
+from ..common.errors import Cancelled, Unavailable
 from ..proto import inference_pb2 as pb
 from ..proto.inference_pb2_grpc import InferenceStub
-from .async_text_stream import AsyncTextStream
+from .async_text_stream import AsyncTextStream, is_task_cancelled
 from .attempts import Attempts
 from .cluster import cluster_state, model_card
 from .options import DEFAULT_CHANNEL, DEFAULT_RETRY, ChannelOptions, RetryPolicy, TlsOptions, bearer_metadata, parse_address
@@ -127,8 +127,12 @@ class AsyncClient:
         while True:
             try:
                 return await self._begin(method, request, attempts.remaining_s())
+            except asyncio.CancelledError:
+                if is_task_cancelled():
+                    raise
+                raise Cancelled("the call was ended by this client") from None
             except grpc.RpcError as failure:
-                delay_s = attempts.delay_after(failure, cancelled_here=self._is_closed)
+                delay_s = attempts.delay_after(failure)
             await asyncio.sleep(delay_s)
 
     def _begin(self, method: str, request: Any, timeout_s: float | None) -> Any:
@@ -144,4 +148,4 @@ class AsyncClient:
         return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s)
+        return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=lambda: self._is_closed)

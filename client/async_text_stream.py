@@ -14,6 +14,12 @@ from .attempts import Attempts
 from .results import Completion, CompletionBuilder, Delta
 
 
+def is_task_cancelled() -> bool:
+    """Tells a task's own cancellation from the CancelledError that gRPC raises where a call was ended by this client."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class AsyncTextStream:
     """Iterate with `async for` over the deltas of an answer; `text` and `completion` are what has arrived so far.
 
@@ -55,9 +61,9 @@ class AsyncTextStream:
                 self._call = self._begin(self._attempts.remaining_s())
             event = await self._call.read()
         except asyncio.CancelledError:
-            if not self._is_closed:
-                raise  # the reading task was cancelled, and with it the call
-            raise Cancelled("the stream was closed") from None
+            if is_task_cancelled():
+                raise
+            raise Cancelled("the call was ended by this client") from None
         except grpc.RpcError as failure:
             await asyncio.sleep(self._attempts.delay_after(failure, answering=self._builder.has_delta))
             self._builder = CompletionBuilder(num_choices=self._num_choices)
@@ -93,6 +99,10 @@ class AsyncTextStream:
         """End the call if it has not ended. A task that waits for the next delta gets Cancelled."""
         self._is_closed = True
         if self._call is not None:
+            self._call.cancel()
+
+    def __del__(self) -> None:
+        if self._call is not None and not self._call.done():  # gRPC itself keeps a running call alive
             self._call.cancel()
 
     async def __aenter__(self) -> AsyncTextStream:

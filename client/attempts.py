@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 import grpc
 
@@ -13,15 +14,19 @@ from .options import RetryPolicy
 
 
 class Attempts:
-    """Begins with the request; `timeout_s` counts from then, waits included. `address` is for messages."""
+    """Begins with the request; `timeout_s` counts from then, waits included.
 
-    def __init__(self, *, address: str, policy: RetryPolicy, timeout_s: float | None) -> None:
+    `address` is for messages; `is_closed` says whether the client was closed, which ends its calls.
+    """
+
+    def __init__(self, *, address: str, policy: RetryPolicy, timeout_s: float | None, is_closed: Callable[[], bool]) -> None:
         if timeout_s is not None and not 0 < timeout_s < 1e9:
             raise InvalidRequest(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
         self._address = address
         self._policy = policy
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._is_closed = is_closed
         self._num_attempts = 1
 
     def remaining_s(self) -> float | None:
@@ -32,7 +37,7 @@ class Attempts:
 
         Args:
             answering: part of the answer has been handed out; there is no other attempt then.
-            cancelled_here: this client ended the call itself.
+            cancelled_here: the call was ended on this side.
 
         Raises:
             PilotfishError: there is no other attempt; the class says what happened.
@@ -44,7 +49,7 @@ class Attempts:
             address=self._address,
             timeout_s=self._timeout_s,
             answering=answering,
-            cancelled_here=cancelled_here,
+            cancelled_here=cancelled_here or self._is_closed(),
         )
         delay_s = self._policy.delay_s(
             error, num_attempts=self._num_attempts, remaining_s=self.remaining_s(), random_unit=random.random()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -68,7 +68,7 @@ class Client:
         self._retry = retry
         self._timeout_s = timeout_s
         self._short_timeout_s = short_timeout_s
-        self._is_closed = False
+        self._closed = threading.Event()
         arguments = channel.arguments(address=self.address, tls=tls)
         self._channel = (
             grpc.insecure_channel(self.address, options=arguments)
@@ -126,7 +126,7 @@ class Client:
 
     def close(self) -> None:
         """End the connection; calls that run get Cancelled."""
-        self._is_closed = True
+        self._closed.set()
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -147,13 +147,13 @@ class Client:
             try:
                 return self._begin(method, request, attempts.remaining_s())
             except grpc.RpcError as failure:
-                delay_s = attempts.delay_after(failure, cancelled_here=self._is_closed)
-            time.sleep(delay_s)
+                delay_s = attempts.delay_after(failure)
+            self._closed.wait(delay_s)
 
     def _begin(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        if self._is_closed:
+        if self._closed.is_set():
             raise Unavailable("this client is closed")
         return method(request, timeout=timeout_s, metadata=self._metadata)
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s)
+        return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=self._closed.is_set)

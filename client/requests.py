@@ -85,7 +85,7 @@ def generate_call(prompt: str | Sequence[int], params: Params | None, options: M
         if isinstance(prompt, str):
             call.text = prompt
         else:
-            call.tokens.CopyFrom(pb.TokenIds(ids=prompt))
+            call.tokens.CopyFrom(pb.TokenIds(ids=tuple(prompt)))
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the prompt must be text or token ids, and the options of their types: {error}") from error
     return TextCall(request=call, num_choices=num_choices, timeout_s=timeout_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ class TextStream:
         self._attempts = attempts
         self._num_choices = num_choices
         self._builder = CompletionBuilder(num_choices=num_choices)
-        self._is_closed = False
+        self._closed = threading.Event()
         self._call = begin(attempts.remaining_s())
 
     def __iter__(self) -> Iterator[Delta]:
@@ -73,7 +73,7 @@ class TextStream:
 
     def close(self) -> None:
         """End the call if it has not ended. A thread that waits for the next delta gets Cancelled."""
-        self._is_closed = True
+        self._closed.set()
         self._call.cancel()
 
     def __enter__(self) -> TextStream:
@@ -83,9 +83,8 @@ class TextStream:
         self.close()
 
     def _try_again(self, failure: grpc.RpcError) -> None:
-        delay_s = self._attempts.delay_after(failure, answering=self._builder.has_delta, cancelled_here=self._is_closed)
-        time.sleep(delay_s)
-        if self._is_closed:
+        delay_s = self._attempts.delay_after(failure, answering=self._builder.has_delta, cancelled_here=self._closed.is_set())
+        if self._closed.wait(delay_s):
             raise Cancelled("the stream was closed")
         self._builder = CompletionBuilder(num_choices=self._num_choices)
         self._call = self._begin(self._attempts.remaining_s())
