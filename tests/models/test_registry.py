@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,11 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"transformers .* refuses it"):
         load_model(tmp_path, device="cpu")
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_page_on_adding_a_model_shows_the_real_file() -> None:
+    root = Path(inspect.getfile(lookup)).parents[1]
+    source = (root / "models/families/qwen3.py").read_text()
+    page = (root / "docs/adding-a-model.md").read_text()
+    assert f"```python\n{source}```" in page
+    assert all((root / name).exists() for name in re.findall(r"`((?:models|tests)/[\w/]+\.py)`", page))
