@@ -1,5 +1,4 @@
 import pytest
-
 from pilotfish.client.cluster import cluster_state, model_card
 from pilotfish.common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
 from pilotfish.common.errors import InternalError
