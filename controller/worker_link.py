@@ -54,7 +54,8 @@ class WorkerLink:
     Attributes:
         connected: the worker has greeted; what is submitted now leaves now.
         last_message_time: of the monotonic clock.
-        load, step_id, step_age_s, phase: as of the last message; `step_age_s` is 0 when no step runs.
+        load, step_id, step_age_s, failed: as of the last message; `step_age_s` is 0 when no step runs, `failed` says that
+            the engine cannot go on.
     """
 
     def __init__(self, *, address: str, epoch: int, controller_id: str, listener: LinkListener) -> None:
@@ -64,7 +65,7 @@ class WorkerLink:
         self.load = EngineLoad()
         self.step_id = 0
         self.step_age_s = 0.0
-        self.phase = ""
+        self.failed = False
         self._epoch = epoch
         self._controller_id = controller_id
         self._listener = listener
@@ -137,8 +138,7 @@ class WorkerLink:
                     self._take_step(message.step)
                 case "heartbeat":
                     beat = message.heartbeat
-                    self.load, self.phase = load_from_proto(beat.load), beat.phase
-                    self.step_age_s = beat.step_age_s
+                    self.load, self.step_age_s, self.failed = load_from_proto(beat.load), beat.step_age_s, beat.failed
                 case "hello":
                     self._greeted()
 
@@ -160,7 +160,7 @@ class WorkerLink:
             self.step_id = message.step_id
             self._acknowledge_later()
         step = step_from_proto(message)
-        self.load, self.step_age_s, self.phase = step.load, 0.0, ""
+        self.load, self.step_age_s = step.load, 0.0
         for output in step.sequences:
             if output.finish_reason is not None:
                 self._in_flight.pop(output.request_id, None)

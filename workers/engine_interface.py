@@ -8,8 +8,14 @@ from ..common.requests import EngineRequest
 from ..scheduler.snapshot import SchedulerSnapshot
 
 
+FAILED_PHASE = "failed"
+
+
 class EngineHealth(Protocol):
-    """`ok`: steps complete, or there is nothing to do. `step_age_s` is how long the current step has run, 0 when idle."""
+    """`ok`: steps complete, or there is nothing to do. `step_age_s` is how long the current step has run, 0 when idle.
+
+    An engine whose `phase` is FAILED_PHASE cannot go on and does not answer its requests.
+    """
 
     @property
     def ok(self) -> bool: ...

@@ -9,6 +9,7 @@ Life: construct, give `on_step` to the engine, `start` once the engine runs, `st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Coroutine
@@ -50,9 +51,10 @@ class WorkerServer:
         self._health_task: asyncio.Task[None] | None = None
 
     def on_step(self, step: StepOutput) -> None:
-        """Called on the engine's thread, from after `start` on; returns at once."""
+        """Called on the engine's thread, from after `start` on; returns at once. After `stop` nobody is left to tell."""
         assert self._service is not None, "the engine made a step before the server was started"
-        self._loop.call_soon_threadsafe(self._service.receive, step)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._service.receive, step)
 
     def start(self, engine: EngineInterface, info: WorkerInfo, *, host: str, port: int = 0) -> str:
         """Serve; returns the address "host:port".

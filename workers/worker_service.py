@@ -20,7 +20,7 @@ from ..common.errors import PilotfishError
 from ..common.requests import EngineLoad, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.codec import info_to_proto, load_to_proto, request_from_proto, step_to_proto
-from .engine_interface import EngineInterface
+from .engine_interface import FAILED_PHASE, EngineInterface
 from .outbox import StepOutbox
 
 logger = logging.getLogger(__name__)
@@ -268,4 +268,5 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             step_age_s=health.step_age_s,
             phase=health.phase,
             load=load_to_proto(self._load),
+            failed=health.phase == FAILED_PHASE,
         )

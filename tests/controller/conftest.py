@@ -1,0 +1,50 @@
+"""A controller over workers in this process: everything real but the model and Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_workers import Cluster, LocalLauncher, StartCluster
+from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
+from pilotfish.controller.controller import Controller
+from small_model import save_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
+    started: list[Controller] = []
+
+    async def start(
+        *,
+        launcher: LocalLauncher | None = None,
+        fleet: dict[str, Any] | None = None,
+        gateway: dict[str, Any] | None = None,
+        stall_timeout_s: float = 60.0,
+        wait: bool = True,
+        **engine_options: Any,
+    ) -> Cluster:
+        launcher = launcher or LocalLauncher(engine_options=engine_options)
+        config = ServeConfig(
+            model=ModelConfig(model="tiny"),
+            engine=EngineConfig(stall_timeout_s=stall_timeout_s),
+            gateway=GatewayConfig(**{"grpc_port": 0, "http_port": 0, **(gateway or {})}),
+            fleet=FleetConfig(**{"heartbeat_timeout_s": 5.0, **(fleet or {})}),
+        )
+        controller = Controller(config, model_path=tokenizer_path, launcher=launcher, controller_id="test")
+        started.append(controller)
+        await controller.start()
+        if wait:
+            await controller.wait_ready()
+        return Cluster(controller, launcher)
+
+    yield start
+    for controller in started:
+        await controller.stop()

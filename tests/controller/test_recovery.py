@@ -1,0 +1,334 @@
+"""Workers killed, stalled or silent, connections cut, controllers replaced: no token is lost and none repeated."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from fake_engine import expected_tokens
+from local_workers import Cluster, LocalLauncher, LocalWorker, StartCluster
+from pilotfish.common.cluster_state import ReplicaState
+from pilotfish.common.errors import InternalError, ModelLoadError, Unavailable
+from pilotfish.controller import fleet as fleet_module
+from pilotfish.controller import worker_link
+from pilotfish.controller.service import RequestHandle
+from pilotfish.controller.worker_process import WorkerDied
+from pilotfish.workers.worker_service import ServerLimits
+from reading import Answer, eventually, read, read_until
+from tcp_proxy import TcpProxy
+
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_RESTART_PAUSE_S", (0.0, 0.05))
+
+
+async def generate(cluster: Cluster, *, max_tokens: int = 150, **options: Any) -> RequestHandle:
+    return await cluster.service.start_request(prompt=PROMPT, sampling={"max_tokens": max_tokens}, **options)
+
+
+def check(answer: Answer, num_tokens: int = 150) -> None:
+    for choice in answer.choices.values():
+        assert choice.token_ids == expected_tokens(PROMPT, num_tokens)
+
+
+def worker_of(cluster: Cluster, handle: RequestHandle) -> LocalWorker:
+    """The worker that runs a request's first choice."""
+    replica = next(r for r in cluster.controller._fleet._replicas if r.name == handle._stream.sequences[0].replica)
+    return next(w for w in cluster.launcher.launched if w.address == replica.address)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+async def test_a_stream_goes_on_when_its_worker_is_killed(start_cluster: StartCluster, num_replicas: int) -> None:
+    cluster = await start_cluster(step_s=0.002, fleet={"num_replicas": num_replicas})
+    handle = await cluster.service.start_request(prompt=PROMPT, sampling={"max_tokens": 150, "n": 2, "logprobs": 0})
+    answer = Answer()
+    await read_until(handle, answer, lambda a: len(a.choices.get(0, Answer).token_ids) >= 20 if 0 in a.choices else False)
+    victim = worker_of(cluster, handle)
+    known = len(handle._stream.sequences[0].output_token_ids)
+    await victim.kill()
+    await read(handle, into=answer)
+    check(answer)
+    assert answer.usage.completion_tokens == 300
+    others = [w for w in cluster.launcher.launched if w is not victim]
+    replayed = [request for worker in others for request in worker.engine.submitted]
+    assert all(len(request.output_token_ids) >= known for request in replayed if request.request_id.partition("#")[2] == "0")
+    await eventually(lambda: cluster.service.status().num_restarts == 1)
+    await eventually(lambda: all(r.state is ReplicaState.READY for r in cluster.service.status().replicas))
+    check(await read(await generate(cluster)))
+
+
+async def test_killing_workers_again_and_again_loses_nothing(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(
+        step_s=0.002, max_num_seqs=4, fleet={"num_replicas": 2, "max_attempts": 50, "max_restarts": 50}
+    )
+    readers = [asyncio.create_task(read(await generate(cluster, max_tokens=200))) for _ in range(12)]
+    for round_ in range(5):
+        await asyncio.sleep(0.1)
+        ready = [r for r in cluster.controller._fleet._replicas if r.state is ReplicaState.READY]
+        if ready:
+            address = ready[round_ % len(ready)].address
+            await next(w for w in cluster.launcher.launched if w.address == address).kill()
+    for answer in await asyncio.gather(*readers):
+        check(answer, 200)
+    assert cluster.service.status().num_restarts >= 4
+
+
+async def test_a_request_that_loses_too_many_replicas_ends(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(step_s=0.01, fleet={"max_attempts": 2, "max_restarts": 10})
+    handle = await generate(cluster, max_tokens=4000)
+    answer = Answer()
+    for num in (1, 2):
+        await read_until(handle, answer, lambda a, n=num: a.num_deltas >= 3 * n)
+        await cluster.launcher.launched[-1].kill()
+        if num == 1:
+            await eventually(lambda: len(cluster.launcher.launched) == 2)
+    with pytest.raises(InternalError, match="lost its replica 2 times"):
+        await read(handle, into=answer)
+
+
+async def test_a_stalled_step_costs_the_worker_and_not_the_request(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(step_s=0.002, stall_timeout_s=0.3)
+    handle = await generate(cluster)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 5)
+    cluster.launcher.launched[0].engine.gate.clear()
+    await read(handle, into=answer)
+    check(answer)
+    assert len(cluster.launcher.launched) == 2
+
+
+async def test_a_failed_engine_costs_the_worker_and_not_the_request(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(step_s=0.002)
+    handle = await generate(cluster)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 5)
+    cluster.launcher.launched[0].engine.fail()
+    await read(handle, into=answer)
+    check(answer)
+    assert len(cluster.launcher.launched) == 2
+
+
+class ProxyLauncher(LocalLauncher):
+    """Puts a TcpProxy between the controller and each worker."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.proxies: list[TcpProxy] = []
+
+    async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+        worker = await super().launch(replica, epoch=epoch)
+        proxy = TcpProxy(worker.address)
+        worker.address = await proxy.start()
+        self.proxies.append(proxy)
+        return worker
+
+
+@pytest.fixture
+async def proxied() -> AsyncIterator[ProxyLauncher]:
+    launcher = ProxyLauncher(engine_options={"step_s": 0.002})
+    yield launcher
+    for proxy in launcher.proxies:
+        await proxy.stop()
+
+
+async def test_a_cut_connection_is_joined_where_it_broke(start_cluster: StartCluster, proxied: ProxyLauncher) -> None:
+    cluster = await start_cluster(launcher=proxied)
+    handle = await generate(cluster, max_tokens=600)
+    answer = Answer()
+    for _ in range(4):
+        seen = answer.num_deltas
+        await read_until(handle, answer, lambda a, seen=seen: a.num_deltas >= seen + 10)
+        proxied.proxies[0].cut()
+    await read(handle, into=answer)
+    check(answer, 600)
+    assert proxied.proxies[0].num_connections >= 5
+    assert len(proxied.launched) == 1
+    assert len(proxied.launched[0].engine.submitted) == 1  # it ran on, it was not run again
+
+
+async def test_submits_and_aborts_of_a_broken_connection_are_said_again(
+    start_cluster: StartCluster, proxied: ProxyLauncher
+) -> None:
+    cluster = await start_cluster(launcher=proxied)
+    running = await generate(cluster, max_tokens=4000)
+    await read_until(running, Answer(), lambda a: a.num_deltas >= 2)
+    proxied.proxies[0].silent = True  # what is sent now is lost
+    running.cancel()
+    submitted = await generate(cluster)
+    await asyncio.sleep(0.05)
+    proxied.proxies[0].cut()
+    proxied.proxies[0].silent = False
+    check(await read(submitted))
+    await eventually(lambda: cluster.service.status().num_running == 0)
+    assert len(proxied.launched[0].engine.aborted) == 1
+
+
+async def test_a_silent_connection_is_opened_anew(
+    start_cluster: StartCluster, proxied: ProxyLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_link, "_SILENCE_TIMEOUT_S", 0.4)
+    cluster = await start_cluster(launcher=proxied)
+    handle = await generate(cluster)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 3)
+    proxied.proxies[0].silent = True
+    before = proxied.proxies[0].num_connections
+    await eventually(lambda: proxied.proxies[0].num_connections > before)
+    proxied.proxies[0].silent = False
+    await read(handle, into=answer)
+    check(answer)
+    assert len(proxied.launched) == 1
+
+
+async def test_a_silent_worker_is_replaced(start_cluster: StartCluster, proxied: ProxyLauncher) -> None:
+    cluster = await start_cluster(launcher=proxied, fleet={"heartbeat_timeout_s": 0.6})
+    handle = await generate(cluster)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 3)
+    proxied.proxies[0].silent = True
+    await read(handle, into=answer)
+    check(answer)
+    assert len(proxied.launched) == 2
+
+
+async def test_what_a_worker_gives_up_runs_elsewhere(start_cluster: StartCluster, proxied: ProxyLauncher) -> None:
+    proxied.limits = ServerLimits(heartbeat_interval_s=0.05, away_timeout_s=0.1)
+    cluster = await start_cluster(launcher=proxied)
+    handle = await generate(cluster, max_tokens=400)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 3)
+    engine = proxied.launched[0].engine
+    proxied.proxies[0].silent = True
+    proxied.proxies[0].cut()
+    await eventually(lambda: len(engine.aborted) == 1)
+    proxied.proxies[0].silent = False
+    proxied.proxies[0].cut()
+    await read(handle, into=answer)
+    check(answer, 400)
+    assert len(engine.submitted) == 2
+    assert len(engine.submitted[1].output_token_ids) > 3
+
+
+async def test_a_gap_in_the_cache_events_is_closed_by_a_snapshot(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster()
+    dispatcher = cluster.controller._dispatcher
+    trie = dispatcher.router.trie
+    trie._replicas["replica-0"].next_event_id -= 5  # as if five events had been lost
+    long = await cluster.service.start_request(prompt=list(range(64)), sampling={"max_tokens": 100})
+    answer = await read(long)
+    assert answer.choices[0].token_ids == expected_tokens(list(range(64)), 100)
+    blocks = cluster.launcher.launched[0].engine.scheduler.snapshot().blocks
+    await eventually(lambda: not trie.needs_snapshot("replica-0") and trie.num_blocks("replica-0") == len(blocks))
+
+
+async def test_a_new_controller_takes_over_living_workers(start_cluster: StartCluster) -> None:
+    launcher = LocalLauncher(engine_options={"step_s": 0.002})
+    first = await start_cluster(launcher=launcher)
+    prompt = list(range(64))
+    await read(await first.service.start_request(prompt=prompt, sampling={"max_tokens": 1}))
+    await generate(first, max_tokens=4000)
+    await eventually(lambda: len(launcher.launched[0].engine.submitted) == 2)
+    worker = launcher.launched[0]
+    await crash(first, worker)
+
+    successor = LocalLauncher(living={"replica-0": worker})
+    second = await start_cluster(launcher=successor)
+    assert successor.launched == []
+    await eventually(lambda: len(worker.engine.aborted) == 1)  # its client went with the first controller
+    again = await read(await second.service.start_request(prompt=prompt, sampling={"max_tokens": 5}))
+    assert again.choices[0].token_ids == expected_tokens(prompt, 5)
+    trie = second.controller._dispatcher.router.trie
+    assert trie.num_blocks("replica-0") >= 4
+    await eventually(lambda: worker.engine.scheduler.load().num_used_blocks == 0)
+    await worker.kill()
+
+
+async def crash(cluster: Cluster, worker: LocalWorker) -> None:
+    """As if the controller's process had died: its connections break and it ends no worker."""
+
+    async def nothing() -> None:
+        pass
+
+    worker.end = nothing  # type: ignore[method-assign]
+    tasks = cluster.controller._fleet._tasks
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    cluster.controller._fleet._replicas.clear()
+
+
+async def test_a_worker_that_cannot_start_says_why_to_who_waits(start_cluster: StartCluster) -> None:
+    launcher = LocalLauncher(failures=[ModelLoadError("tensor model.norm.weight is missing")])
+    cluster = await start_cluster(launcher=launcher, wait=False)
+    with pytest.raises(ModelLoadError, match=r"model\.norm\.weight"):
+        await cluster.controller.wait_ready()
+    with pytest.raises(Unavailable, match=r"no replica is left: tensor model\.norm"):
+        await generate(cluster)
+    (replica,) = cluster.service.status().replicas
+    assert (replica.state, replica.restarts) == (ReplicaState.FAILED, 0)
+
+
+async def test_a_worker_that_dies_at_its_first_start_is_reported(start_cluster: StartCluster) -> None:
+    launcher = LocalLauncher(failures=[WorkerDied("the process was killed (out of memory?)")])
+    cluster = await start_cluster(launcher=launcher, wait=False)
+    with pytest.raises(InternalError, match="out of memory"):
+        await cluster.controller.wait_ready()
+
+
+async def test_before_the_first_worker_serves_requests_are_refused(start_cluster: StartCluster) -> None:
+    class SlowLauncher(LocalLauncher):
+        async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    cluster = await start_cluster(launcher=SlowLauncher(), wait=False)
+    with pytest.raises(Unavailable, match="being loaded"):
+        await generate(cluster)
+    assert cluster.service.models() == ()
+
+
+async def test_a_start_that_takes_too_long_is_given_up(start_cluster: StartCluster) -> None:
+    class SlowLauncher(LocalLauncher):
+        async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    cluster = await start_cluster(launcher=SlowLauncher(), wait=False, fleet={"start_timeout_s": 0.1})
+    with pytest.raises(InternalError, match=r"not ready after 0\.1 s"):
+        await cluster.controller.wait_ready()
+
+
+async def test_a_fleet_that_cannot_recover_tells_who_waits(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(step_s=0.01, fleet={"max_restarts": 2})
+    handle = await generate(cluster, max_tokens=4000)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 2)
+    cluster.launcher.failures = [WorkerDied("no memory")] * 5
+    await cluster.launcher.launched[0].kill()
+    with pytest.raises(Unavailable, match="no memory"):
+        await read(handle, into=answer)
+    assert len(cluster.launcher.failures) == 3  # two restarts were tried
+
+
+async def test_a_burst_with_one_prefix_meets_on_one_replica(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(fleet={"num_replicas": 2})
+    shared = list(range(90))
+    warm = await cluster.service.start_request(prompt=[*shared, 1], sampling={"max_tokens": 2})
+    home = (await read(warm)).usage.replica
+    answers = [
+        await read(await cluster.service.start_request(prompt=[*shared, i], sampling={"max_tokens": 2})) for i in range(5)
+    ]
+    assert {a.usage.replica for a in answers} == {home}
+    assert all(a.usage.cached_tokens == 80 for a in answers)
+
+
+async def test_load_is_spread_over_replicas(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(fleet={"num_replicas": 2}, step_s=0.005)
+    handles = [await cluster.service.start_request(prompt=[i, 50 + i, 9], sampling={"max_tokens": 30}) for i in range(8)]
+    answers = await asyncio.gather(*(read(handle) for handle in handles))
+    assert {a.usage.replica for a in answers} == {"replica-0", "replica-1"}

@@ -1,0 +1,52 @@
+"""Model directories made on the spot: a byte-level tokenizer with a chat template, and a tiny random Llama to go with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def save_tokenizer(path: Path) -> Path:
+    """One token a byte (ids 0 to 255, in the alphabet's order), then an end token."""
+    path.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def save_tiny_llama(path: Path) -> Path:
+    """A random two-layer Llama with the tokenizer above; it never ends of itself within a test's few hundred tokens or does,
+    but greedy text is the same on every run."""
+    import torch
+    import transformers
+
+    save_tokenizer(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.4,
+        eos_token_id=256,
+        bos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
+    return path
