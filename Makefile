@@ -33,6 +33,7 @@ serve: model
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p .venv/lint && ln -sfn ../.. .venv/lint/pilotfish  # the repository root is the package, whatever its folder is called
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	PYTHON=$(BIN)/python proto/generate.sh --check

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
 
 from ..common.errors import PilotfishError
 from . import text_options
-from .text_options import Piece, StreamText
+from .text_options import Pieces, StreamText
 
 _HELP = "Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit ends."
 
@@ -60,7 +59,7 @@ def _talk(stream_chat: StreamText, start: list[dict[str, str]]) -> int:
             messages += [question, {"role": "assistant", "content": answer}]
 
 
-def _print_pieces(pieces: Iterator[Piece]) -> str:
+def _print_pieces(pieces: Pieces) -> str:
     """Print an answer as it comes and return it; Ctrl-C ends it, and what there is stays in the conversation."""
     answer = []
     try:
@@ -71,6 +70,6 @@ def _print_pieces(pieces: Iterator[Piece]) -> str:
         if not sys.stdin.isatty():
             raise
     finally:
-        pieces.close()  # type: ignore[attr-defined] - both are closable iterators
+        pieces.close()
         print()
     return "".join(answer)

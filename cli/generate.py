@@ -67,7 +67,9 @@ def _local_objects(args: argparse.Namespace, prompts: list[str]) -> Iterable[dic
     from ..workers.pipeline import Pipeline  # here, because the SDK alone has no torch
 
     with Pipeline(args.local) as pipeline:
-        for completion in pipeline(prompts, text_options.sampling_fields(args)):
+        completions = pipeline(prompts, text_options.sampling_fields(args))
+        assert isinstance(completions, list)
+        for completion in completions:
             if completion.error is not None:
                 yield {"error": {"code": completion.error.code, "message": completion.error.message}}
             else:

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         for model in EMBEDDED_MODELS.values():
             here = str(model.directory) if model.problem is None else "not pulled"
-            print(f"{model.alias:20} {model.wheel_bytes / 1e6:6.0f} MB  {here}")
+            print(f"{model.alias:20} {model.wheel.num_bytes / 1e6:6.0f} MB  {here}")
         return 0
     if args.model is None:
         raise InvalidRequest(f"which model? There are: {', '.join(EMBEDDED_MODELS)}")

@@ -30,7 +30,14 @@ class Piece(Protocol):
     def text(self) -> str: ...
 
 
-StreamText = Callable[[Any], Iterator[Piece]]
+class Pieces(Protocol):
+    """An answer as it comes; `close` ends the rest of it."""
+
+    def __iter__(self) -> Iterator[Piece]: ...
+    def close(self) -> None: ...
+
+
+StreamText = Callable[[Any], Pieces]
 """Text or chat messages to the pieces of their continuation."""
 
 
@@ -58,8 +65,8 @@ def open_streams(args: argparse.Namespace) -> Iterator[tuple[StreamText, StreamT
     if args.local is None:
         with Client(args.address, timeout_s=args.timeout) as client:
             yield (
-                lambda prompt: iter(client.stream_generate(prompt, sampling)),
-                lambda messages: iter(client.stream_chat(messages, sampling)),
+                lambda prompt: client.stream_generate(prompt, sampling),
+                lambda messages: client.stream_chat(messages, sampling),
             )
         return
     from ..workers.pipeline import Pipeline  # here, because the SDK alone has no torch
