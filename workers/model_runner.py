@@ -23,7 +23,7 @@ import torch
 from ..common.config import EngineConfig
 from ..common.requests import TokenLogprob
 from ..models.causal_lm import CausalLM
-from ..scheduler.step_plan import PlannedRow, StepPlan, StepResult
+from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan, StepResult
 from .batch_state import BatchState
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
@@ -32,27 +32,28 @@ from .stopwatch import Stopwatch
 logger = logging.getLogger(__name__)
 
 _NO_TOKEN = "the model's logits are not finite, or logit_bias, bad_words and min_tokens leave no token to draw"
+_NOTHING_DRAWN = (0, None)
 
 
 @dataclass(frozen=True, slots=True)
 class PendingPart:
-    """The rows of one forward pass and what they sampled (on its way to the host); `error` where the pass raised."""
+    """The rows of one forward pass and what they sampled (on its way to the host); `error` where they could not run."""
 
     rows: Sequence[PlannedRow]
     sampled: Sampled | None = None
     error: str = ""
 
-    def collect(self) -> tuple[list[int], list[TokenLogprob | None], dict[str, str]]:
-        """Tokens and logprobs of the rows that sample, and errors by request id; the copies must have arrived."""
-        sampling = [row for row in self.rows if row.samples]
+    def collect(self, drawn: dict[str, tuple[int, TokenLogprob | None]], errors: dict[str, str]) -> None:
+        """Adds the rows' tokens and errors, by request id. The copies to the host must have arrived."""
+        if self.error:
+            errors.update((row.request_id, self.error) for row in self.rows)
         if self.sampled is None:
-            errors = {row.request_id: self.error for row in self.rows if self.error}
-            return [0] * len(sampling), [None] * len(sampling), errors
+            return
+        request_ids = [row.request_id for row in self.rows if row.samples]
         token_ids, logits_R = self.sampled.tokens_R.tolist(), self.sampled.logits_R.tolist()
-        errors = {row.request_id: _NO_TOKEN for row, logit in zip(sampling, logits_R, strict=True) if not isfinite(logit)}
-        if self.sampled.logprobs is None:
-            return token_ids, [None] * len(token_ids), errors
-        return token_ids, self.sampled.logprobs.entries(token_ids), errors
+        logprobs = self.sampled.logprobs.entries(token_ids) if self.sampled.logprobs else [None] * len(token_ids)
+        drawn.update(zip(request_ids, zip(token_ids, logprobs, strict=True), strict=True))
+        errors.update((name, _NO_TOKEN) for name, logit in zip(request_ids, logits_R, strict=True) if not isfinite(logit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +69,13 @@ class PendingStep:
         """Waits for the step's work; one token for each row that samples, in the order of the plan."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob | None] = []
+        drawn: dict[str, tuple[int, TokenLogprob | None]] = {}
         errors: dict[str, str] = {}
         for part in self.parts:
-            part_token_ids, part_logprobs, part_errors = part.collect()
-            token_ids += part_token_ids
-            logprobs += part_logprobs
-            errors |= part_errors
-        return StepResult(self.plan.step_id, tuple(token_ids), tuple(logprobs), errors)
+            part.collect(drawn, errors)
+        sampled = [drawn.get(row.request_id, _NOTHING_DRAWN) for row in self.plan.rows if row.samples]
+        token_ids, logprobs = zip(*sampled, strict=True) if sampled else ((), ())
+        return StepResult(self.plan.step_id, token_ids, logprobs, errors)
 
 
 class ModelRunner:
@@ -96,6 +95,8 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size)
+        # Slots whose sequence could not be admitted: their rows never run, since their block tables are not theirs.
+        self._unusable_slots: dict[int, str] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
         """Launches the step and waits for it."""
@@ -111,16 +112,33 @@ class ModelRunner:
         for slot in plan.released_slots:
             self._sampler.release(slot)
         for sequence in plan.admitted:
-            self._batch_state.admit(sequence)
-            self._sampler.admit(sequence)
-        self._batch_state.update_blocks(plan.replaced_blocks, plan.rows)
+            self._admit(sequence, isolate_failures=isolate_failures)
+        rows, parts = plan.rows, []
+        if self._unusable_slots:
+            rows = tuple(row for row in plan.rows if row.slot not in self._unusable_slots)
+            unusable = (row for row in plan.rows if row.slot in self._unusable_slots)
+            parts = [PendingPart([row], error=self._unusable_slots[row.slot]) for row in unusable]
+        self._batch_state.update_blocks(plan.replaced_blocks, rows)
         stopwatch = Stopwatch(self._device)
         launch_rows = self._launch_isolating if isolate_failures else self._launch_whole
-        parts = launch_rows(plan.rows, stopwatch)
+        parts += launch_rows(rows, stopwatch)
         arrived = torch.cuda.Event() if self._device.type == "cuda" else None
         if arrived is not None:
             arrived.record()
         return PendingStep(plan, parts, stopwatch, arrived)
+
+    def _admit(self, sequence: AdmittedSequence, *, isolate_failures: bool) -> None:
+        self._unusable_slots.pop(sequence.slot, None)
+        try:
+            self._batch_state.admit(sequence)
+            self._sampler.admit(sequence)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if not isolate_failures:
+                raise
+            logger.exception("request %s cannot be admitted", sequence.request.request_id)
+            self._unusable_slots[sequence.slot] = _describe(error)
 
     def _launch_isolating(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
         try:
@@ -128,9 +146,9 @@ class ModelRunner:
         except torch.AcceleratorError:
             raise  # no smaller step can succeed
         except Exception as error:
-            if len(rows) == 1:
+            if len(rows) <= 1:
                 logger.exception("the step of request %s failed", rows[0].request_id)
-                return [PendingPart(rows, error=f"{type(error).__name__}: {error}")]
+                return [PendingPart(rows, error=_describe(error))]
             logger.exception("a step of %d rows failed and runs again in halves", len(rows))
         # Outside the handler, where the failed pass's tensors are no longer held by its traceback.
         if self._device.type == "cuda":
@@ -158,3 +176,7 @@ class ModelRunner:
         if self._device.type == "cpu":
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

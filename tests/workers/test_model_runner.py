@@ -1,0 +1,120 @@
+"""What fails in a step ends the rows that are to blame, and no others."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pilotfish.common.requests import FinishReason
+
+POISON = 255
+
+
+class Wrapped:
+    """A model with a hook before its forward pass and one behind its logits."""
+
+    def __init__(self, model, *, before=lambda batch: None, after=lambda logits_RV: logits_RV) -> None:
+        self._model, self._before, self._after = model, before, after
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def forward(self, batch):
+        self._before(batch)
+        return self._model.forward(batch)
+
+    def compute_logits(self, hidden_RH):
+        return self._after(self._model.compute_logits(hidden_RH))
+
+
+@pytest.fixture(params=[1, 2], ids=["plain", "overlapped"])
+def in_flight(request) -> int:
+    return request.param
+
+
+@pytest.fixture
+def crowd(make_request):
+    return [make_request(f"r{i}", [i, i + 1, i + 2], max_tokens=6) for i in range(7)]
+
+
+def test_a_request_whose_rows_raise_ends_alone(run_requests, make_request, crowd, in_flight):
+    def raise_on_poison(batch):
+        if POISON in batch.token_ids_T:
+            raise ValueError("poisoned")
+
+    expected = run_requests(*crowd).tokens
+    bad = make_request("bad", [1, POISON], max_tokens=6)
+    result = run_requests(
+        *crowd[:3], bad, *crowd[3:], wrap=lambda model: Wrapped(model, before=raise_on_poison), max_in_flight=in_flight
+    )
+    assert result.reason("bad") is FinishReason.ERROR
+    assert result.ended["bad"].error == "ValueError: poisoned"
+    assert result.tokens.pop("bad") == []
+    assert result.tokens == expected
+
+
+def test_a_step_too_large_for_the_memory_runs_in_parts(run_requests, crowd, in_flight):
+    sizes = []
+
+    def memory_for_8_tokens(batch):
+        sizes.append(len(batch.token_ids_T))
+        if sizes[-1] > 8:
+            raise torch.OutOfMemoryError("no memory for so many tokens")
+
+    expected = run_requests(*crowd).tokens
+    result = run_requests(*crowd, wrap=lambda model: Wrapped(model, before=memory_for_8_tokens), max_in_flight=in_flight)
+    assert max(sizes) > 8
+    assert result.tokens == expected
+
+
+def test_a_row_whose_logits_are_not_numbers_ends_alone(run_requests, make_request, crowd, in_flight):
+    rows = []
+
+    def find_row(batch):
+        rows[:] = (batch.token_ids_T[batch.logits_rows_R] == POISON).nonzero().flatten().tolist()
+
+    def spoil_row(logits_RV):
+        logits_RV[rows] = math.nan
+        return logits_RV
+
+    expected = run_requests(*crowd).tokens
+    assert not any(POISON in tokens for tokens in expected.values())
+    result = run_requests(
+        *crowd,
+        make_request("bad", [1, POISON]),
+        wrap=lambda model: Wrapped(model, before=find_row, after=spoil_row),
+        max_in_flight=in_flight,
+    )
+    assert result.reason("bad") is FinishReason.ERROR
+    assert result.tokens.pop("bad") == []
+    assert result.tokens == expected
+
+
+def test_bans_that_leave_no_token_end_the_request(run_requests, make_request, crowd):
+    everything = tuple((token_id,) for token_id in range(320))
+    result = run_requests(*crowd, make_request("mute", [1, 2], bad_words_ids=everything))
+    assert result.reason("mute") is FinishReason.ERROR
+    assert "bad_words" in result.ended["mute"].error
+    assert result.reason("r0") is FinishReason.LENGTH
+
+
+def test_a_request_that_cannot_be_admitted_ends_alone(run_requests, make_request, crowd, in_flight):
+    """The engine refuses such a seed; if one came through, it must not take others down."""
+    expected = run_requests(*crowd).tokens
+    result = run_requests(*crowd, make_request("bad", [1], seed=2**70), max_in_flight=in_flight)
+    assert result.reason("bad") is FinishReason.ERROR
+    assert result.tokens.pop("bad") == []
+    assert result.tokens == expected
+
+
+def test_a_lost_device_is_not_blamed_on_a_request(make_loop, collector, crowd):
+    def lose_device(batch):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    loop = make_loop(collector, wrap=lambda model: Wrapped(model, before=lose_device))
+    for request in crowd:
+        loop.scheduler.add(request)
+    with pytest.raises(torch.AcceleratorError):
+        loop.advance()
+    assert not collector.ended

@@ -1,0 +1,132 @@
+"""Text of the engine's loop, plain (one step in flight) and overlapped (two): it must not depend on how it was computed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from pilotfish.common.requests import FinishReason
+from transformers import AutoModelForCausalLM
+
+LOUD = {"temperature": 1.2, "top_p": 0.95, "frequency_penalty": 0.4, "repetition_penalty": 1.1, "min_tokens": 3}
+
+
+@pytest.fixture(params=[1, 2], ids=["plain", "overlapped"])
+def in_flight(request) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny_llama):
+    """Greedy continuation by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+
+    def continue_(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+        with torch.inference_mode():
+            ids = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=num_tokens, do_sample=False
+            )
+        return ids[0, len(prompt) :].tolist()
+
+    return continue_
+
+
+def random_prompt(seed: int, length: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(256) for _ in range(length)]
+
+
+def test_greedy_text_of_mixed_lengths_equals_transformers(run_requests, make_request, greedy, in_flight):
+    lengths = [1, 2, 15, 16, 17, 33, 70, 100]
+    requests = [
+        make_request(f"r{length}", random_prompt(length, length), max_tokens=4 + index * 3, end_token_ids=(257,))
+        for index, length in enumerate(lengths)
+    ]
+    result = run_requests(*requests, max_in_flight=in_flight, max_num_seqs=5, max_num_batched_tokens=48)
+    for request in requests:
+        assert result.tokens[request.request_id] == greedy(request.prompt_token_ids, request.sampling.max_tokens)
+    assert max(step.num_batched_tokens for step in result.steps) <= 48
+    assert any(step.num_batched_tokens == 48 for step in result.steps)
+
+
+def test_an_end_token_stops_and_is_the_last_token(run_requests, make_request, in_flight):
+    whole = run_requests(make_request("a", random_prompt(1, 9)), max_in_flight=in_flight).tokens["a"]
+    assert len(set(whole[:4])) == 4
+    ended = run_requests(make_request("a", random_prompt(1, 9), end_token_ids=(whole[3],)), max_in_flight=in_flight)
+    assert ended.tokens["a"] == whole[:4]
+    assert ended.reason("a") is FinishReason.STOP
+    held = run_requests(
+        make_request("a", random_prompt(1, 9), end_token_ids=(whole[3],), min_tokens=5), max_in_flight=in_flight
+    )
+    assert whole[3] not in held.tokens["a"][:5]
+    assert held.tokens["a"][:3] == whole[:3]
+    assert held.tokens["a"][3] != whole[3]
+
+
+def test_a_sequence_ends_at_the_models_context(run_requests, make_request, in_flight):
+    result = run_requests(make_request("a", random_prompt(1, 505), max_tokens=50), max_in_flight=in_flight)
+    assert len(result.tokens["a"]) == 512 - 505
+    assert result.reason("a") is FinishReason.LENGTH
+
+
+def test_a_prefix_hit_is_reported_and_changes_nothing(make_loop, collector, make_request, in_flight):
+    loop = make_loop(collector, max_in_flight=in_flight)
+    for name in ("first", "second"):
+        loop.scheduler.add(make_request(name, random_prompt(3, 75)))
+        while loop.has_work:
+            loop.advance()
+    assert collector.tokens["first"] == collector.tokens["second"]
+    assert (collector.cached_tokens["first"], collector.cached_tokens["second"]) == (0, 64)
+    prefill_steps = [step.num_batched_tokens for step in collector.steps if step.num_batched_tokens > 1]
+    assert prefill_steps == [75, 75 - 64]
+    stored = [event for step in collector.steps for event in step.kv_events]
+    assert len(stored) == (75 + 15) // 16
+
+
+def test_preemption_under_a_tiny_cache_gives_the_same_text(run_requests, make_request, in_flight):
+    requests = [
+        make_request(f"r{i}", random_prompt(i, 5 + 3 * i), max_tokens=40, seed=i, **(LOUD if i % 2 else {})) for i in range(8)
+    ]
+    roomy = run_requests(*requests)
+    tight = run_requests(*requests, num_kv_blocks=8, max_in_flight=in_flight)
+    assert tight.steps[-1].load.num_preemptions > 0 == roomy.steps[-1].load.num_preemptions
+    assert tight.tokens == roomy.tokens
+
+
+def test_a_seed_gives_the_same_text_alone_in_a_crowd_preempted_and_replayed(run_requests, make_request, in_flight):
+    mine = make_request("mine", random_prompt(50, 21), max_tokens=30, seed=1234, **LOUD)
+    alone = run_requests(mine, max_in_flight=in_flight).tokens["mine"]
+    crowd = [make_request(f"r{i}", random_prompt(i, 1 + 2 * i), seed=i, temperature=1.0) for i in range(31)]
+    assert run_requests(*crowd, mine, max_in_flight=in_flight).tokens["mine"] == alone
+
+    rivals = [make_request(f"r{i}", random_prompt(i, 10), max_tokens=60, priority=1, temperature=1.0) for i in range(3)]
+    squeezed = run_requests(mine, *rivals, num_kv_blocks=9, max_in_flight=in_flight)
+    assert squeezed.steps[-1].load.num_preemptions > 0
+    assert squeezed.tokens["mine"] == alone
+
+    known = tuple(alone[:13])
+    replay = make_request("mine", random_prompt(50, 21), outputs=known, max_tokens=30, seed=1234, **LOUD)
+    replayed = run_requests(replay, max_in_flight=in_flight)
+    assert replayed.first_offset["mine"] == 13
+    assert [*known, *replayed.tokens["mine"]] == alone
+    other = make_request("other", random_prompt(50, 21), max_tokens=30, seed=1235, **LOUD)
+    assert run_requests(other).tokens["other"] != alone
+
+
+def test_every_token_has_its_logprob_where_asked_for(run_requests, make_request, in_flight):
+    requests = [make_request(f"r{i}", random_prompt(i, 4), logprobs=[None, 0, 3][i]) for i in range(3)]
+    result = run_requests(*requests, max_in_flight=in_flight)
+    assert result.logprobs["r0"] == []
+    for name, num_top in (("r1", 0), ("r2", 3)):
+        entries = result.logprobs[name]
+        assert [entry.token_id for entry in entries] == result.tokens[name]
+        assert all(entry.rank == 1 and entry.logprob <= 0 and len(entry.top) == num_top for entry in entries)
+    assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in result.logprobs["r2"])
+
+
+def test_steps_carry_their_timings(run_requests, make_request, in_flight):
+    for step in run_requests(make_request("a", random_prompt(1, 9)), max_in_flight=in_flight).steps:
+        timings = step.timings
+        assert 0 < timings.forward_ms + timings.sample_ms < timings.total_ms
+        assert timings.plan_ms > 0
