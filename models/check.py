@@ -82,7 +82,7 @@ def run_reference(untouched: transformers.PreTrainedModel, prompt: Sequence[int]
     logits, tokens = [output.logits[0]], []
     for _ in range(NUM_DECODE_STEPS):
         tokens.append(int(logits[-1][-1].argmax()))
-        output = untouched(torch.tensor([[tokens[-1]]]), past_key_values=output.past_key_values, use_cache=True)
+        output = untouched(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
         logits.append(output.logits[0])
     return Reference(list(prompt), tokens, torch.cat(logits))
 

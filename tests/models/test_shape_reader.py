@@ -11,7 +11,7 @@ import pytest
 from pilotfish.common.errors import ModelLoadError
 from pilotfish.models.config_reader import ConfigReader, read_architecture
 from pilotfish.models.families import llama
-from pilotfish.models.family_spec import FamilySpec
+from pilotfish.models.family_spec import FamilySpec, Field
 from pilotfish.models.model_shape import ModelShape
 from pilotfish.models.registry import lookup
 from pilotfish.models.shape_reader import read_shape
@@ -127,3 +127,9 @@ def test_a_declared_field_that_no_one_reads_is_refused(tmp_path: Path) -> None:
     assert not shape_of(tmp_path, LLAMA, forgetful).mlp_bias
     with pytest.raises(ModelLoadError, match="mlp_bias = True is not supported"):
         shape_of(tmp_path, LLAMA | {"mlp_bias": True}, forgetful)
+
+
+def test_soft_cap_is_a_setting(tmp_path: Path) -> None:
+    capped = replace(llama.SPEC, attention_soft_cap=Field("attn_logit_softcapping"))
+    assert shape_of(tmp_path, LLAMA | {"attn_logit_softcapping": 50}, capped).attention_soft_cap == 50.0
+    assert shape_of(tmp_path, LLAMA, capped).attention_soft_cap is None
