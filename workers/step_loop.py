@@ -28,7 +28,7 @@ class StepLoop:
 
     Attributes:
         step_id: of the last message; messages count from 1 without gaps.
-        busy_since_s: when the device was given the work it is on now (monotonic clock); None while it has none.
+        busy_since_s: when the step that is not yet reported began (monotonic clock); None while there is none.
     """
 
     def __init__(
@@ -70,7 +70,6 @@ class StepLoop:
         step = self._in_flight.popleft()
         self.scheduler.update(step.pending.result())
         now_s = time.monotonic()
-        self.busy_since_s = now_s if self._in_flight else None
         spent_ms = step.pending.stopwatch.total_ms()
         timings = StepTimings(
             plan_ms=step.plan_ms,
@@ -79,6 +78,7 @@ class StepLoop:
             total_ms=(now_s - step.start_s) * 1e3,
         )
         self._report(timings, num_batched_tokens=step.pending.plan.num_tokens)
+        self.busy_since_s = now_s if self._in_flight else None
 
     def _report(self, timings: StepTimings, *, num_batched_tokens: int) -> None:
         sequences = tuple(self.scheduler.drain_outputs())
