@@ -164,3 +164,12 @@ class WorkerInfo:
     kernels: Mapping[str, str] = field(default_factory=dict)
     epoch: int = 0
     pid: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingWorker:
+    """A worker that serves: its gRPC address, the node it is on, and its facts."""
+
+    address: str
+    node: str
+    info: WorkerInfo

@@ -1,0 +1,80 @@
+"""The controller as a Ray actor: detached, restarted by Ray whenever its process dies, serving on the actor's own event loop.
+
+Ray makes a new one with the same arguments; it opens the same ports, takes over the workers that live and ends requests whose
+clients went with the old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import warnings
+
+import ray
+from ray.actor import ActorClass
+
+from ..common import logs
+from ..common.cluster_state import ClusterState
+from ..common.config import ServeConfig
+from ..common.errors import InternalError, PilotfishError, Unavailable
+from .controller import Controller
+from .ray_launcher import RayLauncher
+from .service import Addresses
+
+logger = logging.getLogger(__name__)
+
+_REBIND_TIMEOUT_S = 20.0
+
+
+class ControllerActor:
+    """deployment.py makes it an actor. Errors come typed, as a RayTaskError's cause."""
+
+    async def __init__(self, config: ServeConfig, model_path: str, worker_class: ActorClass) -> None:  # type: ignore[misc]
+        logs.set_up("controller")
+        self._controller: Controller | None = None
+        self._ready = asyncio.create_task(self._bring_up(config, model_path, worker_class))
+
+    async def wait_ready(self) -> Addresses:
+        """Until every replica serves; where the doors are.
+
+        Raises:
+            PilotfishError: why a door or a replica cannot serve.
+        """
+        return await asyncio.shield(self._ready)
+
+    async def status(self) -> ClusterState:
+        """Raises Unavailable while the model's tokenizer is still being loaded."""
+        if self._controller is None:
+            raise Unavailable("the controller is starting", retry_after_s=1.0)
+        return self._controller.service.status()
+
+    async def shutdown(self, grace_s: float) -> None:
+        """Refuse new requests, give running ones `grace_s`, end all workers. The caller ends this actor afterwards."""
+        if self._controller is not None:
+            await self._controller.stop(grace_s=grace_s)
+        self._ready.cancel()
+
+    async def _bring_up(self, config: ServeConfig, model_path: str, worker_class: ActorClass) -> Addresses:
+        with warnings.catch_warnings():  # Ray warns of a name that this property itself uses
+            warnings.simplefilter("ignore")
+            is_restart = ray.get_runtime_context().was_current_actor_reconstructed
+        if is_restart:
+            logger.warning("the controller was restarted; taking over its workers")
+        try:
+            self._controller = Controller(
+                config,
+                model_path=model_path,
+                launcher=RayLauncher(worker_class, config),
+                controller_id=f"{os.getpid()}-{secrets.token_hex(4)}",
+            )
+            addresses = await self._controller.start(bind_timeout_s=_REBIND_TIMEOUT_S if is_restart else 0.0)
+            await self._controller.wait_ready()
+        except PilotfishError as error:
+            logger.error("cannot serve: %s", error.message)
+            raise
+        except Exception as error:
+            logger.exception("cannot serve")
+            raise InternalError(f"the controller failed while starting: {type(error).__name__}: {error}") from error
+        return addresses

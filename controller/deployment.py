@@ -1,0 +1,118 @@
+"""The controller as who starts it sees it: deploy, wait until it serves, ask, shut down.
+
+Ray must have been started or joined (`ray.init` with a namespace of its own for each cluster). One controller a namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.actor import ActorClass, ActorHandle
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..common.cluster_state import ClusterState
+from ..common.config import GatewayConfig, ServeConfig
+from ..common.errors import ConfigError, InternalError, PilotfishError, Unavailable
+from .actor import ControllerActor
+from .service import Addresses
+
+CONTROLLER_NAME = "controller"
+_CALL_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 20.0
+
+
+class Deployment:
+    """A controller in the current Ray namespace."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        self._handle = handle
+
+    def wait_ready(self, *, timeout_s: float) -> Addresses:
+        """Until every replica serves.
+
+        Raises:
+            PilotfishError: why it cannot (a port in use, a checkpoint that does not load, ...).
+        """
+        return self._get(self._handle.wait_ready.remote(), timeout_s)
+
+    def status(self) -> ClusterState:
+        return self._get(self._handle.status.remote(), _CALL_TIMEOUT_S)
+
+    def shutdown(self, *, grace_s: float = 0.0) -> None:
+        """End the controller and every worker, whatever state they are in; running requests get `grace_s` first."""
+        with contextlib.suppress(PilotfishError):
+            self._get(self._handle.shutdown.remote(grace_s), grace_s + _CALL_TIMEOUT_S)
+        ray.kill(self._handle, no_restart=True)
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        while (names := ray.util.list_named_actors()) and time.monotonic() < deadline:
+            for name in names:
+                with contextlib.suppress(ValueError):  # it has ended meanwhile
+                    ray.kill(ray.get_actor(name))
+            time.sleep(0.1)
+
+    @staticmethod
+    def _get(reference: Any, timeout_s: float) -> Any:
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except GetTimeoutError:
+            raise Unavailable(f"the controller did not answer within {timeout_s:g} s; its log has more") from None
+        except RayTaskError as error:
+            if isinstance(error.cause, PilotfishError):
+                raise error.cause from None
+            raise InternalError(f"the controller failed: {error.cause!r}") from error
+        except RayError as error:
+            raise Unavailable(f"the controller cannot be reached: {error}") from error
+
+
+def deploy(config: ServeConfig, *, model_path: str, worker_class: ActorClass) -> Deployment:
+    """Start a controller on this node; it starts its workers. Returns at once.
+
+    Args:
+        model_path: the model's directory on this node, for its tokenizer, template and generation configuration.
+        worker_class: `ray.remote` of workers.actor.WorkerActor.
+
+    Raises:
+        ConfigError: a controller runs in this namespace already.
+    """
+    if find() is not None:
+        raise ConfigError("this Ray cluster serves a model already: stop that one first, or use another Ray namespace")
+    config = replace(config, gateway=_with_ports(config.gateway))
+    handle = (
+        ray.remote(ControllerActor)
+        .options(
+            name=CONTROLLER_NAME,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=0,
+            max_concurrency=1000,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+        )
+        .remote(config, model_path, worker_class)
+    )
+    return Deployment(handle)
+
+
+def find() -> Deployment | None:
+    """The controller of the current namespace, if there is one."""
+    try:
+        return Deployment(ray.get_actor(CONTROLLER_NAME))
+    except ValueError:
+        return None
+
+
+def _with_ports(gateway: GatewayConfig) -> GatewayConfig:
+    """A restarted controller must find the ports of the first one: 0 is settled before it starts."""
+    with contextlib.ExitStack() as held:  # both held until both are known: they must differ
+        ports = {}
+        for name in ("grpc_port", "http_port"):
+            if getattr(gateway, name) == 0:
+                listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in gateway.host else socket.AF_INET))
+                listener.bind((gateway.host, 0))
+                ports[name] = listener.getsockname()[1]
+    return replace(gateway, **ports)

@@ -1,0 +1,109 @@
+"""One worker as a Ray actor: an engine and its gRPC server in a process of their own.
+
+Ray starts and ends the process and carries `start`, `describe` and `wait`; requests and tokens go over gRPC. The server has a
+thread and event loop of its own, so that neither waits for the other. When the engine fails (its device is lost) the process
+ends, which is what the controller watches.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import replace
+
+import ray
+
+from ..common import logs
+from ..common.config import EngineConfig, ModelConfig
+from ..common.errors import InternalError, PilotfishError
+from ..common.requests import ServingWorker
+from .engine_interface import FAILED_PHASE, EngineInterface
+
+logger = logging.getLogger(__name__)
+
+_WATCH_INTERVAL_S = 0.5
+_EXIT_CODE_ENGINE_FAILED = 70
+
+
+class WorkerActor:
+    """The launcher makes it a Ray actor with a few threads (`wait` holds one). It serves from `start` until it is killed."""
+
+    def __init__(self, name: str) -> None:
+        logs.set_up(name)
+        self._serving: ServingWorker | None = None
+
+    def start(
+        self,
+        *,
+        model_config: ModelConfig,
+        engine_config: EngineConfig,
+        epoch: int,
+        controller_node: str,
+        num_node_workers: int,
+    ) -> ServingWorker:
+        """Load the model and serve; returns when requests can come.
+
+        Args:
+            engine_config: with the device settled, cpu or cuda.
+            controller_node: Ray's id of the controller's node: a worker there listens on the loopback address only.
+            num_node_workers: how many workers share this node's cores and memory.
+
+        Raises:
+            PilotfishError: why it cannot start.
+        """
+        try:
+            self._serving = self._start(model_config, engine_config, epoch, controller_node, num_node_workers)
+        except PilotfishError:
+            raise
+        except Exception as error:
+            logger.exception("the worker cannot start")
+            raise InternalError(f"the worker failed while starting: {type(error).__name__}: {error}") from error
+        return self._serving
+
+    def describe(self) -> ServingWorker | None:
+        """What `start` returned; None if it has not yet."""
+        return self._serving
+
+    def wait(self, timeout_s: float) -> None:
+        """Returns after `timeout_s`; fails when the process ends before."""
+        threading.Event().wait(timeout_s)
+
+    def _start(
+        self,
+        model_config: ModelConfig,
+        engine_config: EngineConfig,
+        epoch: int,
+        controller_node: str,
+        num_node_workers: int,
+    ) -> ServingWorker:
+        # Imported here: this class also travels through the controller's process, which has no use for torch.
+        from .cpu_threads import usable_cores
+        from .engine import Engine
+        from .server import WorkerServer
+        from .worker_service import ServerLimits
+
+        if engine_config.device == "cpu":
+            engine_config = replace(
+                engine_config,
+                num_threads=engine_config.num_threads or max(1, usable_cores() // num_node_workers),
+                kv_memory_fraction=engine_config.kv_memory_fraction / num_node_workers,
+            )
+        server = WorkerServer(ServerLimits())
+        engine = Engine(model_config, engine_config, on_step=server.on_step)
+        info = replace(engine.start(), epoch=epoch, pid=os.getpid())
+        is_local = ray.get_runtime_context().get_node_id() == controller_node
+        node = ray.util.get_node_ip_address()
+        address = server.start(engine, info, host="127.0.0.1" if is_local else node)
+        threading.Thread(target=_exit_when_failed, args=(engine,), name="engine-watch", daemon=True).start()
+        logger.info("serving %s at %s under epoch %d", info.model_name, address, epoch)
+        return ServingWorker(address=address, node=node, info=info)
+
+
+def _exit_when_failed(engine: EngineInterface) -> None:
+    """A process whose engine cannot go on is of no use; its successor gets a fresh device."""
+    while (health := engine.health()).phase != FAILED_PHASE:
+        threading.Event().wait(_WATCH_INTERVAL_S)
+    logger.critical("the engine failed: %s; this process ends", health)
+    logging.shutdown()
+    os._exit(_EXIT_CODE_ENGINE_FAILED)
