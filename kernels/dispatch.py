@@ -45,6 +45,7 @@ def choose_backend(op: str, *tensors: torch.Tensor) -> Backend:
     if kernel_mode() == "ref":
         return "reference"
     if device == "cuda":
+        _require_current_device(op, tensors[0])
         return "triton"
     if device != "cpu":
         raise ValueError(f"{op}: no kernel serves device {device!r}: use cuda or cpu, or set PILOTFISH_KERNELS=ref")
@@ -64,6 +65,13 @@ def backend_report() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {"cpu": cpu, "cuda": "no CUDA device"}
     return {"cpu": cpu, "cuda": f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"}
+
+
+def _require_current_device(op: str, tensor: torch.Tensor) -> None:
+    """Triton launches on the current device, whatever its tensors' is."""
+    current = torch.cuda.current_device()
+    if tensor.device.index != current:
+        raise ValueError(f"{op}: tensor on {tensor.device}, current device cuda:{current}: call torch.cuda.set_device first")
 
 
 @cache

@@ -31,7 +31,7 @@ def gather_logprobs(
         raise ValueError(f"gather_logprobs: tokens {tuple(tokens_S.shape)} {tokens_S.dtype} must be int64, one a row")
     if not 0 <= num_top <= logits_SV.shape[1]:
         raise ValueError(f"gather_logprobs: num_top {num_top} must be between 0 and {logits_SV.shape[1]}")
-    backend = choose_backend("gather_logprobs", logits_SV)
+    backend = choose_backend("gather_logprobs", logits_SV, tokens_S)
     run = gather_logprobs_ref
     if backend != "reference":
         run = cpu_ops.gather_logprobs if backend == "cpp" else _gather_logprobs_triton

@@ -280,9 +280,10 @@ def _paged_attention_triton(
 def _tile_sizes(group: int, head_dim: int, element_bytes: int, *, one_query: bool) -> dict[str, int]:
     """Rows of queries that fill a tensor core; a tile of keys of about 16 KiB, so that two stages fit in shared memory."""
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    wanted_rows = 16 if one_query else 128 if block_d * element_bytes <= 256 else 32
+    row_bytes = block_d * element_bytes
+    wanted_rows = 16 if one_query or row_bytes > 2048 else 128 if row_bytes <= 256 else 32
     block_m = max(triton.next_power_of_2(group), wanted_rows)
-    block_j = min(max(16 * 1024 // (block_d * element_bytes), 16), 128)
+    block_j = min(max(16 * 1024 // row_bytes, 16), 128)
     return {"BLOCK_Q": block_m // group, "BLOCK_M": block_m, "BLOCK_J": block_j, "BLOCK_D": block_d}
 
 

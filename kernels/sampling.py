@@ -33,8 +33,9 @@ def sample(
 ) -> torch.Tensor:
     """tokens_S int64. Logits, temperature, top_p and min_p float32; top_k int32; seeds and positions int64.
 
-    Off: temperature 0 (greedy), top_k <= 0, top_p >= 1, min_p <= 0. A logit of -inf is never drawn: a row needs one that
-    is finite. ValueError where shapes or dtypes do not fit.
+    Off: temperature 0 (greedy), top_k <= 0, top_p >= 1, min_p <= 0. A logit of -inf is not drawn while another
+    is finite; a row of nothing but NaN or -inf draws some token of the vocabulary, and the other rows do not notice.
+    ValueError where shapes or dtypes do not fit.
     """
     _check(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, seeds_S, positions_S)
     backend = choose_backend("sample", logits_SV)

@@ -35,7 +35,7 @@ def keep_threshold_ref(
     scaled_SV = (sorted_SV.double() - largest_S1) / temperature_S1.clamp(min=torch.finfo(torch.float32).tiny)
     probs_SV = scaled_SV.masked_fill(sorted_SV < top_k_threshold_S1, float("-inf")).softmax(-1)
     # Equal logits share the mass of what is strictly before the first of them.
-    first_SV = torch.searchsorted(-sorted_SV, -sorted_SV)
+    first_SV = torch.searchsorted(-sorted_SV, -sorted_SV).clamp(max=vocab - 1)  # a NaN is found at the end
     before_SV = (probs_SV.cumsum(-1) - probs_SV).gather(1, first_SV)
     top_p_S1 = torch.where(top_p_S < 1, top_p_S.double(), float("inf")).unsqueeze(1)
     kept_SV = (before_SV < top_p_S1) & (sorted_SV >= top_k_threshold_S1)

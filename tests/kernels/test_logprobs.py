@@ -43,6 +43,13 @@ def test_a_row_that_starts_with_forbidden_tokens(device):
     assert rank.tolist() == [2]
 
 
+def test_a_row_whose_largest_come_last(device):
+    logits = torch.linspace(-3, 3, 20000, device=device)[None]
+    tokens = torch.tensor([9], device=device)
+    actual, expected = RUN[device](logits, tokens, 1), gather_logprobs_ref(logits, tokens, 1)
+    torch.testing.assert_close(actual[0], expected[0], rtol=TOLERANCE[0], atol=TOLERANCE[1])
+
+
 def test_of_equal_logits_all_have_the_same_rank(device):
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0]], device=device).expand(3, -1)
     assert RUN[device](logits, torch.tensor([1, 3, 0], device=device), 0)[3].tolist() == [1, 1, 4]

@@ -34,6 +34,8 @@ SMALL = {
     "window": Case(rows=MIXED, window=4),
     "window_of_one": Case(rows=MIXED, window=1),
     "window_past_tiles": Case(rows=((2, 300), (1, 280)), head_dim=64, window=10),
+    "window_behind_a_long_prefill": Case(rows=((64, 164),), window=4),
+    "many_tiles": Case(rows=((2, 300), (1, 140)), head_dim=64),
     "soft_cap": Case(rows=MIXED, soft_cap=5.0),
     "sinks": Case(rows=MIXED, sinks=True),
     "everything": Case(rows=MIXED, heads=(6, 2), head_dim=20, window=6, soft_cap=3.0, sinks=True),

@@ -41,13 +41,13 @@ def test_kernel_equals_reference_bit_by_bit(device, case):
 
 
 def test_uniform_strictly_between_zero_and_one():
-    uniform = philox_uniform_ref(torch.arange(50), torch.arange(50), 40000)
+    uniform = philox_uniform_ref(torch.arange(50), torch.arange(50), 8000)
     assert uniform.min() > 0
     assert uniform.max() < 1
-    assert abs(uniform.double().mean() - 0.5) < 1e-3
+    assert abs(uniform.double().mean() - 0.5) < 2e-3
     assert abs(uniform.double().var() - 1 / 12) < 1e-3
     histogram = torch.histc(uniform, 100, 0, 1)
-    assert ((histogram / 20000 - 1).abs() < 0.04).all()
+    assert ((histogram / 4000 - 1).abs() < 0.08).all()
 
 
 def test_a_row_does_not_depend_on_the_others_or_on_the_number_of_draws(device):

@@ -12,9 +12,9 @@ RUN = {"cpu": _rms_norm_triton, "cuda": rms_norm}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_equals_transformers(dtype):
     x, residual = torch.randn(2, 7, 96, dtype=dtype) * 3
-    theirs = LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    theirs = LlamaRMSNorm(96, eps=0.5).to(dtype)
     theirs.weight.data = torch.randn(96).to(dtype)
-    y, new_residual = rms_norm_ref(x, theirs.weight.data, 1e-5, residual_TH=residual)
+    y, new_residual = rms_norm_ref(x, theirs.weight.data, 0.5, residual_TH=residual)
     torch.testing.assert_close(new_residual, x + residual, rtol=0, atol=0)
     torch.testing.assert_close(y, theirs(x + residual), rtol=1e-6, atol=1e-6)
 
@@ -24,7 +24,15 @@ def test_kernel_equals_reference(device, dtype, case):
     x = torch.randn(*leading, hidden, device=device, dtype=dtype) * 2
     weight = torch.randn(hidden, device=device, dtype=dtype)
     rtol, atol = TOLERANCE[dtype]
-    torch.testing.assert_close(RUN[device](x, weight, 1e-6), rms_norm_ref(x, weight, 1e-6), rtol=rtol, atol=atol)
+    for eps in (1e-6, 0.5):
+        torch.testing.assert_close(RUN[device](x, weight, eps), rms_norm_ref(x, weight, eps), rtol=rtol, atol=atol)
+
+
+def test_kernel_rounds_before_the_weight_too(device):
+    """Most halves equal the reference's bit by bit; with one rounding a quarter of them would differ."""
+    x = torch.randn(20, 500, device=device).half()
+    weight = torch.randn(500, device=device).half()
+    assert (RUN[device](x, weight, 1e-6) != rms_norm_ref(x, weight, 1e-6)).float().mean() < 0.02
 
 
 def test_kernel_with_residual(device, dtype, case):
@@ -45,7 +53,7 @@ def test_kernel_reads_views(device, dtype):
     """The heads of a packed qkv, and rows of a wider matrix, without a copy."""
     weight = torch.randn(16, device=device, dtype=dtype)
     rtol, atol = TOLERANCE[dtype]
-    heads = torch.randn(3, 9, 16, device=device, dtype=dtype)[:, 2:6]
+    heads = torch.randn(3, 9, 20, device=device, dtype=dtype)[:, 2:6, :16]
     wide = torch.randn(5, 40, device=device, dtype=dtype)
     for x in (heads, wide[:, 16:32], wide[::2, :16]):
         y = RUN[device](x, weight, 1e-6)

@@ -5,7 +5,7 @@ from pilotfish.kernels.sampling import _sample_triton, sample, sample_ref
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # (rows, vocabulary)
-SMALL = {"one": (1, 20), "odd": (4, 333), "empty": (0, 64), "two_chunks": (2, 4099)}
+SMALL = {"one": (1, 20), "odd": (15, 77), "empty": (0, 64), "three_chunks": (3, 9001)}
 LARGE = {"batch": (64, 151936), "one_row": (1, 32000), "many_rows": (3000, 1000)}
 RUN = {"cpu": _sample_triton, "cuda": sample}
 
@@ -31,7 +31,7 @@ def mixed_options(num_rows, device):
     return options(
         num_rows,
         device,
-        temperature=[(0.0, 1.0, 0.7, 1.5, 1.0)[row % 5] for row in range(num_rows)],
+        temperature=[(0.0, 1.0, 0.2, 5.0, 1.0)[row % 5] for row in range(num_rows)],
         top_k=[(0, 0, 10, -1, 3)[row % 5] for row in range(num_rows)],
         top_p=[(0.1, 1.0, 0.9, 0.8, 1.0)[row % 5] for row in range(num_rows)],
         min_p=[(0.9, 0.0, 0.0, 0.01, 0.0)[row % 5] for row in range(num_rows)],
@@ -40,7 +40,7 @@ def mixed_options(num_rows, device):
 
 def test_kernel_equals_reference(device, case):
     num_rows, vocab = case
-    logits = torch.randn(num_rows, vocab + 5, device=device)[:, 5:] * 3
+    logits = torch.randn(num_rows, vocab + 5, device=device)[:, 5:]
     tensors = mixed_options(num_rows, device)
     tokens, expected = RUN[device](logits, **tensors), sample_ref(logits, **tensors)
     assert tokens.dtype == torch.int64
@@ -57,19 +57,31 @@ def test_greedy_takes_the_lowest_of_the_largest(device):
 
 
 def test_forbidden_tokens_are_never_drawn(device):
-    logits = torch.full((30, 40), -float("inf"), device=device)
+    logits = torch.full((12, 40), -float("inf"), device=device)
     logits[:, [3, 17]] = torch.tensor([0.0, 0.0], device=device)
-    tokens = RUN[device](logits, **options(30, device, temperature=[0.0, 5.0, 1.0] * 10, top_k=[0, 0, 20] * 10))
+    tokens = RUN[device](logits, **options(12, device, temperature=[0.0, 5.0, 5.0] * 4, top_k=[0, 0, 20] * 4))
     assert set(tokens.tolist()) == {3, 17}
 
 
-def test_a_row_draws_the_same_in_every_batch(device):
-    logits = torch.randn(6, 300, device=device)
+def test_a_broken_row_draws_a_token_and_spoils_no_other(device):
+    logits = torch.randn(6, 40, device=device)
     tensors = mixed_options(6, device)
+    broken = logits.clone()
+    broken[1], broken[2], broken[4, ::2] = float("nan"), -float("inf"), float("nan")
+    for run in (RUN[device], sample_ref, sample):
+        tokens = run(broken, **tensors)
+        assert torch.equal(tokens[[0, 3, 5]], run(logits, **tensors)[[0, 3, 5]])
+        assert tokens.min() >= 0
+        assert tokens.max() < 40
+
+
+def test_a_row_draws_the_same_in_every_batch(device):
+    logits = torch.randn(4, 300, device=device)
+    tensors = mixed_options(4, device)
     together = RUN[device](logits, **tensors)
     backwards = RUN[device](logits.flip(0), **{name: value.flip(0) for name, value in tensors.items()})
     assert torch.equal(backwards.flip(0), together)
-    for row in range(6):
+    for row in range(4):
         alone = {name: value[row : row + 1] for name, value in tensors.items()}
         assert RUN[device](logits[row : row + 1], **alone) == together[row]
 
@@ -107,14 +119,6 @@ def test_draws_follow_the_filtered_distribution(device, over, temperature, top_k
     # Wilson and Hilferty: the cube root of chi-square over its freedom is normal. Four sigma: one in 30,000.
     deviation = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
     assert deviation < 4
-
-
-def test_rare_tokens_are_drawn_as_often_as_they_should():
-    """A token of probability 1e-3 among 2,000 others: the small exponentials that win keep their precision."""
-    logits = torch.zeros(1, 2001)
-    logits[0, 0] = 0.693147
-    tokens = sample(logits.expand(30_000, -1), **options(30_000))
-    assert abs(int((tokens == 0).sum()) - 30_000 * 2 / 2002) < 4 * (30_000 * 2 / 2002) ** 0.5
 
 
 def test_of_equal_logits_the_smallest_uniform_wins(device):

@@ -24,14 +24,15 @@ def test_kernel_equals_reference(device, dtype, case, cache_dtype):
     num_tokens, num_heads, head_dim, num_blocks, page_len = case
     qkv = torch.randn(num_tokens, 4 * num_heads, head_dim, device=device, dtype=dtype)
     k, v = qkv[:, 2 * num_heads : 3 * num_heads], qkv[:, 3 * num_heads :]
-    shape = (num_blocks, 2, page_len, num_heads, head_dim)
-    cache = torch.randn(shape, device=device).to(cache_dtype or dtype)
-    expected = cache.clone()
+    shape = (num_blocks, 2, page_len, num_heads, head_dim + 4)
+    wide_cache = torch.randn(shape, device=device).to(cache_dtype or dtype)
+    wide_expected = wide_cache.clone()
+    cache, expected = wide_cache[..., :head_dim], wide_expected[..., :head_dim]
     slots = torch.randperm(num_blocks * page_len, device=device)[:num_tokens]
     slots[1::3] = -1
     RUN[device](k, v, cache[:, 0], cache[:, 1], slots)
     store_kv_ref(k, v, expected[:, 0], expected[:, 1], slots)
-    assert torch.equal(cache, expected)
+    assert torch.equal(wide_cache, wide_expected)
 
 
 @pytest.mark.parametrize(
