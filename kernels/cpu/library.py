@@ -11,6 +11,7 @@ The library joins the OpenMP runtime that torch has loaded, so that a process ha
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -44,6 +45,12 @@ _SIGNATURES = {
     "pilotfish_apply_rotary": "piii" + "piii" + "pi" + "pi" + "pi" + "ii" + "i",
     "pilotfish_gated_activation": "pi" + "pii" + "i" + "i",
     "pilotfish_store_kv": "pii" + "pii" + "piii" + "piii" + "p" + "iiii" + "i",
+    "pilotfish_route_tokens": "pi" + "pp" + "iiii" + "i",
+    "pilotfish_moe_mlp_f32": "pi" + "pii" + "pii" + "ppp" + "iiiiii" + "i",
+    "pilotfish_moe_mlp_bf16": "pi" + "pii" + "pii" + "ppp" + "iiiiii" + "i",
+    "pilotfish_sample": "pi" + "pppppp" + "p" + "ii" + "i",
+    "pilotfish_apply_penalties": "pi" + "pi" + "pi" + "pppp" + "ii" + "i",
+    "pilotfish_gather_logprobs": "pi" + "p" + "pppp" + "iii" + "i",
 }
 
 
@@ -58,6 +65,14 @@ _outcome: tuple[ctypes.CDLL | None, str | None] | None = None  # (library, reaso
 def load() -> ctypes.CDLL | None:
     """The library, built first if need be (some seconds, once a machine); None where it cannot be had."""
     return _load_once()[0]
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    """The library's functions, for callers that know it is there."""
+    library = load()
+    assert library is not None, "ask `supports` first"
+    return library
 
 
 def unavailable_reason() -> str | None:

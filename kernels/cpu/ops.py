@@ -6,13 +6,29 @@ strides and empty outputs. Calls cost microseconds, so nothing else belongs here
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from functools import cache
 
 import torch
 
 from . import library
+from .library import kernels
+from .sampling_ops import apply_penalties, gather_logprobs, sample
+
+__all__ = [
+    "apply_penalties",
+    "apply_rotary",
+    "gated_activation",
+    "gather_logprobs",
+    "linear",
+    "moe_mlp",
+    "paged_attention",
+    "rms_norm",
+    "route_tokens",
+    "sample",
+    "store_kv",
+    "supports",
+]
 
 _F32, _BF16 = torch.float32, torch.bfloat16
 _WEIGHTS = (_F32, _BF16)
@@ -25,6 +41,11 @@ _TWINS: dict[str, set[tuple[torch.dtype, ...]]] = {
     "gated_activation": {(_F32,)},
     "store_kv": {(_F32, _F32)},
     "paged_attention": {(_F32, _F32)},
+    "route_tokens": {(_F32,)},
+    "moe_mlp": {(_F32, dtype, dtype) for dtype in _WEIGHTS},
+    "sample": {(_F32,)},
+    "apply_penalties": {(_F32,)},
+    "gather_logprobs": {(_F32, torch.int64)},
 }
 
 
@@ -34,19 +55,11 @@ def supports(op: str, *dtypes: torch.dtype) -> bool:
     return dtypes in _TWINS.get(op, ()) and library.load() is not None
 
 
-@cache
-def _kernels() -> ctypes.CDLL:
-    loaded = library.load()
-    assert loaded is not None, "supports() said no"
-    return loaded
-
-
 def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
     num_rows, size = x_MK.shape
     num_columns = weight_NK.shape[0]
     y_MN = torch.empty(num_rows, num_columns)
-    kernels = _kernels()
-    run = kernels.pilotfish_linear_f32 if weight_NK.dtype is _F32 else kernels.pilotfish_linear_bf16
+    run = kernels().pilotfish_linear_f32 if weight_NK.dtype is _F32 else kernels().pilotfish_linear_bf16
     run(
         x_MK.data_ptr(),
         x_MK.stride(0),
@@ -66,16 +79,19 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
 def rms_norm(
     x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    hidden = weight_H.shape[0]
-    x_OIH = x_TH.unsqueeze(1) if x_TH.dim() == 2 else x_TH.reshape(-1, x_TH.shape[-2] if x_TH.dim() > 2 else 1, hidden)
-    num_outer, num_inner, _ = x_OIH.shape
-    outer_stride, inner_stride, _ = x_OIH.stride()
-    y_TH = torch.empty(x_TH.shape)
-    new_residual_TH = None if residual_TH is None else torch.empty(x_TH.shape)
-    kernels = _kernels()
-    run = kernels.pilotfish_rms_norm_f32 if weight_H.dtype is _F32 else kernels.pilotfish_rms_norm_bf16
+    shape = x_TH.shape
+    hidden = shape[-1]
+    if len(shape) == 2:
+        num_outer, num_inner, outer_stride, inner_stride = shape[0], 1, x_TH.stride(0), 0
+    else:
+        x_TH = x_TH.reshape(-1, shape[-2] if len(shape) > 2 else 1, hidden)
+        num_outer, num_inner, _ = x_TH.shape
+        outer_stride, inner_stride, _ = x_TH.stride()
+    y_TH = torch.empty(shape)
+    new_residual_TH = None if residual_TH is None else torch.empty(shape)
+    run = kernels().pilotfish_rms_norm_f32 if weight_H.dtype is _F32 else kernels().pilotfish_rms_norm_bf16
     run(
-        x_OIH.data_ptr(),
+        x_TH.data_ptr(),
         num_outer,
         outer_stride,
         num_inner,
@@ -98,7 +114,7 @@ def apply_rotary(
     num_tokens, num_q_heads, _ = q_TND.shape
     q_token_stride, q_head_stride, _ = q_TND.stride()
     k_token_stride, k_head_stride, _ = k_TKD.stride()
-    _kernels().pilotfish_apply_rotary(
+    kernels().pilotfish_apply_rotary(
         q_TND.data_ptr(),
         q_token_stride,
         q_head_stride,
@@ -122,7 +138,7 @@ def apply_rotary(
 def gated_activation(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:
     num_rows, size = gate_up_TU.shape[0], gate_up_TU.shape[1] // 2
     y_TF = torch.empty(num_rows, size)
-    _kernels().pilotfish_gated_activation(
+    kernels().pilotfish_gated_activation(
         gate_up_TU.data_ptr(),
         gate_up_TU.stride(0),
         y_TF.data_ptr(),
@@ -142,7 +158,7 @@ def store_kv(
     slots_T: torch.Tensor,
 ) -> None:
     num_tokens, num_heads, head_dim = k_TKD.shape
-    _kernels().pilotfish_store_kv(
+    kernels().pilotfish_store_kv(
         k_TKD.data_ptr(),
         *k_TKD.stride()[:2],
         v_TKD.data_ptr(),
@@ -168,7 +184,7 @@ def paged_attention(
     query_starts_P: torch.Tensor,
     context_lens_S: torch.Tensor,
     *,
-    max_query_len: int,  # only a GPU kernel needs to know how many programs to start
+    max_query_len: int,  # noqa: ARG001 - a GPU kernel needs it to start enough programs
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -178,7 +194,7 @@ def paged_attention(
     _, page_len, num_kv_heads, _ = k_cache_BLKD.shape
     sinks = None if sinks_N is None else sinks_N.float().contiguous()
     out_TND = torch.empty(num_tokens, num_heads, head_dim)
-    _kernels().pilotfish_paged_attention_f32(
+    kernels().pilotfish_paged_attention_f32(
         q_TND.data_ptr(),
         *q_TND.stride()[:2],
         k_cache_BLKD.data_ptr(),
@@ -202,3 +218,55 @@ def paged_attention(
         torch.get_num_threads(),
     )
     return out_TND
+
+
+def route_tokens(logits_TE: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_experts = logits_TE.shape
+    weights_TC = torch.empty(num_tokens, top_k)
+    experts_TC = torch.empty(num_tokens, top_k, dtype=torch.int32)
+    kernels().pilotfish_route_tokens(
+        logits_TE.data_ptr(),
+        logits_TE.stride(0),
+        weights_TC.data_ptr(),
+        experts_TC.data_ptr(),
+        num_tokens,
+        num_experts,
+        top_k,
+        renormalize,
+        torch.get_num_threads(),
+    )
+    return weights_TC, experts_TC
+
+
+def moe_mlp(
+    x_TH: torch.Tensor,
+    gate_up_weight_EUH: torch.Tensor,
+    down_weight_EHF: torch.Tensor,
+    weights_TC: torch.Tensor,
+    experts_TC: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    num_experts, hidden, intermediate = down_weight_EHF.shape
+    num_tokens, top_k = experts_TC.shape
+    weights_TC, experts_TC = weights_TC.contiguous(), experts_TC.contiguous()
+    out_TH = torch.empty(num_tokens, hidden)
+    run = kernels().pilotfish_moe_mlp_f32 if down_weight_EHF.dtype is _F32 else kernels().pilotfish_moe_mlp_bf16
+    run(
+        x_TH.data_ptr(),
+        x_TH.stride(0),
+        gate_up_weight_EUH.data_ptr(),
+        *gate_up_weight_EUH.stride()[:2],
+        down_weight_EHF.data_ptr(),
+        *down_weight_EHF.stride()[:2],
+        weights_TC.data_ptr(),
+        experts_TC.data_ptr(),
+        out_TH.data_ptr(),
+        num_tokens,
+        top_k,
+        num_experts,
+        hidden,
+        intermediate,
+        _ACTIVATION_NUMBERS[activation],
+        torch.get_num_threads(),
+    )
+    return out_TH

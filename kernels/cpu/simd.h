@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -179,6 +179,17 @@ struct JoinHigh {
   static constexpr int index(int lane) { return JoinLow::index(lane) + 2; }
 };
 
+// The lanes of a and b in turn, of their first or second halves: {a0 b0 a1 b1 ...}.
+struct ZipLow {
+  static constexpr int index(int lane) { return lane / 2 + (lane & 1) * kLanes; }
+};
+struct ZipHigh {
+  static constexpr int index(int lane) { return ZipLow::index(lane) + kLanes / 2; }
+};
+
+inline Vector zip_low(Vector a, Vector b) { return shuffle<ZipLow>(a, b); }
+inline Vector zip_high(Vector a, Vector b) { return shuffle<ZipHigh>(a, b); }
+
 // Adds the groups of four lanes together: lane i of the result is the sum of lanes i, i + 4, i + 8, ...
 inline Vector4 fold(Vector value) {
 #if defined(__AVX512F__)
@@ -203,6 +214,25 @@ inline Vector4 sum4(Vector a, Vector b, Vector c, Vector d) {
 inline float sum(Vector value) {
   const Vector4 folded = fold(value);
   return (folded[0] + folded[2]) + (folded[1] + folded[3]);
+}
+
+// Whether a comparison holds in any lane.
+inline bool any(IntVector mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
+  return bits != 0;
+#endif
+}
+
+inline float largest_lane(Vector value) {
+  float result = value[0];
+  for (int i = 1; i < kLanes; ++i) result = value[i] > result ? value[i] : result;
+  return result;
 }
 
 }  // namespace pilotfish

@@ -1,4 +1,4 @@
-// exp and tanh of vectors, with a relative error below 1e-6 (tested through the ops that use them).
+// exp, log and tanh of vectors, with a relative error below 1e-6 (tested through the ops that use them).
 #pragma once
 
 #include <limits>
@@ -47,6 +47,33 @@ inline Vector tanh(Vector x) {
   const Vector magnitude = select(x < 0.0f, -x, x);
   const Vector far = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
   return select(magnitude < 0.625f, near_zero, select(x < 0.0f, -far, far));
+}
+
+// Mantissa in [sqrt(1/2), sqrt(2)) and a polynomial in mantissa - 1 (Cephes logf). For positive, normal, finite x.
+inline Vector log(Vector x) {
+  const IntVector bits = reinterpret_cast<IntVector>(x);
+  const IntVector offset = bits - 0x3f3504f3;  // sqrt(1/2)
+  const IntVector exponent = offset >> 23;
+  const Vector m = reinterpret_cast<Vector>(bits - (exponent << 23)) - 1.0f;
+  const Vector e = __builtin_convertvector(exponent, Vector);
+  Vector p = broadcast(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Vector square = m * m;
+  const Vector low = p * (square * m) + e * broadcast(-2.12194440e-4f) - square * 0.5f;
+  return low + m + e * broadcast(0.693359375f);
+}
+
+// log(1 + x) for x > -1 where 1 + x is normal: the rounding of 1 + x is divided out again.
+inline Vector log1p(Vector x) {
+  const Vector y = x + 1.0f, rounded = y - 1.0f;
+  return select(rounded == 0.0f, x, log(y) * (x / rounded));
 }
 
 }  // namespace pilotfish
