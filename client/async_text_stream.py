@@ -35,7 +35,6 @@ class AsyncTextStream:
         """`begin(timeout_s)` makes a gRPC call that returns a stream of events."""
         self._begin = begin
         self._attempts = attempts
-        self._num_choices = num_choices
         self._builder = CompletionBuilder(num_choices=num_choices)
         self._is_closed = False
         self._call: Any = None
@@ -66,7 +65,6 @@ class AsyncTextStream:
             raise Cancelled("the call was ended by this client") from None
         except grpc.RpcError as failure:
             await asyncio.sleep(self._attempts.delay_after(failure, answering=self._builder.has_delta))
-            self._builder = CompletionBuilder(num_choices=self._num_choices)
             self._call = None
             return None
         if event is grpc.aio.EOF:

@@ -131,7 +131,7 @@ class _GrowingChoice:
 
 
 class CompletionBuilder:
-    """Adds up the events of one call; a call that is made again starts over with a new builder."""
+    """Adds up the events of one call. A call that is made again, while there was no delta, goes on with the same builder."""
 
     def __init__(self, *, num_choices: int) -> None:
         self._started = pb.RequestStarted()

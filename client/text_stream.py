@@ -28,7 +28,6 @@ class TextStream:
         """`begin(timeout_s)` makes a gRPC call that returns a stream of events."""
         self._begin = begin
         self._attempts = attempts
-        self._num_choices = num_choices
         self._builder = CompletionBuilder(num_choices=num_choices)
         self._closed = threading.Event()
         self._call = begin(attempts.remaining_s())
@@ -86,5 +85,4 @@ class TextStream:
         delay_s = self._attempts.delay_after(failure, answering=self._builder.has_delta, cancelled_here=self._closed.is_set())
         if self._closed.wait(delay_s):
             raise Cancelled("the stream was closed")
-        self._builder = CompletionBuilder(num_choices=self._num_choices)
         self._call = self._begin(self._attempts.remaining_s())
