@@ -1,0 +1,222 @@
+"""The real thing on Ray: a controller, two workers with a tiny random Llama, and what happens when any of them is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import ray
+from pilotfish.common.cluster_state import ClusterState, ReplicaState
+from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
+from pilotfish.common.errors import ConfigError, ModelLoadError, PilotfishError
+from pilotfish.controller.deployment import Deployment, deploy, find
+from pilotfish.controller.service import Addresses
+from pilotfish.proto import inference_pb2 as pb
+from pilotfish.proto import inference_pb2_grpc
+from pilotfish.workers.actor import WorkerActor
+from small_model import save_tiny_llama
+
+pytestmark = pytest.mark.cluster
+
+PROMPT = "It was a dark and stormy night"
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    directory = tempfile.mkdtemp(prefix="pf-ray-", dir="/tmp")  # short: Ray puts sockets there
+    ray.init(
+        include_dashboard=False,
+        namespace="pilotfish-test",
+        num_cpus=2,
+        object_store_memory=100 * 1024 * 1024,
+        log_to_driver=False,
+        _temp_dir=directory,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@dataclass
+class Served:
+    deployment: Deployment
+    addresses: Addresses
+
+
+def config(model_path: Path, *, num_replicas: int = 2, grpc_port: int = 0) -> ServeConfig:
+    return ServeConfig(
+        model=ModelConfig(model=str(model_path), served_name="tiny"),
+        engine=EngineConfig(device="cpu", num_kv_blocks=512, num_threads=1, max_num_seqs=8),
+        gateway=GatewayConfig(grpc_port=grpc_port, http_port=0),
+        fleet=FleetConfig(num_replicas=num_replicas),
+    )
+
+
+@pytest.fixture(scope="module")
+def served(local_ray: None, model_path: Path) -> Iterator[Served]:
+    deployment = deploy(config(model_path), model_path=str(model_path), worker_class=ray.remote(WorkerActor))
+    try:
+        yield Served(deployment, deployment.wait_ready(timeout_s=120))
+    finally:
+        deployment.shutdown()
+
+
+class Reader(threading.Thread):
+    """A client's stream, read to its end on a thread."""
+
+    def __init__(self, served: Served, *, max_tokens: int, prompt: str = PROMPT) -> None:
+        super().__init__(daemon=True)
+        self._channel = grpc.insecure_channel(served.addresses.grpc)
+        request = pb.GenerateRequest(text=prompt)
+        request.sampling.max_tokens = max_tokens
+        request.sampling.temperature = 0.0
+        request.sampling.ignore_eos = True
+        self._call = inference_pb2_grpc.InferenceStub(self._channel).Generate(request, timeout=60)
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.usage: pb.Usage | None = None
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for event in self._call:
+                kind = event.WhichOneof("event")
+                if kind == "delta":
+                    assert not event.delta.token_ids or event.delta.offset == len(self.token_ids)
+                    self.token_ids.extend(event.delta.token_ids)
+                    self.text += event.delta.text
+                elif kind == "usage":
+                    self.usage = event.usage
+        except Exception as error:  # noqa: BLE001 - handed to the thread of the test
+            self.error = error
+
+    def wait_for(self, num_tokens: int) -> None:
+        wait_until(lambda: len(self.token_ids) >= num_tokens or not self.is_alive(), "tokens")
+        assert self.is_alive(), f"the stream ended early: {self.error}"
+
+    def finish(self) -> Reader:
+        self.join(60)
+        self._channel.close()
+        assert self.error is None
+        assert self.usage is not None
+        return self
+
+
+def wait_until(condition: object, what: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+
+
+def all_ready(deployment: Deployment, *, restarts: int) -> bool:
+    try:
+        state: ClusterState = deployment.status()
+    except PilotfishError:
+        return False
+    return state.num_restarts == restarts and all(r.state is ReplicaState.READY for r in state.replicas)
+
+
+def test_requests_are_served_and_the_controller_has_no_torch(served: Served) -> None:
+    reader = Reader(served, max_tokens=40).finish()
+    assert len(reader.token_ids) == 40
+    assert reader.usage.prompt_tokens == len(PROMPT)
+    state = served.deployment.status()
+    assert "libtorch" in Path(f"/proc/{state.replicas[0].info.pid}/maps").read_text()
+    assert "libtorch" not in Path(f"/proc/{state.controller_pid}/maps").read_text()
+
+
+def test_a_killed_worker_costs_no_token(served: Served) -> None:
+    expected = Reader(served, max_tokens=1200).finish()
+    reader = Reader(served, max_tokens=1200)
+    reader.wait_for(50)
+    state = served.deployment.status()
+    victim = next(r for r in state.replicas if r.load.num_running)
+    os.kill(victim.info.pid, signal.SIGKILL)
+    reader.finish()
+    assert reader.token_ids == expected.token_ids
+    assert reader.text == expected.text
+    assert reader.usage.completion_tokens == 1200
+    assert reader.usage.replica != victim.name
+    wait_until(lambda: all_ready(served.deployment, restarts=1), "the worker's successor")
+    successor = next(r for r in served.deployment.status().replicas if r.name == victim.name)
+    assert successor.info.epoch > victim.info.epoch
+
+
+def test_a_killed_controller_comes_back_with_the_same_workers(served: Served) -> None:
+    before = served.deployment.status()
+    reader = Reader(served, max_tokens=1500)
+    reader.wait_for(20)
+    os.kill(before.controller_pid, signal.SIGKILL)
+    reader.join(30)
+    assert isinstance(reader.error, grpc.RpcError)  # its connection went with the process
+    wait_until(lambda: all_ready(served.deployment, restarts=0), "the controller's successor")
+    after = served.deployment.status()
+    assert after.controller_pid != before.controller_pid
+    assert (after.grpc_address, after.http_address) == (before.grpc_address, before.http_address)
+    assert [r.info.pid for r in after.replicas] == [r.info.pid for r in before.replicas]
+    assert len(Reader(served, max_tokens=30).finish().token_ids) == 30
+    wait_until(lambda: _load(served.deployment) == (0, 0), "the orphaned request's end")
+
+
+def _load(deployment: Deployment) -> tuple[int, int]:
+    """Sequences running and blocks in use on all workers."""
+    replicas = deployment.status().replicas
+    return sum(r.load.num_running for r in replicas), sum(r.load.num_used_blocks for r in replicas)
+
+
+def test_one_controller_a_namespace(served: Served, model_path: Path) -> None:
+    with pytest.raises(ConfigError, match="serves a model already"):
+        deploy(config(model_path), model_path=str(model_path), worker_class=ray.remote(WorkerActor))
+    assert find() is not None
+
+
+def test_shutdown_ends_every_actor_and_process(served: Served) -> None:
+    state = served.deployment.status()
+    pids = [state.controller_pid, *(r.info.pid for r in state.replicas)]
+    served.deployment.shutdown()
+    assert ray.util.list_named_actors() == []
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the processes' end")
+    assert find() is None
+
+
+def test_a_port_in_use_is_named(local_ray: None, model_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        deployment = deploy(
+            config(model_path, grpc_port=port), model_path=str(model_path), worker_class=ray.remote(WorkerActor)
+        )
+        try:
+            with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.*--grpc-port"):
+                deployment.wait_ready(timeout_s=60)
+        finally:
+            deployment.shutdown()
+
+
+def test_a_worker_that_cannot_load_says_why(local_ray: None, model_path: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model_path, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    deployment = deploy(config(broken, num_replicas=1), model_path=str(broken), worker_class=ray.remote(WorkerActor))
+    try:
+        with pytest.raises(ModelLoadError, match=r"model\.safetensors"):
+            deployment.wait_ready(timeout_s=120)
+    finally:
+        deployment.shutdown()
+    assert ray.util.list_named_actors() == []
