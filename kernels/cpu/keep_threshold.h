@@ -31,14 +31,14 @@ inline float largest_of(const float* values, int64_t size) {
   return result;
 }
 
-// Logits from the largest down to the smallest finite one, in buckets of equal width; -inf falls into the last.
+// Logits from the largest (finite) down to the smallest finite one, in buckets of equal width; -inf falls into the last,
+// and so does NaN, which counts as -inf.
 class LogitBuckets {
  public:
   LogitBuckets(const float* logits, int64_t size, float temperature)
       : logits_(logits), size_(size), largest_(largest_of(logits, size)) {
     temperature_ = std::max(temperature, std::numeric_limits<float>::min());
-    float smallest = largest_;
-    for (int64_t i = 0; i < size; ++i) smallest = logits[i] < smallest && std::isfinite(logits[i]) ? logits[i] : smallest;
+    const float smallest = smallest_finite();
     scale_ = largest_ > smallest ? (kNumBuckets - 1) / (largest_ - smallest) : 0;
     for_each([this](float, int bucket, float mass) {
       ++counts_[bucket];
@@ -91,6 +91,15 @@ class LogitBuckets {
  private:
   static constexpr int kNumBuckets = 2048;
 
+  float smallest_finite() const {
+    float smallest = largest_;
+    for (int64_t i = 0; i < size_; ++i) {
+      const bool finite = logits_[i] >= std::numeric_limits<float>::lowest();
+      smallest = finite && logits_[i] < smallest ? logits_[i] : smallest;
+    }
+    return smallest;
+  }
+
   float mass_of(float logit) const { return exp(broadcast((logit - largest_) / temperature_))[0]; }
 
   // Calls f(logit, bucket, mass) for every logit. The bucket never falls as logits fall.
@@ -99,7 +108,8 @@ class LogitBuckets {
     const Vector last = broadcast(kNumBuckets - 1);
     for (int64_t i = 0; i < size_; i += kLanes) {
       const int count = static_cast<int>(std::min<int64_t>(kLanes, size_ - i));
-      const Vector logits = count == kLanes ? load(logits_ + i) : load_partial(logits_ + i, count);
+      const Vector read = count == kLanes ? load(logits_ + i) : load_partial(logits_ + i, count);
+      const Vector logits = select(read == read, read, broadcast(-std::numeric_limits<float>::infinity()));
       const Vector place = (largest_ - logits) * scale_;
       const IntVector buckets = __builtin_convertvector(place < last ? place : last, IntVector);
       const Vector masses = exp((logits - largest_) / temperature_);
@@ -139,6 +149,7 @@ inline float min_p_threshold(float largest, float temperature, float min_p) {
 inline float keep_threshold(const float* logits, int64_t size, const Filter& filter) {
   if (filter.keeps_all()) return -std::numeric_limits<float>::infinity();
   const LogitBuckets buckets(logits, size, filter.temperature);
+  if (!std::isfinite(buckets.largest())) return buckets.largest();  // a broken row: there are no probabilities
   float threshold = -std::numeric_limits<float>::infinity();
   double kept_mass = 0;
   if (filter.top_k > 0 && filter.top_k < size) {

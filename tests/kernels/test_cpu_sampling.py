@@ -100,6 +100,19 @@ def test_tokens_at_minus_infinity_are_never_drawn():
         assert set(assert_as_reference(logits, parameters(300, **filters)).tolist()) == {5, 17, 999}
 
 
+@pytest.mark.parametrize("broken", [float("nan"), INFINITY, -INFINITY])
+@pytest.mark.parametrize("vocab", [3, 64, 1000])
+def test_broken_rows_draw_some_token(broken, vocab):
+    logits = torch.randn(6, vocab)
+    logits[1], logits[3, ::2], logits[5, 1] = broken, broken, broken
+    for temperature in (0.0, 1.0):
+        for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 2, "top_p": 0.5, "min_p": 0.5}):
+            arguments = parameters(6, temperature=temperature, **filters)
+            tokens, expected = sample(logits, **arguments), sample_ref(logits, **arguments)
+            assert bool(((tokens >= 0) & (tokens < vocab)).all())
+            assert torch.equal(tokens[[0, 2, 4]], expected[[0, 2, 4]])
+
+
 def test_draws_follow_the_softmax():
     logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5]).repeat(40_000, 1)
     counts = torch.bincount(sample(logits, **parameters(40_000, temperature=0.8)), minlength=5)
