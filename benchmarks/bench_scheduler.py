@@ -71,7 +71,7 @@ def bench_decode(num_sequences: int, *, num_steps: int = 400) -> None:
     print(f"  update()  {num_sequences:5} running sequences   {spread(updates_ms)}")
 
 
-def insert_path(trie: BlockTrie, tokens: list[int], hashes: list[bytes], blocks: list[int], *, tick: int) -> None:
+def insert_path(trie: BlockTrie, tokens: list[int], hashes: list[bytes], blocks: list[int]) -> None:
     node: TrieNode | None = None
     for index, block_hash in enumerate(hashes):
         node = trie.insert(
@@ -80,7 +80,6 @@ def insert_path(trie: BlockTrie, tokens: list[int], hashes: list[bytes], blocks:
             parent_hash=hashes[index - 1] if index else ROOT,
             block_hash=block_hash,
             block_id=blocks[index],
-            tick=tick,
         )
 
 
@@ -90,7 +89,7 @@ def bench_match(num_tokens: int) -> None:
     trie = BlockTrie(BlockManager(num_blocks), block_size=BLOCK_SIZE)
     tokens = [(7 * i) % 50_000 for i in range(num_tokens)]
     blocks = trie.allocate(num_blocks)
-    insert_path(trie, tokens, block_hashes(tokens, BLOCK_SIZE, parent=ROOT), blocks, tick=1)
+    insert_path(trie, tokens, block_hashes(tokens, BLOCK_SIZE, parent=ROOT), blocks)
     trie.release(blocks, tick=1)
     hash_ms, match_ms = [], []
     for _ in range(300):
@@ -118,13 +117,12 @@ def bench_trie(num_blocks: int, *, path_blocks: int = 50) -> None:
     def add() -> None:
         for tick, (tokens, hashes) in enumerate(paths):
             blocks = trie.allocate(path_blocks)
-            insert_path(trie, tokens, hashes, blocks, tick=tick)
+            insert_path(trie, tokens, hashes, blocks)
             trie.release(blocks, tick=tick)
 
     def match() -> None:
         for tick, (tokens, hashes) in enumerate(paths):
             found = trie.match(tokens, hashes=hashes, root=ROOT)
-            trie.commit(found, tick=num_blocks + tick)
             trie.release(found.block_ids, tick=num_blocks + tick)
 
     def evict() -> None:

@@ -4,7 +4,7 @@ A node is one full block, found by its chained hash (common/hashing.py), so that
 verified against the tokens themselves. Sequences hold references to whole prefixes, so a node nobody holds has no held
 descendants, and every cached block can be evicted, leaves first.
 
-Life cycle of a match: `match` takes references; then `commit` (the blocks are the sequence's) or `rollback` (nothing happened).
+Life cycle of a match: `match` takes references; then they are the sequence's until `release`, or `rollback`: nothing happened.
 Life cycle of a node: `insert` when its tokens are computed -> held -> `release` -> idle, matchable -> evicted.
 """
 
@@ -38,7 +38,7 @@ class TrieNode:
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """A tentative hit: references to `block_ids` are taken, to be committed or rolled back."""
+    """A tentative hit: references to `block_ids` are taken, to be kept or rolled back."""
 
     nodes: tuple[TrieNode, ...]
     block_ids: tuple[int, ...]
@@ -71,22 +71,16 @@ class BlockTrie:
         width = self.block_size * 4
         data = array("i", token_ids).tobytes()
         nodes: list[TrieNode] = []
-        parent: TrieNode | None = None
         parent_hash = root
         for index in range(min(len(hashes), (len(token_ids) - 1) // self.block_size)):
             node = self._nodes.get(hashes[index])
-            if node is None or not _is(node, parent, parent_hash, data[index * width : (index + 1) * width]):
+            if node is None or not _is(node, parent_hash, data[index * width : (index + 1) * width]):
                 break
             nodes.append(node)
-            parent, parent_hash = node, node.block_hash
+            parent_hash = node.block_hash
         blocks = tuple(node.block_id for node in nodes)
         self._manager.share(blocks)
         return PrefixMatch(tuple(nodes), blocks, len(blocks) * self.block_size)
-
-    def commit(self, match: PrefixMatch, *, tick: int) -> None:
-        """The match is used: its nodes count as used at `tick`."""
-        for node in match.nodes:
-            node.last_used = tick
 
     def rollback(self, match: PrefixMatch) -> None:
         """The match is not used: references go, and the order of eviction is as if it had never been."""
@@ -101,7 +95,6 @@ class BlockTrie:
         parent_hash: bytes,
         block_hash: bytes,
         block_id: int,
-        tick: int,
     ) -> TrieNode | None:
         """Make a computed block matchable.
 
@@ -112,13 +105,11 @@ class BlockTrie:
         tokens = array("i", token_ids).tobytes()
         node = self._nodes.get(block_hash)
         if node is not None:
-            if not _is(node, parent, parent_hash, tokens):
+            if not _is(node, parent_hash, tokens):
                 return None
             self._manager.share((node.block_id,))
-            node.last_used = tick
             return node
         node = TrieNode(block_hash, parent, parent_hash, tokens, block_id)
-        node.last_used = tick
         node.order = self._num_inserted
         self._num_inserted += 1
         self._manager.keep(block_id)
@@ -219,5 +210,5 @@ class BlockTrie:
             self._queue_if_idle((node.parent,))
 
 
-def _is(node: TrieNode, parent: TrieNode | None, parent_hash: bytes, tokens: bytes) -> bool:
-    return node.parent is parent and node.parent_hash == parent_hash and node.tokens == tokens
+def _is(node: TrieNode, parent_hash: bytes, tokens: bytes) -> bool:
+    return node.parent_hash == parent_hash and node.tokens == tokens

@@ -75,7 +75,6 @@ class SequenceCache:
 
     def enter(self, sequence: SequenceState, match: PrefixMatch) -> None:
         """The sequence starts with the blocks of its match."""
-        self.trie.commit(match, tick=self._tick)
         sequence.block_ids = list(match.block_ids)
         sequence.num_computed = match.num_tokens
         sequence.num_committed = len(match.nodes)
@@ -110,7 +109,6 @@ class SequenceCache:
                 parent_hash=sequence.hashes[index - 1] if index else sequence.root,
                 block_hash=sequence.hashes[index],
                 block_id=own,
-                tick=self._tick,
             )
             if node is None:
                 sequence.is_matchable = False

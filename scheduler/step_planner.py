@@ -1,12 +1,12 @@
 """The policy of one step: who computes how many tokens, who is admitted, who gives way.
 
-Order: decode rows, then running prefills, then admissions, each in the order of the lines (`line_key`). Rules:
+Order: decode rows, then the running prefill, then admissions, each in the order of the lines (`line_key`). Rules:
 
 - Blocks are taken for the tokens of this step only. Without a free block, cached ones are evicted; then the last running
   sequence that has no row yet is preempted; then the row waits, and keeps what it has. The first in line can always go on.
 - A prompt longer than what is left of the budget advances by a part, one prompt at a time, and first takes half of the rest
   only: shorter prompts behind it may complete in this step. What they leave it gets at the end.
-- Nobody is admitted while a running sequence lacks a block, and only with room for the whole sequence as known.
+- A sequence is admitted only if there is room for all of it that is known, and for those that run to grow.
 - A waiting sequence whose next block a running prefill is computing waits for it instead of computing it twice.
 - The head of the line takes the place of the last running sequence, if that one has a lower priority and is behind it.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from .block_trie import PrefixMatch
 from .scheduler_config import SchedulerConfig
-from .sequence import NO_SLOT, SequenceState
+from .sequence import SequenceState
 from .sequence_cache import SequenceCache
 from .sequence_lines import SequenceLines
 from .step_plan import AdmittedSequence, PlannedRow, StepPlan
@@ -37,7 +37,6 @@ class _Draft:
     sequences: list[SequenceState] = field(default_factory=list)
     admitted: list[AdmittedSequence] = field(default_factory=list)
     partial: tuple[SequenceState, int, tuple[int, ...]] | None = None
-    lacks_blocks: bool = False
 
     def add_row(self, sequence: SequenceState, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
         start, known = sequence.num_computed, sequence.num_known
@@ -74,9 +73,8 @@ class StepPlanner:
         draft = _Draft(step_id, self._config.max_num_batched_tokens)
         self._give_way()
         self._plan_decodes(draft)
-        self._plan_prefills(draft)
-        if not draft.lacks_blocks:
-            self._admit(draft)
+        self._plan_running_prefill(draft)
+        self._admit(draft)
         self._add_partial(draft)
         if not draft.rows:
             return None
@@ -99,28 +97,24 @@ class StepPlanner:
                     continue
             index += 1
 
-    def _plan_prefills(self, draft: _Draft) -> None:
-        for sequence in [s for s in self._lines.running if s.num_known - s.num_computed > 1]:
-            if draft.budget and sequence.slot != NO_SLOT:
+    def _plan_running_prefill(self, draft: _Draft) -> None:
+        for sequence in self._lines.running:
+            if sequence.num_known - sequence.num_computed > 1:
                 self._plan_prefill(sequence, draft)
+                return  # there is one at most: `_admit` starts no second prompt that it cannot complete
 
     def _plan_prefill(self, sequence: SequenceState, draft: _Draft) -> None:
         remaining = sequence.num_known - sequence.num_computed
         is_long = remaining > draft.budget
-        if is_long and draft.partial is not None:
-            return
         wanted = (draft.budget + 1) // 2 if is_long else remaining
         room = self._room(sequence)
         num_tokens = min(wanted, room if room > 0 else self._config.block_size)
-        if num_tokens < wanted:
-            draft.lacks_blocks = True
         new_blocks = self._grow(sequence, num_tokens, draft)
         if new_blocks is None:
             return
         if is_long:
             draft.partial = sequence, num_tokens, new_blocks
             draft.budget -= num_tokens
-            sequence.last_step_id = draft.step_id
         else:
             draft.add_row(sequence, num_tokens, new_blocks)
 
@@ -181,7 +175,6 @@ class StepPlanner:
                 if not self._cache.is_in_flight(sequence):  # else its last token may be an end token
                     self._fail(sequence)
                 return None
-            draft.lacks_blocks = True
             victim = self._lines.running[-1]
             if victim is sequence or victim.last_step_id == draft.step_id or self._cache.is_waiting_for_step:
                 return None

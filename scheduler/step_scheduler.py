@@ -173,6 +173,7 @@ class StepScheduler:
         assert alive == {id(s) for s in [*lines.running, *lines.waiting]}
         assert not any(s.is_finished for s in self._sequences.values())
         assert len(self._in_flight) <= MAX_STEPS_IN_FLIGHT
+        assert sum(s.num_known - s.num_computed > 1 for s in lines.running) <= 1, "two prefills are under way"
         for sequence in lines.running:
             assert len(sequence.block_ids) == self._cache.num_blocks_for(sequence.num_computed)
             assert sequence.num_computed <= sequence.num_known <= sequence.max_known

@@ -29,7 +29,7 @@ class Cache:
     def match(self, tokens, *, root=ROOT, hashes=None):
         return self.trie.match(tokens, hashes=hashes or block_hashes(tokens, SIZE, parent=root), root=root)
 
-    def store(self, tokens, *, root=ROOT, tick=0, hashes=None) -> list[int]:
+    def store(self, tokens, *, root=ROOT, hashes=None) -> list[int]:
         """Allocate, compute and insert the full blocks of `tokens` as a sequence without a match would; returns its blocks."""
         hashes = hashes or block_hashes(tokens, SIZE, parent=root)
         blocks = self.trie.allocate(-(-len(tokens) // SIZE))
@@ -37,18 +37,16 @@ class Cache:
         for index, block_hash in enumerate(hashes):
             parent_hash = hashes[index - 1] if index else root
             own = tokens[index * SIZE : (index + 1) * SIZE]
-            node = self.trie.insert(
-                own, parent=node, parent_hash=parent_hash, block_hash=block_hash, block_id=blocks[index], tick=tick
-            )
+            node = self.trie.insert(own, parent=node, parent_hash=parent_hash, block_hash=block_hash, block_id=blocks[index])
             if node is None:
                 break
             if node.block_id != blocks[index]:
-                self.trie.release([blocks[index]], tick=tick)
+                self.trie.release([blocks[index]], tick=0)
                 blocks[index] = node.block_id
         return blocks
 
     def put(self, tokens, *, tick, **kwargs) -> None:
-        self.trie.release(self.store(tokens, tick=tick, **kwargs), tick=tick)
+        self.trie.release(self.store(tokens, **kwargs), tick=tick)
 
     def hit(self, tokens, **kwargs) -> int:
         """Cached tokens of a prompt, without a trace."""
@@ -122,7 +120,6 @@ def test_eviction_is_least_recently_used_first():
     for tick, start in enumerate((0, 100, 200)):
         cache.put(list(range(start, start + 4)), tick=tick)
     match = cache.match(list(range(5)))
-    cache.trie.commit(match, tick=10)
     cache.trie.release(match.block_ids, tick=10)
     cache.trie.evict(1)
     assert [cache.hit(list(range(start, start + 5))) for start in (0, 100, 200)] == [4, 0, 4]
@@ -130,12 +127,19 @@ def test_eviction_is_least_recently_used_first():
     assert [cache.hit(list(range(start, start + 5))) for start in (0, 100, 200)] == [4, 0, 0]
 
 
+def test_of_equally_recent_leaves_the_older_goes_first():
+    cache = Cache()
+    for start in (100, 0, 200):
+        cache.put(list(range(start, start + 4)), tick=1)
+    cache.trie.evict(1)
+    assert [cache.hit(list(range(start, start + 5))) for start in (100, 0, 200)] == [0, 4, 4]
+
+
 def test_stale_leaf_entries_are_pruned():
     cache = Cache(num_blocks=64)
     cache.put(list(range(8)), tick=1)
     for tick in range(2, 50):  # used over and over, and a leaf no longer from the second time on
         match = cache.match([*range(8), *([tick] * 4), 0])
-        cache.trie.commit(match, tick=tick)
         cache.trie.release(match.block_ids, tick=tick)
         cache.put([*range(8), 50, 51, 52, 53], tick=tick)
     assert len(cache.trie._idle_leaves) <= len(cache.trie) == 3
@@ -318,9 +322,6 @@ def _start(cache, naive, prompt, match, *, tick):
     fresh = cache.trie.allocate(missing)
     removed = [event.block_hash for event in cache.trie.drain_events()[1] if isinstance(event, BlockRemoved)]
     assert removed[len(removed) - num_evictions :] == [_hash_of(naive.evict()[0]) for _ in range(num_evictions)]
-    cache.trie.commit(match, tick=tick)
-    for prefix in matched:
-        naive.entries[prefix][1] = tick
     blocks = [*match.block_ids, *fresh]
     hashes = block_hashes(tokens, SIZE, parent=root_hash(salt))
     node = match.nodes[-1] if match.nodes else None
@@ -333,13 +334,11 @@ def _start(cache, naive, prompt, match, *, tick):
             parent_hash=hashes[index - 1] if index else root_hash(salt),
             block_hash=hashes[index],
             block_id=own,
-            tick=tick,
         )
         if prefix in naive.entries:
             assert node.block_id == naive.entries[prefix][0] != own
             cache.trie.release([own], tick=tick)
             blocks[index] = node.block_id
-            naive.entries[prefix][1] = tick
             naive.entries[prefix][3] += 1
         else:
             assert node.block_id == own

@@ -190,6 +190,17 @@ def test_equal_priorities_do_not_displace_each_other(make_engine):
     assert engine.scheduler.load().num_preemptions == 0
 
 
+def test_an_older_waiter_of_equal_priority_displaces_nobody(make_engine):
+    engine = make_engine(max_num_seqs=2, max_num_batched_tokens=16, num_blocks=100)
+    engine.add("long 1", prompt(0, 40), max_tokens=8)
+    engine.step()
+    engine.add("long 2", prompt(100, 60), max_tokens=2)
+    engine.add("short", prompt(200, 4), max_tokens=20)
+    engine.run()
+    assert engine.plans[1].admitted[0].request.request_id == "short"
+    assert engine.scheduler.load().num_preemptions == 0
+
+
 # Blocks: growth, preemption, room
 
 
@@ -224,6 +235,17 @@ def test_two_sequences_that_each_need_one_more_block_do_not_deadlock(make_engine
     assert engine.scheduler.load().num_preemptions > 0
     for request in requests:
         engine.check_output(request)
+
+
+def test_growth_with_steps_in_flight_preempts_no_more_than_it_needs(make_engine):
+    """The victim's blocks come back with the step in flight: nobody else is preempted meanwhile."""
+    engine = make_engine(num_blocks=18, block_size=4, max_num_seqs=3, depth=2, prefix_caching=False)
+    requests = [engine.add(f"r{n}", prompt(10 * n, 4), max_tokens=24) for n in range(3)]
+    engine.run()
+    assert len(engine.plans[0].admitted) == 3
+    for request in requests:
+        engine.check_output(request)
+    assert engine.scheduler.load().num_preemptions == 1
 
 
 def test_the_newest_of_the_lowest_priority_is_preempted(make_engine):
@@ -278,9 +300,9 @@ def test_admission_leaves_room_for_those_that_run(make_engine):
     engine = make_engine(num_blocks=8, block_size=4)
     engine.add("running", prompt(0, 8), max_tokens=4)
     engine.step()
-    engine.add("next", prompt(100, 24), max_tokens=2)
+    engine.add("next", prompt(100, 16), max_tokens=2)
     plan = engine.step()
-    assert not plan.admitted, "6 free blocks for its 24 tokens would leave the running one none"
+    assert not plan.admitted, "its 4 blocks of the 5 that are free would leave the running one too few"
     engine.run()
     assert engine.scheduler.load().num_preemptions == 0
 
@@ -387,6 +409,15 @@ def test_a_waiter_waits_for_the_prefix_that_a_running_prefill_computes(make_engi
     assert sum(plan.num_tokens for plan in engine.plans) == 21 + 5 * 1 + 6 * 1, "the common prefix is computed once"
 
 
+def test_a_waiter_does_not_wait_for_a_block_that_it_must_compute_itself(make_engine):
+    """Of a prompt of whole blocks the last is never matched."""
+    engine = make_engine(block_size=4, max_num_batched_tokens=7, max_num_seqs=2)
+    engine.add("leader", prompt(0, 8))
+    engine.step()
+    engine.add("follower", prompt(0, 8))
+    assert [(row.request_id, row.start) for row in engine.step().rows] == [("leader", 7), ("follower", 4)]
+
+
 def test_a_waiter_whose_leader_is_aborted_computes_the_prefix_itself(make_engine):
     engine = make_engine(block_size=4, max_num_batched_tokens=8)
     engine.add("leader", prompt(0, 40))
@@ -394,6 +425,22 @@ def test_a_waiter_whose_leader_is_aborted_computes_the_prefix_itself(make_engine
     follower = engine.add("follower", prompt(0, 40))
     engine.step()
     engine.scheduler.abort("leader")
+    engine.run()
+    engine.check_output(follower)
+
+
+def test_a_waiter_does_not_wait_for_blocks_that_a_collision_keeps_private(make_engine, monkeypatch):
+    def one_hash(token_ids, block_size, *, parent):
+        return [b"the same"] * (len(token_ids) // block_size)
+
+    monkeypatch.setattr("pilotfish.scheduler.sequence_cache.block_hashes", one_hash)
+    engine = make_engine(block_size=4)
+    engine.add("first to have the hash", prompt(0, 5), max_tokens=1)
+    engine.run()
+    engine.add("leader", prompt(50, 12), max_tokens=30)
+    engine.step()
+    follower = engine.add("follower", prompt(50, 12), max_tokens=2)
+    assert [admitted.request for admitted in engine.step().admitted] == [follower]
     engine.run()
     engine.check_output(follower)
 
@@ -467,6 +514,20 @@ def test_statistics_exclude_hits_of_a_recompute(make_engine):
     readmitted = [admitted for plan in engine.plans[1:] for admitted in plan.admitted]
     assert any(admitted.num_computed for admitted in readmitted)
     assert {output.cached_tokens for outputs in engine.outputs.values() for output in outputs} == {0}
+
+
+def test_statistics_exclude_hits_of_a_prefill_begun_again(make_engine):
+    """Preempted before its first output, a prompt finds its own blocks again."""
+    engine = make_engine(num_blocks=19, block_size=4, max_num_seqs=2, max_num_batched_tokens=3)
+    engine.add("older", prompt(0, 3), max_tokens=50)
+    for _ in range(6):
+        engine.step()
+    engine.add("long", prompt(100, 48), max_tokens=4)
+    engine.run()
+    admitted = [admitted for plan in engine.plans for admitted in plan.admitted if admitted.request.request_id == "long"]
+    assert [a.num_output for a in admitted] == [0, 0]
+    assert admitted[1].num_computed > 0
+    assert engine.outputs["long"][0].cached_tokens == 0
 
 
 def test_cached_tokens_of_a_replay_do_not_count_outputs(make_engine):

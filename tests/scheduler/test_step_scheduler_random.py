@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from pilotfish.common.hashing import block_hashes
 from pilotfish.common.requests import BlockStored, FinishReason
 
 END_TOKENS = (0, 1, 2)
@@ -59,10 +60,25 @@ class _KvMirror:
             seen.add(block.block_hash)
 
 
+def _weak_hashes(token_ids, block_size, *, parent):
+    """Chained hashes of three bits: most blocks collide."""
+    return [bytes([block_hash[0] % 8]) for block_hash in block_hashes(token_ids, block_size, parent=parent)]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("seed", range(60))
 def test_every_sequence_gets_what_it_gets_alone(seed, depth, make_engine, request_of, output_of):
-    rng = random.Random(seed)
+    _check_random_operations(random.Random(seed), depth, make_engine, request_of, output_of)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("seed", range(20))
+def test_collisions_of_hashes_change_no_token(seed, depth, monkeypatch, *, make_engine, request_of, output_of):
+    monkeypatch.setattr("pilotfish.scheduler.sequence_cache.block_hashes", _weak_hashes)
+    _check_random_operations(random.Random(seed), depth, make_engine, request_of, output_of)
+
+
+def _check_random_operations(rng, depth, make_engine, request_of, output_of):
     max_num_seqs = rng.randint(1, 6)
     engine = make_engine(
         depth=depth,
