@@ -1,0 +1,69 @@
+"""Flags of the serving configuration, one a field, made from the config classes themselves: name, type, choices, help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from typing import Any
+
+from ..common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig, load_toml, parse
+from ..common.errors import ConfigError
+
+_SECTIONS: dict[str, type] = {"model": ModelConfig, "engine": EngineConfig, "gateway": GatewayConfig, "fleet": FleetConfig}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field but the model's name; what is not given stays None."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="a TOML file with the sections model, engine, gateway, fleet; flags win"
+    )
+    for name, section in _SECTIONS.items():
+        group = parser.add_argument_group(f"[{name}]")
+        hints = typing.get_type_hints(section)
+        helps = _attribute_docs(section)
+        for field in dataclasses.fields(section):
+            if (name, field.name) != ("model", "model"):
+                _add_flag(group, field.name, hints[field.name], helps.get(field.name, ""), field.default)
+
+
+def serve_config(args: argparse.Namespace) -> ServeConfig:
+    """The file's sections with the flags over them.
+
+    Raises:
+        ConfigError: a key or value is wrong, or no model was named.
+    """
+    values: dict[str, Any] = load_toml(args.config) if args.config else {}
+    for name, section in _SECTIONS.items():
+        given = {f.name: value for f in dataclasses.fields(section) if (value := getattr(args, f.name, None)) is not None}
+        if given:
+            values[name] = {**values.get(name, {}), **given}
+    if "model" not in values.get("model", {}):
+        raise ConfigError("which model? Name one, or give a --config file with [model] model = ...")
+    return parse(ServeConfig, values)
+
+
+def _add_flag(group: Any, name: str, hint: Any, text: str, default: Any) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    text = f"{text} (default: {default})" if default is not None else text
+    if hint is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    elif typing.get_origin(hint) is typing.Literal:
+        group.add_argument(flag, choices=typing.get_args(hint), help=text)
+    else:
+        kinds = (
+            [kind for kind in typing.get_args(hint) if kind is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+        )
+        group.add_argument(flag, type=kinds[0], metavar={int: "N", float: "X", str: "TEXT"}[kinds[0]], help=text)
+
+
+def _attribute_docs(section: type) -> dict[str, str]:
+    """The Attributes block of a class's docstring: `name: text` or `name, other: text`, continued on deeper lines."""
+    _, _, block = (section.__doc__ or "").partition("Attributes:")
+    docs: dict[str, str] = {}
+    for entry in re.findall(r"^ {8}(\w.*(?:\n {12}.*)*)", block, flags=re.MULTILINE):
+        names, _, text = re.sub(r"\s+", " ", entry).partition(": ")
+        docs.update(dict.fromkeys(names.split(", "), text.rstrip(".").replace("%", "%%")))
+    return docs

@@ -1,0 +1,39 @@
+"""Ray, started here or joined, for as long as a command runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..common.errors import Unavailable
+
+NAMESPACE = "pilotfish"
+
+
+@contextmanager
+def ray_session(*, address: str | None = None, namespace: str = NAMESPACE, show_logs: bool = True) -> Iterator[None]:
+    """Join the Ray cluster at `address`; None takes RAY_ADDRESS or a cluster that runs on this machine, and else starts one,
+    which ends with the session; "local" always starts one.
+
+    Raises:
+        Unavailable: Ray cannot be reached or started.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray  # here, because Ray reads its environment when it is imported
+
+    try:
+        ray.init(
+            address=address,
+            namespace=namespace,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=show_logs,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise Unavailable(f"cannot {'start' if address == 'local' else 'reach or start'} Ray: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
