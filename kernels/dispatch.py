@@ -38,21 +38,31 @@ def choose_backend(op: str, *tensors: torch.Tensor) -> Backend:
 
     ValueError where the tensors lie on more than one device or on one that no backend serves.
     """
-    device = tensors[0].device.type
-    for tensor in tensors[1:]:
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"{op}: tensors on {tensors[0].device} and on {tensor.device}: move them to one device")
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"{op}: tensors on {device} and on {tensor.device}: move them to one device")
+    backend = _choose(op, device, *[tensor.dtype for tensor in tensors])
+    if backend == "triton" and device.index != torch.cuda.current_device():
+        # Triton launches on the current device, wherever its tensors are.
+        current = f"cuda:{torch.cuda.current_device()}"
+        raise ValueError(f"{op}: tensor on {device}, current device {current}: call torch.cuda.set_device first")
+    return backend
+
+
+@cache
+def _choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Backend:
+    """Cached, for it runs at every op; so a reference instead of a twin is logged once."""
     if kernel_mode() == "ref":
         return "reference"
-    if device == "cuda":
-        _require_current_device(op, tensors[0])
+    if device.type == "cuda":
         return "triton"
-    if device != "cpu":
-        raise ValueError(f"{op}: no kernel serves device {device!r}: use cuda or cpu, or set PILOTFISH_KERNELS=ref")
-    dtypes = tuple(tensor.dtype for tensor in tensors)
+    if device.type != "cpu":
+        raise ValueError(f"{op}: no kernel serves device {device}: use cuda or cpu, or set PILOTFISH_KERNELS=ref")
     if cpu_ops.supports(op, *dtypes):
         return "cpp"
-    _log_reference(op, dtypes)
+    if library.unavailable_reason() is None:  # where there is no C++ library at all, it has warned itself
+        logger.warning("%s has no C++ kernel for %s: its torch reference runs", op, ", ".join(map(str, dtypes)))
     return "reference"
 
 
@@ -65,17 +75,3 @@ def backend_report() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {"cpu": cpu, "cuda": "no CUDA device"}
     return {"cpu": cpu, "cuda": f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"}
-
-
-def _require_current_device(op: str, tensor: torch.Tensor) -> None:
-    """Triton launches on the current device, whatever its tensors' is."""
-    current = torch.cuda.current_device()
-    if tensor.device.index != current:
-        raise ValueError(f"{op}: tensor on {tensor.device}, current device cuda:{current}: call torch.cuda.set_device first")
-
-
-@cache
-def _log_reference(op: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Once for each op and dtypes (cached): where no C++ library exists, library.load has already warned."""
-    if library.unavailable_reason() is None:
-        logger.warning("%s has no C++ kernel for %s: its torch reference runs", op, ", ".join(map(str, dtypes)))

@@ -295,17 +295,18 @@ def _check_tensors(
             f"paged_attention: the caches differ: {tuple(k_cache_BLKD.shape)} {k_cache_BLKD.dtype} and "
             f"{tuple(v_cache_BLKD.shape)} {v_cache_BLKD.dtype}"
         )
-    if q_TND.dim() != 3 or k_cache_BLKD.dim() != 4 or q_TND.shape[2] != k_cache_BLKD.shape[3]:
+    q_shape, cache_shape = q_TND.shape, k_cache_BLKD.shape
+    if len(q_shape) != 3 or len(cache_shape) != 4 or q_shape[2] != cache_shape[3]:
         raise ValueError(
-            f"paged_attention: q {tuple(q_TND.shape)} must be [tokens, heads, head_dim] and the cache "
-            f"{tuple(k_cache_BLKD.shape)} [blocks, page_len, kv_heads, head_dim]"
+            f"paged_attention: q {tuple(q_shape)} must be [tokens, heads, head_dim] and the cache {tuple(cache_shape)} "
+            "[blocks, page_len, kv_heads, head_dim]"
         )
-    page_len, num_heads, num_kv_heads = k_cache_BLKD.shape[1], q_TND.shape[1], k_cache_BLKD.shape[2]
+    page_len, num_heads, num_kv_heads = cache_shape[1], q_shape[1], cache_shape[2]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"paged_attention: {num_heads} heads are not a multiple of {num_kv_heads} kv heads")
     if page_len < 16 or page_len & (page_len - 1):
         raise ValueError(f"paged_attention: page length {page_len} must be a power of two, at least 16")
-    if q_TND.stride(2) != 1 or k_cache_BLKD.stride(3) != 1 or v_cache_BLKD.stride(3) != 1:
+    if q_TND.stride()[2] != 1 or k_cache_BLKD.stride()[3] != 1 or v_cache_BLKD.stride()[3] != 1:
         raise ValueError("paged_attention: the last dimension of q and of the caches must be contiguous")
     if sinks_N is not None and sinks_N.shape != (num_heads,):
         raise ValueError(f"paged_attention: sinks {tuple(sinks_N.shape)} must be one a query head: ({num_heads},)")
@@ -319,19 +320,19 @@ def _check_rows(
     window: int | None,
     soft_cap: float | None,
 ) -> None:
-    num_rows = context_lens_S.shape[0]
-    if block_tables_SM.dim() != 2 or block_tables_SM.shape[0] != num_rows or query_starts_P.shape != (num_rows + 1,):
+    num_rows = context_lens_S.numel()
+    if context_lens_S.dim() != 1 or query_starts_P.shape != (num_rows + 1,) or block_tables_SM.shape[:-1] != (num_rows,):
         raise ValueError(
             f"paged_attention: block tables {tuple(block_tables_SM.shape)}, query starts {tuple(query_starts_P.shape)} "
             f"and context lengths {tuple(context_lens_S.shape)} must be [S, M], [S + 1] and [S]"
         )
-    for name, tensor in (
-        ("block tables", block_tables_SM),
-        ("query starts", query_starts_P),
-        ("context lengths", context_lens_S),
-    ):
-        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            raise ValueError(f"paged_attention: {name} must be int32 and contiguous, not {tensor.dtype}")
+    if not (block_tables_SM.dtype == query_starts_P.dtype == context_lens_S.dtype == torch.int32):
+        raise ValueError(
+            f"paged_attention: block tables {block_tables_SM.dtype}, query starts {query_starts_P.dtype} and context "
+            f"lengths {context_lens_S.dtype} must be int32"
+        )
+    if block_tables_SM.stride()[-1] != 1 or not (query_starts_P.is_contiguous() and context_lens_S.is_contiguous()):
+        raise ValueError("paged_attention: block tables' rows, query starts and context lengths must be contiguous")
     if max_query_len < 0 or (window is not None and window < 1) or (soft_cap is not None and soft_cap <= 0):
         raise ValueError(
             f"paged_attention: max_query_len {max_query_len} must be >= 0, window {window} >= 1, soft_cap {soft_cap} > 0"

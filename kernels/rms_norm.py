@@ -119,9 +119,9 @@ def _rms_norm_triton(
 
 
 def _check(x_TH: torch.Tensor, weight_H: torch.Tensor, residual_TH: torch.Tensor | None) -> None:
-    if x_TH.dim() == 0 or weight_H.shape != x_TH.shape[-1:]:
+    if x_TH.dim() == 0 or weight_H.dim() != 1 or weight_H.shape[0] != x_TH.shape[-1]:
         raise ValueError(f"rms_norm: weight {tuple(weight_H.shape)} does not fit x {tuple(x_TH.shape)}")
-    if x_TH.stride(-1) != 1 or weight_H.stride(0) != 1:
+    if x_TH.stride()[-1] != 1 or weight_H.stride()[0] != 1:
         raise ValueError("rms_norm: the last dimension of x and the weight must be contiguous")
     if residual_TH is None:
         return

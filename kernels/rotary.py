@@ -85,8 +85,6 @@ def _apply_rotary_kernel(
     stride_qn,
     stride_kt,
     stride_kn,
-    stride_cos,
-    stride_sin,
     HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -96,8 +94,8 @@ def _apply_rotary_kernel(
     block = tl.program_id(1)
     position = tl.load(positions + token).to(tl.int64)
     column = tl.arange(0, BLOCK_HALF)[None, :]
-    cos_row = tl.load(cos + position * stride_cos + column, column < HALF, other=0.0)
-    sin_row = tl.load(sin + position * stride_sin + column, column < HALF, other=0.0)
+    cos_row = tl.load(cos + position * HALF + column, column < HALF, other=0.0)
+    sin_row = tl.load(sin + position * HALF + column, column < HALF, other=0.0)
     num_q_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS)
     if block < num_q_blocks:
         first = block * BLOCK_HEADS
@@ -130,8 +128,6 @@ def _apply_rotary_triton(
         q_TND.stride(1),
         k_TKD.stride(0),
         k_TKD.stride(1),
-        cos_PC.stride(0),
-        sin_PC.stride(0),
         HALF=half,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=triton.next_power_of_2(half),
@@ -146,21 +142,23 @@ def _check(
     sin_PC: torch.Tensor,
     positions_T: torch.Tensor,
 ) -> None:
-    if q_TND.dim() != 3 or k_TKD.dim() != 3 or q_TND.shape[::2] != k_TKD.shape[::2] or q_TND.dtype != k_TKD.dtype:
+    q_shape, k_shape, table_shape = q_TND.shape, k_TKD.shape, cos_PC.shape
+    if len(q_shape) != 3 or len(k_shape) != 3 or q_shape[0] != k_shape[0] or q_shape[2] != k_shape[2]:
+        raise ValueError(f"apply_rotary: q {tuple(q_shape)} and k {tuple(k_shape)} must be [tokens, heads, head_dim]")
+    if q_TND.dtype != k_TKD.dtype:
+        raise ValueError(f"apply_rotary: q {q_TND.dtype} and k {k_TKD.dtype} must be of one dtype")
+    if len(table_shape) != 2 or table_shape != sin_PC.shape or 2 * table_shape[1] > q_shape[2]:
         raise ValueError(
-            f"apply_rotary: q {tuple(q_TND.shape)} {q_TND.dtype} and k {tuple(k_TKD.shape)} {k_TKD.dtype} must be "
-            "[tokens, heads, head_dim] of one dtype"
-        )
-    if cos_PC.dim() != 2 or cos_PC.shape != sin_PC.shape or 2 * cos_PC.shape[1] > q_TND.shape[2]:
-        raise ValueError(
-            f"apply_rotary: cos {tuple(cos_PC.shape)} and sin {tuple(sin_PC.shape)} must be [positions, rotary_dims / 2] "
-            f"with rotary_dims at most head_dim {q_TND.shape[2]}"
+            f"apply_rotary: cos {tuple(table_shape)} and sin {tuple(sin_PC.shape)} must be [positions, rotary_dims / 2] "
+            f"with rotary_dims at most head_dim {q_shape[2]}"
         )
     if cos_PC.dtype != torch.float32 or sin_PC.dtype != torch.float32:
         raise ValueError(f"apply_rotary: cos and sin must be float32, not {cos_PC.dtype} and {sin_PC.dtype}")
-    if positions_T.shape != q_TND.shape[:1] or positions_T.dtype not in (torch.int32, torch.int64):
+    if positions_T.shape != (q_shape[0],) or positions_T.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"apply_rotary: positions {tuple(positions_T.shape)} {positions_T.dtype} must be {q_TND.shape[0]} integers"
+            f"apply_rotary: positions {tuple(positions_T.shape)} {positions_T.dtype} must be {q_shape[0]} integers"
         )
-    if any(x.stride(-1) != 1 for x in (q_TND, k_TKD, cos_PC, sin_PC, positions_T)):
-        raise ValueError("apply_rotary: the last dimension of every tensor must be contiguous")
+    if q_TND.stride()[2] != 1 or k_TKD.stride()[2] != 1:
+        raise ValueError("apply_rotary: the last dimension of q and k must be contiguous")
+    if not (cos_PC.is_contiguous() and sin_PC.is_contiguous() and positions_T.is_contiguous()):
+        raise ValueError("apply_rotary: cos, sin and positions must be contiguous")

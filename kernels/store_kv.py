@@ -136,11 +136,15 @@ def _check(
             f"store_kv: the caches differ: {tuple(k_cache_BLKD.shape)} {k_cache_BLKD.dtype} and "
             f"{tuple(v_cache_BLKD.shape)} {v_cache_BLKD.dtype}"
         )
-    if k_cache_BLKD.dim() != 4 or k_cache_BLKD.shape[2:] != k_TKD.shape[1:]:
+    num_tokens, num_heads, head_dim = k_TKD.shape
+    cache_shape = k_cache_BLKD.shape
+    if len(cache_shape) != 4 or cache_shape[2] != num_heads or cache_shape[3] != head_dim:
+        raise ValueError(f"store_kv: cache {tuple(cache_shape)} must be [blocks, page_len, {num_heads}, {head_dim}]")
+    if slots_T.shape != (num_tokens,) or slots_T.dtype != torch.int64 or not slots_T.is_contiguous():
         raise ValueError(
-            f"store_kv: cache {tuple(k_cache_BLKD.shape)} must be [blocks, page_len, {k_TKD.shape[1]}, {k_TKD.shape[2]}]"
+            f"store_kv: slots {tuple(slots_T.shape)} {slots_T.dtype} must be {num_tokens} contiguous int64 numbers"
         )
-    if slots_T.shape != k_TKD.shape[:1] or slots_T.dtype != torch.int64:
-        raise ValueError(f"store_kv: slots {tuple(slots_T.shape)} {slots_T.dtype} must be {k_TKD.shape[0]} int64 numbers")
-    if any(x.stride(-1) != 1 for x in (k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)):
-        raise ValueError("store_kv: the last dimension of every tensor must be contiguous")
+    if k_TKD.stride()[2] != 1 or v_TKD.stride()[2] != 1:
+        raise ValueError("store_kv: the last dimension of k and v must be contiguous")
+    if k_cache_BLKD.stride()[3] != 1 or v_cache_BLKD.stride()[3] != 1:
+        raise ValueError("store_kv: the last dimension of the caches must be contiguous")

@@ -12,12 +12,15 @@ from pilotfish.kernels.rms_norm import rms_norm, rms_norm_ref
 def set_mode(monkeypatch):
     def set_to(mode):
         monkeypatch.setenv("PILOTFISH_KERNELS", mode)
+        forget()
+
+    def forget():
         dispatch.kernel_mode.cache_clear()
+        dispatch._choose.cache_clear()
 
     yield set_to
     monkeypatch.undo()
-    dispatch.kernel_mode.cache_clear()
-    dispatch._log_reference.cache_clear()
+    forget()
 
 
 def test_ref_forces_references(set_mode):
@@ -43,9 +46,9 @@ def test_mixed_and_unserved_devices_are_refused(set_mode):
 
 
 def test_a_cpu_op_without_a_twin_runs_its_reference_and_says_so_once(set_mode, monkeypatch, caplog):
-    set_mode("auto")
     monkeypatch.setattr(library, "unavailable_reason", lambda: None)
     monkeypatch.setattr(cpu_ops, "supports", lambda op, *dtypes: op == "rms_norm")
+    set_mode("auto")
     assert dispatch.choose_backend("rms_norm", torch.zeros(2)) == "cpp"
     with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(3):
