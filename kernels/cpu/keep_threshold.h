@@ -40,10 +40,7 @@ class LogitBuckets {
     temperature_ = std::max(temperature, std::numeric_limits<float>::min());
     const float smallest = smallest_finite();
     scale_ = largest_ > smallest ? (kNumBuckets - 1) / (largest_ - smallest) : 0;
-    for_each([this](float, int bucket, float mass) {
-      ++counts_[bucket];
-      masses_[bucket] += mass;
-    });
+    count_all();
   }
 
   float largest() const { return largest_; }
@@ -92,36 +89,54 @@ class LogitBuckets {
   static constexpr int kNumBuckets = 2048;
 
   float smallest_finite() const {
-    float smallest = largest_;
-    for (int64_t i = 0; i < size_; ++i) {
-      const bool finite = logits_[i] >= std::numeric_limits<float>::lowest();
-      smallest = finite && logits_[i] < smallest ? logits_[i] : smallest;
+    const Vector lowest = broadcast(std::numeric_limits<float>::lowest());
+    Vector smallest = broadcast(largest_);
+    int64_t i = 0;
+    for (; i + kLanes <= size_; i += kLanes) {
+      const Vector logits = load(logits_ + i);
+      smallest = select((logits >= lowest) & (logits < smallest), logits, smallest);
     }
-    return smallest;
+    float result = -largest_lane(-smallest);
+    for (; i < size_; ++i) result = logits_[i] >= lowest[0] && logits_[i] < result ? logits_[i] : result;
+    return result;
   }
 
   float mass_of(float logit) const { return exp(broadcast((logit - largest_) / temperature_))[0]; }
 
-  // Calls f(logit, bucket, mass) for every logit. The bucket never falls as logits fall.
+  // Calls f(vector of logits, of their buckets, number of lanes). The bucket never falls as logits fall.
   template <class F>
-  void for_each(F f) const {
+  void for_each_vector(F f) const {
     const Vector last = broadcast(kNumBuckets - 1);
     for (int64_t i = 0; i < size_; i += kLanes) {
       const int count = static_cast<int>(std::min<int64_t>(kLanes, size_ - i));
       const Vector read = count == kLanes ? load(logits_ + i) : load_partial(logits_ + i, count);
       const Vector logits = select(read == read, read, broadcast(-std::numeric_limits<float>::infinity()));
       const Vector place = (largest_ - logits) * scale_;
-      const IntVector buckets = __builtin_convertvector(place < last ? place : last, IntVector);
-      const Vector masses = exp((logits - largest_) / temperature_);
-      for (int lane = 0; lane < count; ++lane) f(logits[lane], buckets[lane], masses[lane]);
+      f(logits, __builtin_convertvector(place < last ? place : last, IntVector), count);
     }
   }
 
-  std::vector<float> sorted_members(int wanted) const {
+  void count_all() {
+    for_each_vector([this](Vector logits, IntVector buckets, int count) {
+      float masses[kLanes];
+      int32_t places[kLanes];
+      store(masses, exp((logits - largest_) / temperature_));
+      std::memcpy(places, &buckets, sizeof(buckets));
+      for (int lane = 0; lane < count; ++lane) {
+        ++counts_[places[lane]];
+        masses_[places[lane]] += masses[lane];
+      }
+    });
+  }
+
+  std::vector<float> sorted_members(int bucket) const {
     std::vector<float> values;
-    values.reserve(counts_[wanted]);
-    for_each([&](float logit, int bucket, float) {
-      if (bucket == wanted) values.push_back(logit);
+    values.reserve(counts_[bucket]);
+    for_each_vector([&](Vector logits, IntVector buckets, int count) {
+      if (!any(buckets == bucket)) return;
+      for (int lane = 0; lane < count; ++lane) {
+        if (buckets[lane] == bucket) values.push_back(logits[lane]);
+      }
     });
     std::sort(values.begin(), values.end(), std::greater<float>());
     return values;
