@@ -81,7 +81,7 @@ inline void accumulate(const float* factors, int64_t factor_stride, int64_t begi
     for (int m = 0; m < NumRows; ++m) {
       const Vector factor = in_register(broadcast(factors[m * factor_stride + k]));
 #pragma GCC unroll 4
-      for (int i = 0; i < NumVectors; ++i) sums[m][i] += factor * values[i];
+      for (int i = 0; i < NumVectors; ++i) sums[m][i] = multiply_add(factor, values[i], sums[m][i]);
     }
   }
 #pragma GCC unroll 8
@@ -179,7 +179,7 @@ inline void merge(const Partial& total, const Partial& chunk, int64_t rows, int6
     float* values = total.values + row * padded(head_dim);
     const float* added = chunk.values + row * padded(head_dim);
     for (int64_t d = 0; d < padded(head_dim); d += kLanes) {
-      store(values + d, load(values + d) * keep + load(added + d) * add);
+      store(values + d, multiply_add(load(added + d), broadcast(add), load(values + d) * keep));
     }
   }
 }

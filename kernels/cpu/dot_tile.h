@@ -33,10 +33,10 @@ inline void dot_tile_of(const float* const* x_rows, const Weight* const* w_rows,
 #pragma GCC unroll 8
     for (int m = 0; m < NumRows; ++m) {
       const Vector value = in_register(load_x(x[m]));
-      sums[m][0] += value * a;
-      sums[m][1] += value * b;
-      sums[m][2] += value * c;
-      sums[m][3] += value * d;
+      sums[m][0] = multiply_add(value, a, sums[m][0]);
+      sums[m][1] = multiply_add(value, b, sums[m][1]);
+      sums[m][2] = multiply_add(value, c, sums[m][2]);
+      sums[m][3] = multiply_add(value, d, sums[m][3]);
     }
   };
   int64_t k = 0;
@@ -65,8 +65,8 @@ inline void dot_row(const float* x, const Weight* const* w, int64_t size, Vector
   for (int n = 0; n < kTileColumns; ++n) {
     Vector row_sum = {};
     int64_t k = 0;
-    for (; k + kLanes <= size; k += kLanes) row_sum += load(x + k) * load(w[n] + k);
-    if (k < size) row_sum += load_partial(x + k, size - k) * load_partial(w[n] + k, size - k);
+    for (; k + kLanes <= size; k += kLanes) row_sum = multiply_add(load(x + k), load(w[n] + k), row_sum);
+    if (k < size) row_sum = multiply_add(load_partial(x + k, size - k), load_partial(w[n] + k, size - k), row_sum);
     sums[n] = row_sum;
   }
   *out = sum4(sums[0], sums[1], sums[2], sums[3]);

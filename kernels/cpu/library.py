@@ -32,7 +32,7 @@ BUILD_TIMEOUT_S = 300.0
 SOURCE_DIR = Path(__file__).parent
 COMPILERS = ("g++", "c++", "clang++")
 INSTALL_HINT = "install a C++ compiler (`apt install g++`, `dnf install gcc-c++`) or set CXX"
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden")
 
 # Parameters of every exported function, a letter each: pointer, int64, float.
 _PARAMETER_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

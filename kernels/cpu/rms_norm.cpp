@@ -38,7 +38,7 @@ void norm_row(const float* x, const float* residual, const Weight* weight, float
       value += load_up_to(residual + i, count);
       store_up_to(new_residual + i, value, count);
     }
-    squares += value * value;
+    squares = multiply_add(value, value, squares);
   });
   const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
   for_each_vector(size, [&](int64_t i, int64_t count) {

@@ -1,6 +1,7 @@
 // One vector type for every machine: 16 float lanes on AVX-512, 8 on AVX2, 4 elsewhere (SSE, NEON).
-// Written with the GCC/clang vector extensions, so that one source serves x86 and ARM. Products followed by sums
-// contract to fused multiply-adds (-ffp-contract=fast); nothing here depends on -ffast-math.
+// Written with the GCC/clang vector extensions, so that one source serves x86 and ARM. Compiled with -ffp-contract=off:
+// a product is fused with a sum only where multiply_add says so, never as a compiler sees fit in one place and not in
+// another, so that the same row gives the same bits in every loop.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +11,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // An exported function: C names, the only symbols the library shows.
@@ -57,6 +60,19 @@ inline void from_float(float value, BFloat16* out) {
 
 inline Vector broadcast(float value) { return Vector{} + value; }
 
+// a * b + c, rounded once where the machine can.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
 inline Vector load(const float* source) {
   Vector result;
   std::memcpy(&result, source, sizeof(result));
@@ -77,6 +93,11 @@ inline Vector load(const BFloat16* source) {
   std::memcpy(&half, source, sizeof(half));
   return widen(half);
 }
+
+// a where the mask is set, else b.
+inline Vector select(IntVector mask, Vector a, Vector b) { return mask ? a : b; }
+
+inline Vector max(Vector a, Vector b) { return a > b ? a : b; }
 
 // Stops the compiler from repeating a load as the memory operand of every multiplication that uses the value.
 inline Vector in_register(Vector value) {
