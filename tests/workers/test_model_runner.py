@@ -87,6 +87,7 @@ def test_a_row_whose_logits_are_not_numbers_ends_alone(run_requests, make_reques
         max_in_flight=in_flight,
     )
     assert result.reason("bad") is FinishReason.ERROR
+    assert "not finite" in result.ended["bad"].error
     assert result.tokens.pop("bad") == []
     assert result.tokens == expected
 

@@ -208,6 +208,8 @@ def test_a_draw_depends_on_seed_and_position_only(bench, logits):
     batch = Bench(num_slots=64)
     together = batch.draw(row.repeat(32, 1), [*others, *(sequence(4, n) for n in range(16))], slots=list(range(63, 31, -1)))
     assert together.tokens_R[16:].tolist() == alone
+    longer_prompt = [(sampling(temperature=1.0, seed=4), PROMPT * 3, [7] * n) for n in range(16)]
+    assert bench.draw(row.repeat(16, 1), longer_prompt).tokens_R.tolist() == alone
     assert bench.draw(row.repeat(16, 1), [sequence(5, n) for n in range(16)]).tokens_R.tolist() != alone
 
 
@@ -270,7 +272,8 @@ def test_more_penalised_sequences_than_before_keep_what_was_counted(bench, logit
     assert torch.equal(logits[:1], expected)
 
 
-def test_a_row_without_a_token_to_draw_is_told_apart(bench, logits):
-    logits[1] = -math.inf
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_row_without_a_token_to_draw_is_told_apart(bench, logits, value):
+    logits[1] = value
     sampled = bench.draw(logits, [(sampling(temperature=t), PROMPT, []) for t in (0.0, 0.0, 1.0)])
     assert [math.isfinite(logit) for logit in sampled.logits_R.tolist()] == [True, False, True]
