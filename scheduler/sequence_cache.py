@@ -63,12 +63,14 @@ class SequenceCache:
         return self.trie.match(sequence.tokens, hashes=sequence.hashes, root=sequence.root)
 
     def is_being_extended(self, sequence: SequenceState, match: PrefixMatch, running: Sequence[SequenceState]) -> bool:
-        """Whether a running prefill is about to make the block after this match matchable: waiting saves computing it twice."""
-        index = len(match.nodes)
-        if not self._prefix_caching or index >= (len(sequence.tokens) - 1) // self.block_size:
+        """Whether a running prefill is computing the larger part of what this sequence lacks: waiting saves doing it twice."""
+        size = self.block_size
+        half = self.num_blocks_for((len(sequence.tokens) - match.num_tokens + 1) // 2)
+        index = len(match.nodes) + half - 1  # the hash of this block names all that is before it
+        if not self._prefix_caching or index >= (len(sequence.tokens) - 1) // size:
             return False
         wanted = sequence.hashes[index]
-        return any(s.num_committed == index < len(s.hashes) and s.hashes[index] == wanted and s.is_matchable for s in running)
+        return any(index < len(s.hashes) and s.hashes[index] == wanted and s.is_matchable for s in running)
 
     def rollback(self, match: PrefixMatch) -> None:
         self.trie.rollback(match)

@@ -3,12 +3,12 @@
 Order: decode rows, then the running prefill, then admissions, each in the order of the lines (`line_key`). Rules:
 
 - Blocks are taken for the tokens of this step only. Without a free block, cached ones are evicted; then the last running
-  sequence that has no row yet is preempted; then the row waits, and keeps what it has. The first in line can always go on.
+  sequence that has no row yet is preempted; else the row waits and keeps what it has, so some row always goes on.
 - A prompt longer than what is left of the budget advances by a part, one prompt at a time, and first takes half of the rest
   only: shorter prompts behind it may complete in this step. What they leave it gets at the end.
 - A sequence is admitted only if there is room for all of it that is known, and for those that run to grow.
-- A waiting sequence whose next block a running prefill is computing waits for it instead of computing it twice.
-- The head of the line takes the place of the last running sequence, if that one has a lower priority and is behind it.
+- A waiting sequence that lacks mostly what a running prefill is computing waits for it.
+- A head of the line without a place takes that of the last running sequence, if it has a lower priority and is behind it.
 """
 
 from __future__ import annotations
@@ -168,6 +168,12 @@ class StepPlanner:
         reserved = self._cache.num_blocks_for(len(self._lines.running) * _RESERVED_TOKENS)
         return self._cache.num_available >= missing + reserved
 
+    def _would_fit(self, sequence: SequenceState) -> bool:
+        match = self._cache.match(sequence)
+        has_room = self._has_room(sequence, match)
+        self._cache.rollback(match)
+        return has_room
+
     def _grow(self, sequence: SequenceState, num_tokens: int, draft: _Draft) -> tuple[int, ...] | None:
         """Blocks for the next tokens, from others if need be; None if the row must wait or the sequence has ended."""
         while (blocks := self._cache.grow(sequence, num_tokens)) is None:
@@ -184,6 +190,8 @@ class StepPlanner:
     def _give_way(self) -> None:
         head, self._blocked = self._blocked, None
         if head is None or head.is_finished or not self._lines.running:
+            return
+        if self._lines.has_free_slot and self._would_fit(head):
             return
         tail = self._lines.running[-1]
         if tail.request.priority < head.request.priority and tail.key > head.key:

@@ -181,6 +181,20 @@ def test_a_higher_priority_takes_the_place_of_a_lower_one(make_engine):
         engine.check_output(request)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_higher_priority_displaces_no_more_than_it_needs(make_engine, depth):
+    engine = make_engine(num_blocks=22, block_size=4, depth=depth, prefix_caching=False)
+    low = [engine.add(f"low {n}", prompt(10 * n, 8), max_tokens=12) for n in range(3)]
+    engine.step()
+    engine.step()
+    high = engine.add("high", prompt(100, 24), max_tokens=2, priority=1)
+    engine.run()
+    assert list(engine.outputs)[-1] == "high"
+    assert engine.scheduler.load().num_preemptions == 1
+    for request in (*low, high):
+        engine.check_output(request)
+
+
 def test_equal_priorities_do_not_displace_each_other(make_engine):
     engine = make_engine(max_num_seqs=1)
     engine.add("first", prompt(0, 4), max_tokens=6)
@@ -407,6 +421,13 @@ def test_a_waiter_waits_for_the_prefix_that_a_running_prefill_computes(make_engi
     for request in requests:
         engine.check_output(request)
     assert sum(plan.num_tokens for plan in engine.plans) == 21 + 5 * 1 + 6 * 1, "the common prefix is computed once"
+
+
+def test_a_waiter_does_not_wait_for_the_smaller_part_of_its_prompt(make_engine):
+    engine = make_engine(block_size=4, max_num_batched_tokens=64)
+    for number in range(2):
+        engine.add(f"r{number}", prompt(0, 8) + prompt(100 * (number + 1), 12), max_tokens=2)
+    assert len(engine.step().admitted) == 2
 
 
 def test_a_waiter_does_not_wait_for_a_block_that_it_must_compute_itself(make_engine):
