@@ -25,6 +25,7 @@ from .worker_process import Launcher
 logger = logging.getLogger(__name__)
 
 _BIND_PAUSE_S = 0.25
+_HEALTH_INTERVAL_S = 0.1
 
 
 class Controller:
@@ -60,7 +61,9 @@ class Controller:
             dispatcher=self._dispatcher,
             observers=(self._metrics,),
         )
-        self._doors: list[GrpcGateway | HttpGateway] = []
+        self._grpc: GrpcGateway | None = None
+        self._http: HttpGateway | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self, *, bind_timeout_s: float = 0.0) -> Addresses:
         """Open the doors and start the fleet.
@@ -81,18 +84,18 @@ class Controller:
                     raise
             await asyncio.sleep(_BIND_PAUSE_S)
         await self._fleet.start()
+        self._watch = asyncio.create_task(self._watch_health())
         return self.service.addresses
 
     async def wait_ready(self) -> None:
         """Until every replica serves; raises why one never will."""
         await self._fleet.wait_ready()
-        for door in self._doors:
-            if isinstance(door, GrpcGateway):
-                await door.set_serving(True)
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `grace_s`, then end everything. May be called at any time, and again."""
         self.service.close()
+        if self._watch is not None:
+            self._watch.cancel()
         await self._fleet.stop(grace_s=grace_s)
         self.service.end_all()
         await self._close_doors()
@@ -100,12 +103,21 @@ class Controller:
 
     async def _open_doors(self) -> None:
         gateway, tokenizer = self._config.gateway, self._front_end.tokenizer
-        grpc_door = GrpcGateway(self.service, tokenizer, gateway)
-        http_door = HttpGateway(self.service, tokenizer, self._metrics, gateway)
-        self._doors = [grpc_door, http_door]
-        self.service.addresses = Addresses(grpc=await grpc_door.start(), http=await http_door.start())
+        self._grpc = GrpcGateway(self.service, tokenizer, gateway)
+        self._http = HttpGateway(self.service, tokenizer, self._metrics, gateway)
+        self.service.addresses = Addresses(grpc=await self._grpc.start(), http=await self._http.start())
         logger.info("gRPC on %s, HTTP on %s", self.service.addresses.grpc, self.service.addresses.http)
 
     async def _close_doors(self) -> None:
-        doors, self._doors = self._doors, []
-        await asyncio.gather(*(door.stop() for door in doors))
+        doors, self._grpc, self._http = [self._grpc, self._http], None, None
+        await asyncio.gather(*(door.stop() for door in doors if door is not None))
+
+    async def _watch_health(self) -> None:
+        """The gRPC health service follows the replicas: serving while one of them is ready."""
+        shown = None
+        while self._grpc is not None:
+            serving = self._fleet.is_serving
+            if serving != shown:
+                await self._grpc.set_serving(serving)
+                shown = serving
+            await asyncio.sleep(_HEALTH_INTERVAL_S)

@@ -54,6 +54,11 @@ class Fleet:
     def num_restarts(self) -> int:
         return sum(replica.restarts for replica in self._replicas)
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether a replica takes requests."""
+        return any(replica.state is ReplicaState.READY for replica in self._replicas)
+
     async def start(self) -> None:
         """Take over living workers and start the missing ones; returns before they serve."""
         found = dict(await self._launcher.find())

@@ -13,13 +13,13 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from .. import __version__
+from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
 from ..common.errors import InvalidRequest
 from ..common.requests import TokenLogprob
 from ..proto import codec
 from ..proto import common_pb2 as common
 from ..proto import inference_pb2 as pb
 from ..text.tokenizer import Tokenizer
-from .cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
 from .events import Delta, Event, Started, Usage
 
 M = TypeVar("M", bound=Message)

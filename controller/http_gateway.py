@@ -19,10 +19,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ..common.cluster_state import ModelCard, ReplicaState
 from ..common.config import GatewayConfig
 from ..common.errors import InternalError, InvalidRequest, ModelNotFound, PilotfishError
 from ..text.tokenizer import Tokenizer
-from .cluster_state import ModelCard, ReplicaState
 from .events import Delta, Started, Usage
 from .http_server import (
     EventStream,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..common.cluster_state import ClusterState, ReplicaState
 from ..common.requests import StepOutput
-from .cluster_state import ClusterState, ReplicaState
 from .events import RequestRecord
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

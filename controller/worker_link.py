@@ -27,8 +27,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # a new channel connects at once, whatever an earlier one met
 ]
 _CALL_TIMEOUT_S = 10.0
-_ACK_INTERVAL_S = 0.1
-_ACK_STEPS = 32
+_ACK_INTERVAL_S = 0.5
+_ACK_STEPS = 64
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 _SILENCE_TIMEOUT_S = 4.0  # heartbeats come every second
 

@@ -33,7 +33,7 @@ class ServerLimits:
     Attributes:
         outbox_bytes: unacknowledged output held; at this size running requests are aborted.
         away_timeout_s: how long requests run on without a controller.
-        heartbeat_interval_s: a message goes up at least this often.
+        heartbeat_interval_s: how often the engine's state goes up, whether steps end or not.
         attach_timeout_s: the first message of a controller is due in this time.
     """
 
@@ -50,12 +50,19 @@ class _Connection:
         self.controller_id = controller_id
         self.position = position
         self.answers: list[worker_pb2.WorkerMessage] = []
+        self.heartbeat_is_due = False
         self.wake = asyncio.Event()
         self.closed = False
 
     def close(self) -> None:
         self.closed = True
         self.wake.set()
+
+    async def beat(self, interval_s: float) -> None:
+        while not self.closed:
+            await asyncio.sleep(interval_s)
+            self.heartbeat_is_due = True
+            self.wake.set()
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -111,11 +118,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._connection = connection
         hello = worker_pb2.Hello(info=info_to_proto(self._info), step_id=self._outbox.last_step_id)
         await context.write(worker_pb2.WorkerMessage(hello=hello))
-        reader = asyncio.create_task(self._read(request_iterator, connection))
+        helpers = [
+            asyncio.create_task(self._read(request_iterator, connection)),
+            asyncio.create_task(connection.beat(self._limits.heartbeat_interval_s)),
+        ]
         try:
             await self._send(context, connection)
         finally:
-            reader.cancel()
+            for helper in helpers:
+                helper.cancel()
             if self._connection is connection:
                 self._connection = None
                 logger.warning("controller %s is gone; %d requests run on", connection.controller_id, len(self._running))
@@ -207,10 +218,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 connection.position += 1
                 await context.write(entry.message)
                 connection.position = max(connection.position, self._outbox.first_position)
-            try:
-                await asyncio.wait_for(connection.wake.wait(), self._limits.heartbeat_interval_s)
-            except TimeoutError:
+            if connection.heartbeat_is_due:
+                connection.heartbeat_is_due = False
                 await context.write(worker_pb2.WorkerMessage(heartbeat=self._heartbeat()))
+            await connection.wake.wait()
 
     def _submit(self, request: EngineRequest, connection: _Connection) -> None:
         request_id = request.request_id
