@@ -119,8 +119,8 @@ def make_loop(tiny_llama):
     """A step loop over the tiny model, on this thread; `wrap` may replace the model."""
 
     def make(on_step, *, max_in_flight: int = 1, wrap=lambda model: model, prefix_caching: bool = True, **options) -> StepLoop:
-        config = EngineConfig(device="cpu", num_threads=1, **{"num_kv_blocks": 256, "max_num_seqs": 32, **options})
-        runner, info = set_up_runner(ModelConfig(model=str(tiny_llama)), config)
+        config = EngineConfig(**{"device": "cpu", "num_threads": 1, "num_kv_blocks": 256, "max_num_seqs": 32, **options})
+        runner, info = set_up_runner(ModelConfig(model=str(tiny_llama), dtype="float32"), config)
         runner.model = wrap(runner.model)
         scheduler = StepScheduler(
             SchedulerConfig(
