@@ -1,7 +1,8 @@
 """SmolLM2 on this machine's CPU: pilotfish's Pipeline against transformers' generate, in one process, turn by turn.
 
-One stream: tokens a second after a chat prompt. Sixteen requests of mixed lengths: useful tokens a second, against a left-padded
-batch of sixteen that runs until its longest row is done. transformers runs in float32 and in bfloat16; the better one counts.
+One stream: tokens a second after a chat prompt. Sixteen requests of mixed lengths: useful tokens a second, against a
+left-padded batch of sixteen that runs until its longest row is done. transformers runs in float32 and in bfloat16; the better
+one counts.
 
     python benchmarks/bench_vs_transformers.py [--rounds 3] [--model smollm2-135m]
 """

@@ -7,7 +7,6 @@ from typing import Protocol
 from ..common.requests import EngineRequest
 from ..scheduler.snapshot import SchedulerSnapshot
 
-
 FAILED_PHASE = "failed"
 
 

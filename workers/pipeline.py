@@ -11,7 +11,7 @@ import itertools
 import secrets
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeGuard, cast
@@ -107,7 +107,7 @@ class Pipeline:
             progress = len(prompts) > 1 and sys.stderr.isatty()
         return self._complete(prompts, _one_for_each(params, len(prompts)), progress=progress)
 
-    def stream(self, prompt: Prompt, params: Params | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt, params: Params | None = None) -> Generator[Delta, None, None]:
         """Yields the parts of a completion as they come; leaving the iterator early aborts the rest.
 
         Raises:
@@ -129,7 +129,7 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _iterate(self, prepared: PreparedRequest, builder: CompletionBuilder) -> Iterator[Delta]:
+    def _iterate(self, prepared: PreparedRequest, builder: CompletionBuilder) -> Generator[Delta, None, None]:
         index_of = {request.request_id: index for index, request in enumerate(prepared.sequences)}
         with EngineCall(self._engine, self._router) as call:
             for request in prepared.sequences:
