@@ -40,7 +40,7 @@ SMALL = {
     "sinks": Case(rows=MIXED, sinks=True),
     "everything": Case(rows=MIXED, heads=(6, 2), head_dim=20, window=6, soft_cap=3.0, sinks=True),
 }
-_SERVING = tuple((1, 37 * i % 3000 + 1) for i in range(60)) + ((700, 700), (513, 2048), (130, 131), (1, 4096))
+_SERVING = (*((1, 37 * i % 3000 + 1) for i in range(60)), (700, 700), (513, 2048), (130, 131), (1, 4096))
 LARGE = {
     "serving": Case(rows=_SERVING, heads=(32, 8), head_dim=128),
     "serving_window": Case(rows=_SERVING, heads=(32, 8), head_dim=128, window=512),
