@@ -2,7 +2,7 @@
 
 `PILOTFISH_KERNELS` is read once, at the first op: `auto` (the default) dispatches on the tensor's device, `ref` forces the
 references everywhere, to find out whether a kernel is to blame. A CPU op that has no twin for its dtypes runs its
-reference, which is logged once an op and reported by `backend_report`.
+reference, which is logged once; `backend_report` says what serves which device and why.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def kernel_mode() -> str:
 
 
 def choose_backend(op: str, *tensors: torch.Tensor) -> Backend:
-    """The backend that runs `op` on these tensors (the dtypes of all of them count, the device of the first).
+    """The backend that runs `op` on tensors of these dtypes on their one device.
 
     ValueError where the tensors lie on more than one device or on one that no backend serves.
     """
@@ -71,7 +71,11 @@ def backend_report() -> dict[str, str]:
     if kernel_mode() == "ref":
         return dict.fromkeys(("cpu", "cuda"), "torch references (PILOTFISH_KERNELS=ref)")
     reason = library.unavailable_reason()
-    cpu = "C++ kernels" if reason is None else f"torch references, slower: {reason}"
+    cpu = (
+        "C++ kernels (torch references for activations other than float32)"
+        if reason is None
+        else f"torch references, slower: {reason}"
+    )
     if not torch.cuda.is_available():
         return {"cpu": cpu, "cuda": "no CUDA device"}
     return {"cpu": cpu, "cuda": f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"}

@@ -63,6 +63,7 @@ def test_forbidden_tokens_are_never_drawn(device):
     assert set(tokens.tolist()) == {3, 17}
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, under the interpreter, on -inf minus -inf
 def test_a_broken_row_draws_a_token_and_spoils_no_other(device):
     logits = torch.randn(6, 40, device=device)
     tensors = mixed_options(6, device)
