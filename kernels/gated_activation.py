@@ -18,8 +18,9 @@ from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-# Largest |y - reference| for inputs of order one: (relative, absolute).
-TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 8e-3)}
+# Largest |y - reference| for inputs of order one: (relative, absolute). In float32 the reference's 1 + tanh cancels for gates
+# of about -5, which costs it 1.5e-6 on a GPU.
+TOLERANCE = {torch.float32: (1e-5, 3e-6), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 8e-3)}
 
 
 def gated_activation(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:

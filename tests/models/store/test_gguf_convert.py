@@ -176,7 +176,7 @@ def test_llama3_rope_factors_become_rope_scaling(tmp_path: Path, write_gguf, tin
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
-def test_metadata_that_cannot_be_converted(  # noqa: PLR0917 -- fixtures
+def test_metadata_that_cannot_be_converted(
     change: dict[str, Any], message: str, tmp_path: Path, write_gguf, tiny_llama_metadata, tiny_llama_tensors
 ) -> None:
     metadata = {key: value for key, value in (tiny_llama_metadata | change).items() if value is not None}
@@ -196,7 +196,7 @@ def test_metadata_that_cannot_be_converted(  # noqa: PLR0917 -- fixtures
         ({"output_norm.weight": None}, r"lacks the tensors model\.norm\.weight"),
     ],
 )
-def test_unknown_and_missing_tensors(  # noqa: PLR0917 -- fixtures
+def test_unknown_and_missing_tensors(
     change: dict[str, Any], message: str, tmp_path: Path, write_gguf, tiny_llama_metadata, tiny_llama_tensors
 ) -> None:
     tensors = {name: tensor for name, tensor in (tiny_llama_tensors | change).items() if tensor is not None}
