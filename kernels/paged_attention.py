@@ -271,15 +271,14 @@ def _paged_attention_triton(
         HEAD_DIM=head_dim,
         PAGE_LEN=page_len,
         num_warps=8 if tiles["BLOCK_M"] >= 128 else 4,
-        num_stages=2 if tiles["BLOCK_D"] * q_TND.element_size() <= 2048 else 1,
+        num_stages=2,
         **tiles,
     )
     return out_TND
 
 
 def _tile_sizes(group: int, head_dim: int, element_bytes: int, *, one_query: bool) -> dict[str, int]:
-    """Rows of queries that fill a tensor core; a tile of keys of about 16 KiB, so that two stages fit in shared memory
-    (one where a single row has over 2 KiB)."""
+    """Rows of queries that fill a tensor core; a tile of keys of about 16 KiB, so that two stages fit in shared memory."""
     block_d = max(triton.next_power_of_2(head_dim), 16)
     row_bytes = block_d * element_bytes
     wanted_rows = 16 if one_query or row_bytes > 2048 else 128 if row_bytes <= 256 else 32

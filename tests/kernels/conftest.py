@@ -2,18 +2,13 @@
 
 A test that asks for `device`, `dtype` or `case` runs once for each: on "cpu" in float32 and float16 with its module's SMALL
 cases; on "cuda" in bfloat16 too, with the SMALL and the LARGE ones (dicts from a name to a case). bfloat16 tl.dot is wrong in
-the interpreter. Triton reads TRITON_INTERPRET when it is imported, so the variable is set here, before the kernels are.
+the interpreter. Triton reads TRITON_INTERPRET when it is imported, so tests/conftest.py sets the variable before any test imports a kernel.
 """
 
 import itertools
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from pilotfish.kernels.rms_norm import _rms_norm_kernel
 from triton.runtime.interpreter import InterpretedFunction
 
