@@ -100,13 +100,26 @@ def test_bans_that_leave_no_token_end_the_request(run_requests, make_request, cr
     assert result.reason("r0") is FinishReason.LENGTH
 
 
-def test_a_request_that_cannot_be_admitted_ends_alone(run_requests, make_request, crowd, in_flight):
-    """The engine refuses such a seed; if one came through, it must not take others down."""
-    expected = run_requests(*crowd).tokens
-    result = run_requests(*crowd, make_request("bad", [1], seed=2**70), max_in_flight=in_flight)
-    assert result.reason("bad") is FinishReason.ERROR
-    assert result.tokens.pop("bad") == []
-    assert result.tokens == expected
+@pytest.mark.parametrize("bad_first", [True, False])
+def test_a_request_that_cannot_be_admitted_ends_alone(make_loop, collector, make_request, in_flight, bad_first):
+    """The engine refuses such requests; if one came through, it must not write into blocks of others."""
+    loop = make_loop(collector, max_in_flight=in_flight, prefix_caching=False, num_kv_blocks=4, max_num_seqs=2)
+
+    def run(*requests):
+        for request in requests:
+            loop.scheduler.add(request)
+        while loop.has_work:
+            loop.advance()
+
+    run(make_request("expected", list(range(40)), max_tokens=6))
+    # Both slots have had a sequence, whose blocks are then someone else's.
+    run(*(make_request(f"before{i}", [i] * 20, max_tokens=2) for i in range(2)))
+    good = make_request("good", list(range(40)), max_tokens=6)
+    unembeddable, unseedable = make_request("bad", [2**40]), make_request("bad too", [1], seed=2**70)
+    run(unembeddable, good) if bad_first else run(good, unembeddable)
+    run(unseedable)
+    assert [collector.reason(name) for name in ("bad", "bad too")] == [FinishReason.ERROR] * 2
+    assert collector.tokens["good"] == collector.tokens["expected"]
 
 
 def test_a_lost_device_is_not_blamed_on_a_request(make_loop, collector, crowd):

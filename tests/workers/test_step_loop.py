@@ -125,6 +125,17 @@ def test_every_token_has_its_logprob_where_asked_for(run_requests, make_request,
     assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in result.logprobs["r2"])
 
 
+def test_the_next_step_is_launched_before_the_result_of_this_one(make_loop, collector, make_request, in_flight):
+    loop = make_loop(collector, max_in_flight=in_flight)
+    loop.scheduler.add(make_request("a", random_prompt(1, 9), max_tokens=4))
+    left_running = []
+    while loop.has_work:
+        loop.advance()
+        left_running.append(loop.scheduler.num_in_flight)
+    assert left_running == ([0] * 4 if in_flight == 1 else [1, 1, 1, 1, 0])
+    assert len(collector.tokens["a"]) == 4
+
+
 def test_steps_carry_their_timings(run_requests, make_request, in_flight):
     for step in run_requests(make_request("a", random_prompt(1, 9)), max_in_flight=in_flight).steps:
         timings = step.timings
