@@ -2,7 +2,7 @@
 
 A test that asks for `device`, `dtype` or `case` runs once for each: on "cpu" in float32 and float16 with its module's SMALL
 cases; on "cuda" in bfloat16 too, with the SMALL and the LARGE ones (dicts from a name to a case). bfloat16 tl.dot is wrong in
-the interpreter. Triton reads TRITON_INTERPRET when it is imported, so tests/conftest.py sets the variable before any test imports a kernel.
+the interpreter, which tests/conftest.py chooses.
 """
 
 import itertools
