@@ -1,4 +1,4 @@
-// The microkernel that linear, mixture-of-experts and attention scores share: a tile of dot products
+// The microkernel that linear and mixture-of-experts layers share: a tile of dot products
 //   y[m][n] = sum_k x[m][k] * w[n][k]
 // between a few rows of x and four rows of w, all read along k, accumulated in float32. bfloat16 rows of w are widened
 // in registers: with six rows of x that costs nothing measurable, and memory is read only once at half the width.
@@ -18,13 +18,16 @@ constexpr int kTileRows = 2;
 #endif
 constexpr int kTileColumns = 4;
 
-// Where rows of w follow one another in memory, a tile reads four streams a row apart, which hardware prefetchers take
-// for noise (9 GB/s a core instead of 20). Asking for the same bytes in their order, some KiB ahead, restores the speed.
-constexpr int64_t kPrefetchBytes = 8192;
-enum class Rows { kScattered, kConsecutive };
+// What to ask memory for meanwhile: `step` bytes from `next` on for each vector of k. The four rows of w are four streams a
+// row apart, which hardware prefetchers take for noise (9 GB/s a core instead of 20): asking in order restores the speed.
+struct Prefetch {
+  const char* next;
+  int64_t step;
+};
 
-template <int NumRows, Rows Layout, class Weight>
-inline void dot_tile_of(const float* const* x_rows, const Weight* const* w_rows, int64_t size, Vector4* out) {
+template <int NumRows, class Weight>
+inline void dot_tile_of(const float* const* x_rows, const Weight* const* w_rows, int64_t size, Prefetch prefetch,
+                        Vector4* out) {
   const float* x[NumRows];
   for (int m = 0; m < NumRows; ++m) x[m] = x_rows[m];
   const Weight *w0 = w_rows[0], *w1 = w_rows[1], *w2 = w_rows[2], *w3 = w_rows[3];
@@ -41,10 +44,9 @@ inline void dot_tile_of(const float* const* x_rows, const Weight* const* w_rows,
   };
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
-    if constexpr (Layout == Rows::kConsecutive) {
-      const char* ahead = reinterpret_cast<const char*>(w0 + kTileColumns * k) + kPrefetchBytes;
-      for (size_t i = 0; i < kTileColumns * kLanes * sizeof(Weight); i += 64) __builtin_prefetch(ahead + i);
-    }
+    __builtin_prefetch(prefetch.next);
+    if (prefetch.step > 64) __builtin_prefetch(prefetch.next + 64);
+    prefetch.next += prefetch.step;
     add_products(load(w0 + k), load(w1 + k), load(w2 + k), load(w3 + k),
                  [k](const float* row) { return load(row + k); });
   }
@@ -73,18 +75,17 @@ inline void dot_row(const float* x, const Weight* const* w, int64_t size, Vector
 }
 
 // The instance for 1 <= num_rows <= kTileRows. out[m] holds the four products of row m.
-template <Rows Layout, class Weight>
-inline void dot_tile(int num_rows, const float* const* x, const Weight* const* w, int64_t size, Vector4* out) {
+template <class Weight>
+inline void dot_tile(int num_rows, const float* const* x, const Weight* const* w, int64_t size, Prefetch prefetch,
+                     Vector4* out) {
   switch (num_rows) {
-    case 1:
-      if constexpr (Layout == Rows::kConsecutive) return dot_row(x[0], w, size, out);
-      return dot_tile_of<1, Layout>(x, w, size, out);
-    case 2: return dot_tile_of<2, Layout>(x, w, size, out);
+    case 1: return dot_row(x[0], w, size, out);
+    case 2: return dot_tile_of<2>(x, w, size, prefetch, out);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 3: return dot_tile_of<3, Layout>(x, w, size, out);
-    case 4: return dot_tile_of<4, Layout>(x, w, size, out);
-    case 5: return dot_tile_of<5, Layout>(x, w, size, out);
-    case 6: return dot_tile_of<6, Layout>(x, w, size, out);
+    case 3: return dot_tile_of<3>(x, w, size, prefetch, out);
+    case 4: return dot_tile_of<4>(x, w, size, prefetch, out);
+    case 5: return dot_tile_of<5>(x, w, size, prefetch, out);
+    case 6: return dot_tile_of<6>(x, w, size, prefetch, out);
 #endif
     default: __builtin_unreachable();
   }

@@ -9,12 +9,11 @@ void linear(const float* x, int64_t x_stride, const Matrix<Weight>& w, const Wei
             int64_t num_rows, int64_t num_threads) {
   if (num_rows == 0 || w.num_rows == 0) return;
   const int64_t rows = panel_rows(w, num_threads), num_panels = ceil_div(w.num_rows, rows);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-  for (int64_t i = 0; i < num_panels; ++i) {
+  share_out(num_panels, num_threads, [&](int64_t i) {
     multiply_panel(
         w, bias, i * rows, std::min((i + 1) * rows, w.num_rows), num_rows, [=](int64_t m) { return x + m * x_stride; },
         [=](int64_t m) { return y + m * y_stride; });
-  }
+  });
 }
 
 }  // namespace

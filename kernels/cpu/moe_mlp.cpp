@@ -57,14 +57,13 @@ void multiply_experts(const Experts<Weight>& w, const Routing& routing, int64_t 
   if (num_active == 0 || w.num_rows == 0) return;
   const int64_t rows = panel_rows(w.matrix(0), std::max<int64_t>(num_threads / num_active, 1));
   const int64_t num_panels = ceil_div(w.num_rows, rows);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-  for (int64_t i = 0; i < num_active * num_panels; ++i) {
+  share_out(num_active * num_panels, num_threads, [&](int64_t i) {
     const int64_t expert = i / num_panels, begin = i % num_panels * rows, first = routing.starts[expert];
     multiply_panel<Weight>(
         w.matrix(routing.active[expert]), nullptr, begin, std::min(begin + rows, w.num_rows),
         routing.starts[expert + 1] - first, [=](int64_t m) { return x_row(first + m); },
         [=](int64_t m) { return y_row(first + m); });
-  }
+  });
 }
 
 template <class Weight>

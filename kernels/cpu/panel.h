@@ -7,13 +7,13 @@
 #include <algorithm>
 
 #include "dot_tile.h"
+#include "parallel.h"
 
 namespace pilotfish {
 
 constexpr int64_t kPanelBytes = 192 * 1024;
-constexpr int64_t kMaxPanelRows = 64;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kMaxPanelRows = 16;
+constexpr int64_t kPrefetchBytes = 8192;
 
 template <class Weight>
 struct Matrix {
@@ -42,6 +42,17 @@ inline void write_products(Vector4 products, const Weight* bias, float* y, int c
   }
 }
 
+// What pass `pass` of `num_passes` over a panel fetches beside its rows from n on: with a single pass, rows soon to come; else
+// its part of the same rows of the next panel, so that memory is busy while all passes compute.
+template <class Weight>
+inline Prefetch prefetch_for(const Matrix<Weight>& w, int64_t n, int64_t panel_rows, int64_t pass, int64_t num_passes) {
+  const int64_t row_bytes = w.stride * static_cast<int64_t>(sizeof(Weight));
+  const int64_t ahead = num_passes == 1 ? kPrefetchBytes : panel_rows * row_bytes;
+  const int64_t part = kTileColumns * row_bytes * pass / num_passes;
+  const int64_t step = kTileColumns * kLanes * static_cast<int64_t>(sizeof(Weight)) / num_passes;
+  return {reinterpret_cast<const char*>(w.data + n * w.stride) + ahead + part, step};
+}
+
 // y_row(m)[n] = x_row(m) . w[n] + bias[n] for all num_rows rows m and the rows n in [begin, end) of w; bias may be null.
 template <class Weight, class XRow, class YRow>
 void multiply_panel(const Matrix<Weight>& w, const Weight* bias, int64_t begin, int64_t end, int64_t num_rows,
@@ -49,14 +60,14 @@ void multiply_panel(const Matrix<Weight>& w, const Weight* bias, int64_t begin, 
   const float* x[kTileRows];
   const Weight* weights[kTileColumns];
   Vector4 tile[kTileRows];
-  const int64_t tile_rows = ceil_div(num_rows, ceil_div(num_rows, kTileRows));
+  const int64_t num_passes = ceil_div(num_rows, kTileRows), tile_rows = ceil_div(num_rows, num_passes);
   for (int64_t m = 0; m < num_rows; m += tile_rows) {
     const int rows = static_cast<int>(std::min(tile_rows, num_rows - m));
     for (int i = 0; i < rows; ++i) x[i] = x_row(m + i);
     for (int64_t n = begin; n < end; n += kTileColumns) {
       const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, end - n));
       for (int j = 0; j < kTileColumns; ++j) weights[j] = w.data + (n + std::min(j, columns - 1)) * w.stride;
-      dot_tile<Rows::kConsecutive>(rows, x, weights, w.size, tile);
+      dot_tile(rows, x, weights, w.size, prefetch_for(w, n, end - begin, m / tile_rows, num_passes), tile);
       for (int i = 0; i < rows; ++i) {
         write_products(tile[i], bias == nullptr ? nullptr : bias + n, y_row(m + i) + n, columns);
       }
