@@ -141,10 +141,12 @@ async def test_a_message_of_100_mb_is_refused_and_the_next_call_works(cluster: C
 
 async def test_health_and_reflection(cluster: Cluster) -> None:
     async with grpc.aio.insecure_channel(cluster.service.addresses.grpc) as channel:
-        answer = await health_pb2_grpc.HealthStub(channel).Check(
+        call = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(service="pilotfish.v1.Inference"), timeout=20
         )
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        while (await call.read()).status != health_pb2.HealthCheckResponse.SERVING:
+            pass  # the door opens before the first replica is ready
+        call.cancel()
         stream = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(timeout=20)
         await stream.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         services = (await stream.read()).list_services_response.service

@@ -31,6 +31,7 @@ class SmallServer:
         asyncio.run_coroutine_threadsafe(self._controller.stop(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
+        self._loop.close()
 
     async def _start(self) -> None:
         config = ServeConfig(model=ModelConfig(model="tiny"), gateway=GatewayConfig(grpc_port=0, http_port=0))
