@@ -103,7 +103,7 @@ def test_bans_that_leave_no_token_end_the_request(run_requests, make_request, cr
 @pytest.mark.parametrize("bad_first", [True, False])
 def test_a_request_that_cannot_be_admitted_ends_alone(make_loop, collector, make_request, in_flight, bad_first):
     """The engine refuses such requests; if one came through, it must not write into blocks of others."""
-    loop = make_loop(collector, max_in_flight=in_flight, prefix_caching=False, num_kv_blocks=4, max_num_seqs=2)
+    loop = make_loop(collector, max_in_flight=in_flight, prefix_caching=False, num_kv_blocks=8, max_num_seqs=2)
 
     def run(*requests):
         for request in requests:
@@ -113,9 +113,9 @@ def test_a_request_that_cannot_be_admitted_ends_alone(make_loop, collector, make
 
     run(make_request("expected", list(range(40)), max_tokens=6))
     # Both slots have had a sequence, whose blocks are then someone else's.
-    run(*(make_request(f"before{i}", [i] * 20, max_tokens=2) for i in range(2)))
+    run(make_request("before", [1] * 10, max_tokens=2), make_request("beside", [2] * 100, max_tokens=2))
     good = make_request("good", list(range(40)), max_tokens=6)
-    unembeddable, unseedable = make_request("bad", [2**40]), make_request("bad too", [1], seed=2**70)
+    unembeddable, unseedable = make_request("bad", [2**40] * 80), make_request("bad too", [1], seed=2**70)
     run(unembeddable, good) if bad_first else run(good, unembeddable)
     run(unseedable)
     assert [collector.reason(name) for name in ("bad", "bad too")] == [FinishReason.ERROR] * 2
