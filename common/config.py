@@ -50,7 +50,8 @@ class EngineConfig:
         device: auto takes a GPU where there is one.
         block_size: tokens in a KV block, a power of two from 16.
         max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: token budget of one step.
+        max_num_batched_tokens: token budget of one step; None is 2048 on a GPU and 512 on a CPU, where a step of more would
+            keep running requests waiting for seconds (or max_num_seqs, where that is more).
         kv_memory_fraction: share of the memory measured free after the profiling run that the KV cache takes.
         num_kv_blocks: an exact number of blocks instead of the measured one.
         prefix_caching: reuse KV blocks between requests with equal prefixes.
@@ -61,7 +62,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     block_size: int = 16
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     kv_memory_fraction: float = 0.5
     num_kv_blocks: int | None = None
     prefix_caching: bool = True
@@ -72,7 +73,8 @@ class EngineConfig:
         if self.block_size < 16 or self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two from 16, not {self.block_size}")
         _require(self, "max_num_seqs", 1)
-        _require(self, "max_num_batched_tokens", self.max_num_seqs)
+        if self.max_num_batched_tokens is not None:
+            _require(self, "max_num_batched_tokens", self.max_num_seqs)
         if not 0 < self.kv_memory_fraction <= 1:
             raise ConfigError(f"kv_memory_fraction must be in (0, 1], not {self.kv_memory_fraction}")
 

@@ -23,18 +23,18 @@ _EVERYTHING = TokenSampling(
 
 
 def measure_largest_step(
-    model: CausalLM, *, config: EngineConfig, one_page: KvCache, max_model_len: int, device: torch.device
+    model: CausalLM, *, config: EngineConfig, num_tokens: int, one_page: KvCache, max_model_len: int
 ) -> int:
-    """Bytes that a step of max_num_batched_tokens tokens over max_num_seqs sequences needs besides weights and cache.
+    """Bytes that a step of `num_tokens` tokens over max_num_seqs sequences needs besides weights and cache.
 
     Raises:
         ConfigError: it does not fit into the device's memory.
     """
     cache = KvCache(one_page.layers, -(-max_model_len // config.block_size), config.block_size)
-    runner = ModelRunner(model, config=config, kv_cache=cache, max_model_len=max_model_len, device=device)
-    plan = _largest_plan(config, max_model_len)
+    runner = ModelRunner(model, config=config, kv_cache=cache, max_model_len=max_model_len, device=model.device)
+    plan = _largest_plan(num_tokens, num_rows=config.max_num_seqs, max_model_len=max_model_len, block_size=config.block_size)
     try:
-        with measure_peak(device) as peak:
+        with measure_peak(model.device) as peak:
             runner.launch(plan, isolate_failures=False).result()
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -44,13 +44,13 @@ def measure_largest_step(
     return peak.temporary_bytes
 
 
-def _largest_plan(config: EngineConfig, max_model_len: int) -> StepPlan:
-    shared, rest = divmod(config.max_num_batched_tokens, config.max_num_seqs)
+def _largest_plan(num_tokens: int, *, num_rows: int, max_model_len: int, block_size: int) -> StepPlan:
+    shared, rest = divmod(num_tokens, num_rows)
     admitted, rows = [], []
-    for slot in range(config.max_num_seqs):
-        num_tokens = min(shared + (slot < rest), max_model_len)
-        request = EngineRequest(request_id=f"largest-step-{slot}", prompt_token_ids=(0,) * num_tokens, sampling=_EVERYTHING)
-        page_ids = (0,) * -(-num_tokens // config.block_size)
+    for slot in range(num_rows):
+        row_tokens = min(shared + (slot < rest), max_model_len)
+        request = EngineRequest(request_id=f"largest-step-{slot}", prompt_token_ids=(0,) * row_tokens, sampling=_EVERYTHING)
+        page_ids = (0,) * -(-row_tokens // block_size)
         admitted.append(AdmittedSequence(request, slot, request.prompt_token_ids, (), 0, 0))
-        rows.append(PlannedRow(request.request_id, slot, 0, num_tokens, True, page_ids, 0))
+        rows.append(PlannedRow(request.request_id, slot, 0, row_tokens, True, page_ids, 0))
     return StepPlan(0, tuple(admitted), tuple(rows), ())

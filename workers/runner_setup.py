@@ -38,7 +38,8 @@ def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tup
     path = resolve(model_config.model).path
     model = load_model(path, device=device, dtype=model_config.dtype)
     max_model_len = _choose_max_model_len(model_config, model.config.max_position)
-    kv_cache = _allocate_measured(model, engine_config, max_model_len=max_model_len)
+    num_tokens = _choose_max_num_batched_tokens(engine_config, device)
+    kv_cache = _allocate_measured(model, engine_config, max_num_batched_tokens=num_tokens, max_model_len=max_model_len)
     runner = ModelRunner(model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device)
     info = WorkerInfo(
         model_name=model_config.name,
@@ -51,7 +52,7 @@ def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tup
         block_size=kv_cache.block_size,
         num_blocks=kv_cache.num_blocks,
         max_num_seqs=engine_config.max_num_seqs,
-        max_num_batched_tokens=engine_config.max_num_batched_tokens,
+        max_num_batched_tokens=num_tokens,
         num_parameters=model.num_parameters,
         weight_bytes=model.weight_bytes,
         kv_cache_bytes=kv_cache.num_bytes,
@@ -84,7 +85,11 @@ def _choose_max_model_len(config: ModelConfig, max_position: int) -> int:
     return config.max_model_len
 
 
-def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_model_len: int) -> KvCache:
+def _choose_max_num_batched_tokens(config: EngineConfig, device: torch.device) -> int:
+    return config.max_num_batched_tokens or max(2048 if device.type == "cuda" else 512, config.max_num_seqs)
+
+
+def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_num_batched_tokens: int, max_model_len: int) -> KvCache:
     """The cache, of the size asked for or of the size that measuring the largest step leaves room for."""
     layout = KvLayout(
         block_size=config.block_size,
@@ -97,7 +102,7 @@ def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_model_len: 
     if config.num_kv_blocks is None:
         one_page = allocate_kv_cache(layout, num_blocks=0, device=model.device)
         temporary_bytes = measure_largest_step(
-            model, config=config, one_page=one_page, max_model_len=max_model_len, device=model.device
+            model, config=config, num_tokens=max_num_batched_tokens, one_page=one_page, max_model_len=max_model_len
         )
         available = available_bytes(model.device)
         logger.info("the largest step takes %.0f MB; %.2f GiB are left", temporary_bytes / 1e6, available / 2**30)
