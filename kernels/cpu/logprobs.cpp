@@ -4,9 +4,12 @@
 #include <vector>
 
 #include "keep_threshold.h"
+#include "parallel.h"
 
 namespace pilotfish {
 namespace {
+
+constexpr int64_t kElementsPerThread = 1 << 16;
 
 struct Candidate {
   float logit;
@@ -57,7 +60,8 @@ pilotfish_gather_logprobs(const float* logits, int64_t row_stride, const int64_t
                           int64_t* top_tokens, float* top_logprobs, int64_t* ranks, int64_t num_rows, int64_t size,
                           int64_t num_top, int64_t num_threads) {
   using namespace pilotfish;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_rows > 1)
+  const int threads = threads_for(num_rows * size, kElementsPerThread, num_threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < num_rows; ++row) {
     const float* values = logits + row * row_stride;
     const float total = log_sum_exp(values, size), chosen = values[tokens[row]];

@@ -12,6 +12,8 @@
 namespace pilotfish {
 namespace {
 
+constexpr int64_t kElementsPerThread = 8192;
+
 template <class Weight>
 struct Experts {
   const Weight* data;  // [experts, rows, size]
@@ -82,7 +84,8 @@ void moe_mlp(const float* x, int64_t x_stride, const Experts<Weight>& gate_up, c
   multiply_experts(
       gate_up, routing, num_threads, [=](int64_t place) { return x + choices[place] / top_k * x_stride; },
       [=](int64_t place) { return gates + place * 2 * intermediate; });
-#pragma omp parallel for num_threads(num_threads)
+  const int threads = threads_for(num_places * intermediate, kElementsPerThread, num_threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t place = 0; place < num_places; ++place) {
     const float* gate = gates + place * 2 * intermediate;
     gated_activation_row(gate, gate + intermediate, activation, activated + place * intermediate, intermediate);
@@ -90,7 +93,7 @@ void moe_mlp(const float* x, int64_t x_stride, const Experts<Weight>& gate_up, c
   multiply_experts(
       down, routing, num_threads, [=](int64_t place) { return activated + place * intermediate; },
       [=](int64_t place) { return products + place * hidden; });
-#pragma omp parallel for num_threads(num_threads)
+#pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t token = 0; token < num_tokens; ++token) {
     float* sum = out + token * hidden;
     std::fill(sum, sum + hidden, 0.0f);

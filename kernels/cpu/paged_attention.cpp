@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention_chunk.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace pilotfish {
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t kMaxUnitRows = 48;
 constexpr int64_t kUnitsPerThread = 4;
+constexpr int64_t kWorkPerThread = 1 << 18;
 constexpr int64_t kMaxSplitFloats = 4 << 20;
 
 template <class Cache>
@@ -221,9 +223,17 @@ void attend_split(const Attention<Cache>& a, const std::vector<Unit>& units, flo
   }
 }
 
+// Products of a query's and a key's or a value's elements, and about as much for transposing the keys.
+int64_t amount_of_work(const std::vector<Unit>& units, int64_t head_dim) {
+  int64_t work = 0;
+  for (const Unit& unit : units) work += (unit.end_chunk - unit.first_chunk) * kChunk * head_dim * (unit.rows + 4);
+  return work;
+}
+
 template <class Cache>
-void paged_attention(const Attention<Cache>& a, int64_t num_threads) {
-  std::vector<Unit> units = list_units(a, num_threads);
+void paged_attention(const Attention<Cache>& a, int64_t max_threads) {
+  std::vector<Unit> units = list_units(a, max_threads);
+  const int64_t num_threads = threads_for(amount_of_work(units, a.head_dim), kWorkPerThread, max_threads);
   const int64_t num_floats = place_partials(units, a.head_dim);
   const bool few = static_cast<int64_t>(units.size()) < kUnitsPerThread * num_threads;
   if (num_threads > 1 && few && num_floats <= kMaxSplitFloats) {

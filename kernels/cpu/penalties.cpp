@@ -1,8 +1,11 @@
 // Repetition, presence and frequency penalties on rows of logits, in place; kernels/penalties.py has the rules.
+#include "parallel.h"
 #include "simd_math.h"
 
 namespace pilotfish {
 namespace {
+
+constexpr int64_t kElementsPerThread = 1 << 16;
 
 typedef uint8_t ByteVector __attribute__((vector_size(kLanes)));
 
@@ -49,7 +52,8 @@ pilotfish_apply_penalties(float* logits, int64_t row_stride, const uint8_t* prom
                           const int32_t* output_counts, int64_t counts_stride, const int64_t* table_rows,
                           const float* repetition, const float* presence, const float* frequency, int64_t num_rows,
                           int64_t size, int64_t num_threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_rows > 1)
+  const int threads = pilotfish::threads_for(num_rows * size, pilotfish::kElementsPerThread, num_threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < num_rows; ++row) {
     if (table_rows[row] < 0) continue;
     pilotfish::penalize_row(logits + row * row_stride, prompt_mask + table_rows[row] * mask_stride,

@@ -1,10 +1,13 @@
 // Draws one token a row: the argmax of logit + temperature * Gumbel noise over the kept tokens; kernels/sampling.py has
 // the formula. Blocks of tokens whose best logit could not win with the largest noise there is draw no numbers.
 #include "keep_threshold.h"
+#include "parallel.h"
 #include "philox.h"
 
 namespace pilotfish {
 namespace {
+
+constexpr int64_t kElementsPerThread = 1 << 17;
 
 constexpr int kBlock = 4 * kLanes;         // tokens whose numbers come from one call of Philox
 constexpr float kLargestNoise = 22.88f;    // -log(-log(1 - u)) of the smallest u, 2^-33, is 22.874
@@ -82,7 +85,8 @@ pilotfish_sample(const float* logits, int64_t row_stride, const float* temperatu
                  const float* top_p, const float* min_p, const int64_t* seeds, const int64_t* positions,
                  int64_t* tokens, int64_t num_rows, int64_t size, int64_t num_threads) {
   using namespace pilotfish;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_rows > 1)
+  const int threads = threads_for(num_rows * size, kElementsPerThread, num_threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < num_rows; ++row) {
     const float* row_logits = logits + row * row_stride;
     if (temperature[row] <= 0) {
