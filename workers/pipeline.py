@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeGuard, cast
+from typing import Any, Self, TypeAlias, TypeGuard, cast, overload
 
 from tqdm import tqdm
 
@@ -76,6 +76,20 @@ class Pipeline:
             self.close()
             raise
 
+    @overload
+    def __call__(self, prompts: str, params: Params | None = None, *, progress: bool | None = None) -> Completion: ...
+    @overload
+    def __call__(
+        self, prompts: list[str], params: Params | Sequence[Params] | None = None, *, progress: bool | None = None
+    ) -> list[Completion]: ...
+    @overload
+    def __call__(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params | Sequence[Params] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> Completion | list[Completion]: ...
     def __call__(
         self,
         prompts: Prompt | Sequence[Prompt],

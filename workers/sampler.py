@@ -24,6 +24,7 @@ from .logit_rules import BadWordsRule, LogitBiasRule, LogitRule, MinTokensRule
 from .penalty_rule import PenaltyRule
 
 _NO_LOGPROBS = -1
+_PENALTIES = 1  # index of that rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Sampler:
         self._seeds_M = np.zeros(num_slots, dtype=np.int64)
         self._num_logprobs_M = np.full(num_slots, _NO_LOGPROBS, dtype=np.int64)
         self._penalties = PenaltyRule(self._to_device, token_ids_MC, vocab_size)
-        self._rules: tuple[LogitRule, ...] = (
+        self._rules: tuple[LogitRule, ...] = (  # in the order they apply
             LogitBiasRule(self._to_device),
             self._penalties,
             BadWordsRule(self._to_device, token_ids_MC),
@@ -112,26 +113,26 @@ class Sampler:
 
     def draw(self, logits_RV: torch.Tensor, rows: SamplingRows) -> Sampled:
         """One token a row. `logits_RV` are float32 and are changed in place."""
-        rules_on_KR = self._rule_on[:, rows.host_slots_R]
         num_logprobs_R = self._num_logprobs_M[rows.host_slots_R]
         wanting_N = np.flatnonzero(num_logprobs_R != _NO_LOGPROBS)
+        rules_on_KR = self._rule_on[:, rows.host_slots_R]
+        has_rules = bool(rules_on_KR.any())
         raw_NV = logits_RV  # a copy only where something is about to change the rows, or where not all rows are wanted
-        if len(wanting_N) and (len(wanting_N) < len(num_logprobs_R) or rules_on_KR.any()):
+        if len(wanting_N) and (has_rules or len(wanting_N) < len(num_logprobs_R)):
             raw_NV = logits_RV[self._to_device(wanting_N)]
-        for rule, on_R in zip(self._rules, rules_on_KR, strict=True):
-            if on_R.any():
-                rule.apply(logits_RV, rows, np.flatnonzero(on_R))
+        if has_rules:
+            for rule, on_R in zip(self._rules, rules_on_KR, strict=True):
+                if on_R.any():
+                    rule.apply(logits_RV, rows, np.flatnonzero(on_R))
         tokens_R = self._sample(logits_RV, rows)
         drawn_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
-        logprobs = None
-        if len(wanting_N):
-            num_top_N = num_logprobs_R[wanting_N]
-            tokens_N = tokens_R[self._to_device(wanting_N)]
-            columns = gather_logprobs(raw_NV, tokens_N, int(num_top_N.max()))
-            logprobs = SampledLogprobs(wanting_N, num_top_N, *columns)
-        if self._rule_on[self._rules.index(self._penalties), rows.host_slots_R].any():
+        if has_rules and rules_on_KR[_PENALTIES].any():
             self._penalties.record(rows, tokens_R)
-        return Sampled(tokens_R, drawn_R, logprobs)
+        if not len(wanting_N):
+            return Sampled(tokens_R, drawn_R, None)
+        num_top_N = num_logprobs_R[wanting_N]
+        columns = gather_logprobs(raw_NV, tokens_R[self._to_device(wanting_N)], int(num_top_N.max()))
+        return Sampled(tokens_R, drawn_R, SampledLogprobs(wanting_N, num_top_N, *columns))
 
     def _sample(self, logits_RV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         if self._on_device is None:
