@@ -20,6 +20,7 @@ from pilotfish.common.errors import (
 from pilotfish.common.requests import FinishReason
 from pilotfish.controller.events import Delta, Started
 from pilotfish.controller.service import RequestHandle
+from pilotfish.text.prepare import choice_seed
 from reading import Answer, eventually, read, read_until
 
 PROMPT = [5, 6, 7, 8]
@@ -52,7 +53,8 @@ async def nothing_runs(cluster: Cluster) -> None:
 
 async def test_a_request_answers_with_started_deltas_and_usage(start_cluster: StartCluster) -> None:
     cluster = await start_cluster()
-    answer = await read(await generate(cluster, request_id="mine"))
+    handle = await generate(cluster, request_id="mine")
+    answer = await read(handle)
     expected = expected_tokens(PROMPT, 20)
     assert answer.started is not None
     assert (answer.started.request_id, answer.started.model, answer.started.prompt_tokens) == ("mine", "tiny", 4)
@@ -64,6 +66,7 @@ async def test_a_request_answers_with_started_deltas_and_usage(start_cluster: St
     assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.replica) == (4, 20, 0, "replica-0")
     assert 0 <= usage.queue_ms <= usage.ttft_ms <= usage.total_ms
     await nothing_runs(cluster)
+    assert handle._stream._timer.cancelled()
 
 
 async def test_a_repeated_prompt_is_found_in_the_cache(start_cluster: StartCluster) -> None:
@@ -111,12 +114,20 @@ async def test_a_stop_string_across_chunks_ends_the_text_and_the_worker(start_cl
 
 
 async def test_one_choice_stops_while_the_other_goes_on(start_cluster: StartCluster) -> None:
-    cluster = await start_cluster(step_s=0.002)
-    text = decoded(cluster, expected_tokens(PROMPT, 30))
-    answer = await read(await generate(cluster, sampling={"n": 2, "max_tokens": 40, "stop": text[9:14]}))
-    assert [c.finish_reason for c in answer.choices.values()] == [FinishReason.STOP] * 2
+    cluster = await start_cluster(step_s=0.002, uses_seeds=True)
+    engine = cluster.launcher.launched[0].engine
+    first = decoded(cluster, expected_tokens(PROMPT, 30, seed=choice_seed(7, 0)))
+    second = decoded(cluster, expected_tokens(PROMPT, 300, seed=choice_seed(7, 1)))
+    stop = first[9:14]
+    assert stop not in second
+    handle = await generate(cluster, sampling={"n": 2, "max_tokens": 300, "stop": stop, "seed": 7})
+    answer = Answer()
+    await read_until(handle, answer, lambda a: 0 in a.choices and a.choices[0].finish_reason is FinishReason.STOP)
+    await eventually(lambda: len(engine.aborted) == 1)
+    assert answer.choices[1].finish_reason is None
+    await read(handle, into=answer)
+    assert (answer.choices[0].text, answer.choices[1].text) == (first[: first.index(stop)], second)
     await nothing_runs(cluster)
-    assert len(cluster.launcher.launched[0].engine.aborted) == 2
 
 
 @pytest.mark.parametrize("leave", ["cancel", "exit", "task", "aclose"])

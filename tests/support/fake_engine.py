@@ -1,6 +1,7 @@
 """An engine with the real step scheduler and arithmetic in place of a model, for tests of timing and faults.
 
-The next token is a function of all tokens before it, so a replay from known tokens goes on exactly as the first run would have.
+The next token is a function of all tokens before it (and of the seed, if wanted), so a replay from known tokens goes on
+exactly as the first run would have.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pilotfish.common.errors import InvalidRequest
-from pilotfish.common.requests import EngineRequest, StepOutput, TokenLogprob, WorkerInfo
+from pilotfish.common.requests import EngineRequest, StepOutput, TokenLogprob, TokenSampling, WorkerInfo
 from pilotfish.scheduler.scheduler_config import SchedulerConfig
 from pilotfish.scheduler.snapshot import SchedulerSnapshot
 from pilotfish.scheduler.step_plan import StepPlan, StepResult
@@ -22,15 +23,15 @@ from pilotfish.scheduler.step_scheduler import StepScheduler
 VOCAB_SIZE = 97
 
 
-def next_token(token_ids: list[int]) -> int:
-    return zlib.crc32(array("i", token_ids).tobytes()) % VOCAB_SIZE
+def next_token(token_ids: list[int], *, seed: int) -> int:
+    return zlib.crc32(array("i", token_ids).tobytes(), seed % 2**32) % VOCAB_SIZE
 
 
-def expected_tokens(prompt: list[int], num_tokens: int) -> list[int]:
-    """What a FakeEngine answers to a prompt."""
+def expected_tokens(prompt: list[int], num_tokens: int, *, seed: int = 0) -> list[int]:
+    """What a FakeEngine answers to a prompt; seed 0 without seeds."""
     known = list(prompt)
     for _ in range(num_tokens):
-        known.append(next_token(known))
+        known.append(next_token(known, seed=seed))
     return known[len(prompt) :]
 
 
@@ -50,7 +51,8 @@ class Snapshot:
 
 @dataclass
 class FakeEngine:
-    """`gate` cleared makes every step wait inside; `step_s` is how long one takes; `refuse` is raised by submit."""
+    """`gate` cleared makes every step wait inside; `step_s` is how long one takes; `refuse` is raised by submit;
+    with `uses_seeds` a request's tokens depend on its seed."""
 
     on_step: Callable[[StepOutput], None]
     num_blocks: int = 256
@@ -58,6 +60,7 @@ class FakeEngine:
     max_num_seqs: int = 8
     step_s: float = 0.0
     stall_timeout_s: float = 60.0
+    uses_seeds: bool = False
     refuse: Exception | None = None
     gate: threading.Event = field(default_factory=threading.Event)
     aborted: list[str] = field(default_factory=list)
@@ -75,7 +78,7 @@ class FakeEngine:
             )
         )
         self._tokens: dict[str, list[int]] = {}
-        self._with_logprobs: set[str] = set()
+        self._sampling: dict[str, TokenSampling] = {}
         self._commands: list[Callable[[], object]] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -151,8 +154,7 @@ class FakeEngine:
 
     def _add(self, request: EngineRequest) -> None:
         self._tokens[request.request_id] = [*request.prompt_token_ids, *request.output_token_ids]
-        if request.sampling.logprobs is not None:
-            self._with_logprobs.add(request.request_id)
+        self._sampling[request.request_id] = request.sampling
         self.scheduler.add(request)
 
     def _run(self) -> None:
@@ -180,10 +182,10 @@ class FakeEngine:
         logprobs: list[TokenLogprob | None] = []
         for row in plan.rows:
             if row.samples:
-                known = self._tokens[row.request_id]
-                known.append(next_token(known))
+                known, sampling = self._tokens[row.request_id], self._sampling[row.request_id]
+                known.append(next_token(known, seed=sampling.seed if self.uses_seeds else 0))
                 tokens.append(known[-1])
-                logprobs.append(TokenLogprob(known[-1], -1.0, 1) if row.request_id in self._with_logprobs else None)
+                logprobs.append(None if sampling.logprobs is None else TokenLogprob(known[-1], -1.0, 1))
         return StepResult(plan.step_id, tuple(tokens), tuple(logprobs), {})
 
     def _emit(self, num_tokens: int) -> None:
