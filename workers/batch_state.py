@@ -99,7 +99,7 @@ class BatchState:
             lengths_R,
         )
         logits_rows, *sampling_on_device = of_sampling
-        pages_T = self.block_tables_MB.view(-1).index_select(0, table_index_T).long()
+        pages_T = self.block_tables_MB.view(-1).index_select(0, table_index_T)
         max_blocks = -(-int(context_lens_S.max()) // self.block_size)
         batch = ForwardBatch(
             token_ids_T=self.token_ids_MC.view(-1).index_select(0, token_index_T).long(),
