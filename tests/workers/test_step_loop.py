@@ -70,6 +70,13 @@ def test_a_sequence_ends_at_the_models_context(run_requests, make_request, in_fl
     assert result.reason("a") is FinishReason.LENGTH
 
 
+def test_a_sequence_that_outgrows_the_cache_keeps_what_it_has(run_requests, make_request, in_flight):
+    expected = run_requests(make_request("a", random_prompt(1, 20), max_tokens=100)).tokens["a"]
+    result = run_requests(make_request("a", random_prompt(1, 20), max_tokens=100), num_kv_blocks=2, max_in_flight=in_flight)
+    assert result.reason("a") is FinishReason.ERROR
+    assert result.tokens["a"] == expected[: 32 - 20 + 1]
+
+
 def test_a_prefix_hit_is_reported_and_changes_nothing(make_loop, collector, make_request, in_flight):
     loop = make_loop(collector, max_in_flight=in_flight)
     for name in ("first", "second"):
