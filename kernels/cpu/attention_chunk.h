@@ -41,27 +41,34 @@ inline Partial partial_at(float* memory, int64_t rows) {
   return {memory, memory + padded(rows), memory + 2 * padded(rows)};
 }
 
-// keys_transposed[d][j] = keys[j][d] for the vectors of keys that `range` touches; lanes outside it hold anything.
-// Fetches the values of the same keys into the cache meanwhile.
+// Where the keys and values of a chunk are, for one head; those of the next heads lie `head_stride` further on. Every place
+// holds an address; those outside `range` repeat one inside.
 template <class Cache>
-void transpose_keys(const Cache* const* keys, const Cache* const* values, KeyRange range, int64_t head_dim,
-                    float* keys_transposed) {
-  const int64_t row_bytes = head_dim * sizeof(Cache);
-  for (int j = range.begin / kLanes * kLanes; j < range.end; j += kLanes) {
-    const Cache* rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const int key = std::clamp(j + i, range.begin, range.end - 1);
-      const int next = std::min(key + kLanes, range.end - 1);
-      rows[i] = keys[key];
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(keys[next]) + byte);
-        __builtin_prefetch(reinterpret_cast<const char*>(values[key]) + byte);
-      }
-    }
+struct ChunkPlaces {
+  KeyRange range;
+  const Cache* keys[kChunk];
+  const Cache* values[kChunk];
+};
+
+// Asks memory for something soon wanted, as far as the L2 cache: more such requests can wait there than at L1.
+inline void fetch(const void* address, int64_t num_bytes) {
+  for (int64_t byte = 0; byte < num_bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(address) + byte, 0, 2);
+}
+
+// keys_transposed[d][j] = keys[j][key_offset + d] for the vectors of keys that the chunk's range touches; lanes outside it
+// hold anything. Meanwhile asks for num_bytes of each of `fetched`.
+template <class Cache>
+void transpose_keys(const ChunkPlaces<Cache>& chunk, int64_t key_offset, int64_t head_dim, const Cache* const* fetched,
+                    int64_t fetched_offset, int64_t num_bytes, float* keys_transposed) {
+  for (int j = chunk.range.begin / kLanes * kLanes; j < chunk.range.end; j += kLanes) {
+    for (int i = 0; i < kLanes; ++i) fetch(fetched[j + i] + fetched_offset, num_bytes);
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       const int64_t left = head_dim - d;
       Vector block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = left >= kLanes ? load(rows[i] + d) : load_partial(rows[i] + d, left);
+      for (int i = 0; i < kLanes; ++i) {
+        const Cache* key = chunk.keys[j + i] + key_offset + d;
+        block[i] = left >= kLanes ? load(key) : load_partial(key, left);
+      }
       transpose(block);
       for (int i = 0; i < std::min<int64_t>(kLanes, left); ++i) store(keys_transposed + (d + i) * kChunk + j, block[i]);
     }
@@ -105,18 +112,25 @@ void score_rows(const float* queries, int64_t head_dim, const float* keys_transp
   }
 }
 
-// out[m] = sum over the keys j of `range` of weights[m][j] * values[j].
+// out[m] = sum over the keys j of `range` of weights[m][j] * values[j][offset ...]. Meanwhile asks for num_bytes of each of
+// `fetched`.
 template <int NumRows, class Cache>
-void weigh_values(const float* weights, int64_t head_dim, const Cache* const* values, KeyRange range, float* out) {
+void weigh_values(const float* weights, int64_t head_dim, const Cache* const* values, int64_t offset, KeyRange range,
+                  const Cache* const* fetched, int64_t fetched_offset, int64_t num_bytes, float* out) {
   int64_t d = 0;
   for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
-    const auto row = [=](int64_t j, int i) { return load(values[j] + d + i * kLanes); };
+    const int64_t bytes = d == 0 ? num_bytes : 0;
+    const auto row = [=](int64_t j, int i) {
+      if (i == 0) fetch(fetched[j] + fetched_offset, bytes);
+      return load(values[j] + offset + d + i * kLanes);
+    };
     accumulate<NumRows, 4>(weights, kChunk, range.begin, range.end, row, out + d, padded(head_dim));
   }
   for (; d < head_dim; d += kLanes) {
     const int64_t left = head_dim - d;
     const auto row = [=](int64_t j, int) {
-      return left >= kLanes ? load(values[j] + d) : load_partial(values[j] + d, left);
+      const Cache* value = values[j] + offset + d;
+      return left >= kLanes ? load(value) : load_partial(value, left);
     };
     accumulate<NumRows, 1>(weights, kChunk, range.begin, range.end, row, out + d, padded(head_dim));
   }

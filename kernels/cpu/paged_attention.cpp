@@ -2,7 +2,8 @@
 //
 // The result of a row never depends on how rows are grouped, on the threads or on other sequences (attention_chunk.h).
 // Work is shared out as units: a tile of queries of one sequence for one kv head, with all query heads that read it, so
-// that a chunk of keys and values is used by many rows while it is in the cache. With too few units for the threads (a
+// that a chunk of keys and values is used by many rows while it is in the cache; or, for a single query, for several kv
+// heads, so that pages are read from memory in the order in which they lie there. With too few units for the threads (a
 // decode step of few sequences), the chunks of a unit are shared out too, and the partials meet in a scratch buffer.
 #include <algorithm>
 #include <vector>
@@ -15,6 +16,7 @@ namespace pilotfish {
 namespace {
 
 constexpr int64_t kMaxUnitRows = 48;
+constexpr int64_t kMaxChunkBytes = 384 * 1024;  // keys and values of all heads of a unit: a part of L2
 constexpr int64_t kUnitsPerThread = 4;
 constexpr int64_t kWorkPerThread = 1 << 18;
 constexpr int64_t kMaxSplitFloats = 4 << 20;
@@ -43,13 +45,22 @@ struct Attention {
   float* out;          // [tokens, heads, head_dim]
 };
 
-// `rows` query rows (queries x heads of the group) of one sequence and kv head; query i sits at position `position` + i.
+// Query rows of one sequence: kv heads x queries x heads of the group. Query i sits at position `position` + i.
 struct Unit {
-  int64_t sequence, kv_head, first_token, num_queries, position;
+  int64_t sequence, first_head, num_heads, first_token, num_queries, position;
   int64_t first_chunk, end_chunk;
-  int64_t rows;
+  int64_t rows_per_head, rows;
   int64_t first_partial;  // in split mode: where its chunks' partials start, in floats
 };
+
+struct RowPlace {
+  int64_t token, head;
+};
+
+RowPlace place_of(const Unit& unit, int64_t group, int64_t row) {
+  const int64_t kv_head = unit.first_head + row / unit.rows_per_head, row_of_head = row % unit.rows_per_head;
+  return {unit.first_token + row_of_head / group, kv_head * group + row_of_head % group};
+}
 
 // What a row at `position` sees of a chunk.
 KeyRange visible(int64_t chunk, int64_t position, int64_t window) {
@@ -59,15 +70,15 @@ KeyRange visible(int64_t chunk, int64_t position, int64_t window) {
           static_cast<int>(std::min<int64_t>(position + 1 - start, kChunk))};
 }
 
-// Per thread: a unit's queries; one chunk's keys, and where they and their values are; scores of a group of rows.
+// Per thread: a unit's queries; one head's keys of a chunk; scores of a group of rows; where the keys and values of this
+// chunk and of the one to come are, for a unit's first head.
 template <class Cache>
 struct Workspace {
   float* queries;          // [rows, padded head_dim], scaled
   float* keys_transposed;  // [head_dim, kChunk]
   float* scores;           // [kRowGroup, kChunk]
   Partial chunk, total;
-  const Cache* keys[kChunk];
-  const Cache* values[kChunk];
+  ChunkPlaces<Cache> places[2];
 
   Workspace(int64_t rows, int64_t head_dim) {
     thread_local AlignedBuffer memory;
@@ -84,48 +95,66 @@ struct Workspace {
 template <class Cache>
 void gather_queries(const Attention<Cache>& a, const Unit& unit, float* queries) {
   for (int64_t row = 0; row < unit.rows; ++row) {
-    const int64_t token = unit.first_token + row / a.group, head = unit.kv_head * a.group + row % a.group;
+    const auto [token, head] = place_of(unit, a.group, row);
     const float* q = a.q + token * a.q_token_stride + head * a.q_head_stride;
     for (int64_t d = 0; d < a.head_dim; ++d) queries[row * padded(a.head_dim) + d] = q[d] * a.scale;
   }
 }
 
+// A page at a time.
 template <class Cache>
-void locate_keys(const Attention<Cache>& a, const Unit& unit, int64_t chunk, KeyRange range, Workspace<Cache>& work) {
+void locate_chunk(const Attention<Cache>& a, const Unit& unit, int64_t chunk, ChunkPlaces<Cache>& places) {
+  const int64_t last_position = unit.position + unit.num_queries - 1;
+  places.range = {visible(chunk, unit.position, a.window).begin, visible(chunk, last_position, a.window).end};
   const int32_t* table = a.block_tables + unit.sequence * a.table_stride;
-  for (int j = range.begin; j < range.end; ++j) {
+  for (int j = places.range.begin; j < places.range.end;) {
     const int64_t position = chunk * kChunk + j, block = table[position / a.page_len], slot = position % a.page_len;
-    work.keys[j] = a.k.base + block * a.k.block_stride + slot * a.k.slot_stride + unit.kv_head * a.k.head_stride;
-    work.values[j] = a.v.base + block * a.v.block_stride + slot * a.v.slot_stride + unit.kv_head * a.v.head_stride;
+    const Cache* k = a.k.base + block * a.k.block_stride + slot * a.k.slot_stride + unit.first_head * a.k.head_stride;
+    const Cache* v = a.v.base + block * a.v.block_stride + slot * a.v.slot_stride + unit.first_head * a.v.head_stride;
+    const int end = static_cast<int>(std::min<int64_t>(places.range.end, j + a.page_len - slot));
+    for (; j < end; ++j, k += a.k.slot_stride, v += a.v.slot_stride) places.keys[j] = k, places.values[j] = v;
   }
+  const auto [begin, end] = places.range;
+  std::fill(places.keys, places.keys + begin, places.keys[begin]);
+  std::fill(places.values, places.values + begin, places.values[begin]);
+  std::fill(places.keys + end, places.keys + kChunk, places.keys[end - 1]);
+  std::fill(places.values + end, places.values + kChunk, places.values[end - 1]);
 }
 
-// The partial of every row of the unit for one chunk. Rows that see none of its keys get a sum of zero.
+// The partial of every row of the unit for one chunk; rows that see none of its keys get a sum of zero. While it computes,
+// the chunk to come is fetched: its values beside the transposing, its keys beside the weighing.
 template <class Cache>
-void attend_chunk(const Attention<Cache>& a, const Unit& unit, int64_t chunk, Workspace<Cache>& work,
-                  const Partial& out) {
+void attend_chunk(const Attention<Cache>& a, const Unit& unit, int64_t chunk, const ChunkPlaces<Cache>& now,
+                  const ChunkPlaces<Cache>* next, Workspace<Cache>& work, const Partial& out) {
   const auto range_of = [&](int64_t row) { return visible(chunk, unit.position + row / a.group, a.window); };
-  const KeyRange needed = {range_of(0).begin, range_of(unit.rows - 1).end};
-  locate_keys(a, unit, chunk, needed, work);
-  transpose_keys(work.keys, work.values, needed, a.head_dim, work.keys_transposed);
-  for (int64_t row = 0; row < unit.rows; row += kRowGroup) {
-    const int num_rows = static_cast<int>(std::min<int64_t>(kRowGroup, unit.rows - row));
-    const KeyRange range = {range_of(row).begin, range_of(row + num_rows - 1).end};
-    const float* queries = work.queries + row * padded(a.head_dim);
-    float* values = out.values + row * padded(a.head_dim);
-    with_rows(num_rows, [&](auto n) { score_rows<n>(queries, a.head_dim, work.keys_transposed, range, work.scores); });
-    for (int i = 0; i < num_rows; ++i) {
-      const KeyRange seen = range_of(row + i);
-      weigh_row(work.scores + i * kChunk, seen, a.soft_cap, &out.largest[row + i], &out.sum[row + i]);
+  const int64_t fetched_bytes = next == nullptr ? 0 : a.head_dim * static_cast<int64_t>(sizeof(Cache));
+  const ChunkPlaces<Cache>& fetched = next == nullptr ? now : *next;
+  for (int64_t head = 0; head < unit.num_heads; ++head) {
+    const int64_t k_offset = head * a.k.head_stride, v_offset = head * a.v.head_stride;
+    transpose_keys(now, k_offset, a.head_dim, fetched.values, v_offset, fetched_bytes, work.keys_transposed);
+    for (int64_t row = 0; row < unit.rows_per_head; row += kRowGroup) {
+      const int num_rows = static_cast<int>(std::min<int64_t>(kRowGroup, unit.rows_per_head - row));
+      const KeyRange range = {range_of(row).begin, range_of(row + num_rows - 1).end};
+      const int64_t first = head * unit.rows_per_head + row;
+      const float* queries = work.queries + first * padded(a.head_dim);
+      float* values = out.values + first * padded(a.head_dim);
+      with_rows(num_rows, [&](auto n) { score_rows<n>(queries, a.head_dim, work.keys_transposed, range, work.scores); });
+      for (int i = 0; i < num_rows; ++i) {
+        const KeyRange seen = range_of(row + i);
+        weigh_row(work.scores + i * kChunk, seen, a.soft_cap, &out.largest[first + i], &out.sum[first + i]);
+      }
+      const int64_t num_bytes = row == 0 ? fetched_bytes : 0;
+      with_rows(num_rows, [&](auto n) {
+        weigh_values<n>(work.scores, a.head_dim, now.values, v_offset, range, fetched.keys, k_offset, num_bytes, values);
+      });
     }
-    with_rows(num_rows, [&](auto n) { weigh_values<n>(work.scores, a.head_dim, work.values, range, values); });
   }
 }
 
 template <class Cache>
 void write_out(const Attention<Cache>& a, const Unit& unit, const Partial& total) {
   for (int64_t row = 0; row < unit.rows; ++row) {
-    const int64_t token = unit.first_token + row / a.group, head = unit.kv_head * a.group + row % a.group;
+    const auto [token, head] = place_of(unit, a.group, row);
     float factor = 1.0f / total.sum[row];
     if (a.sinks != nullptr) {
       const float largest = std::max(total.largest[row], a.sinks[head]);
@@ -138,6 +167,15 @@ void write_out(const Attention<Cache>& a, const Unit& unit, const Partial& total
   }
 }
 
+// How many kv heads a unit takes on: all that fit, where a single query reads whole keys; else one.
+template <class Cache>
+int64_t heads_per_unit(const Attention<Cache>& a, int64_t num_queries) {
+  const bool neighbours = a.k.head_stride == a.head_dim && a.v.head_stride == a.head_dim;
+  if (num_queries > 1 || !neighbours) return 1;
+  const int64_t chunk_bytes = 2 * kChunk * a.head_dim * static_cast<int64_t>(sizeof(Cache));
+  return std::clamp<int64_t>(kMaxChunkBytes / chunk_bytes, 1, a.num_kv_heads);
+}
+
 // Tiles of queries: enough units for the threads to share evenly, but with enough rows to use each key often.
 template <class Cache>
 std::vector<Unit> list_units(const Attention<Cache>& a, int64_t num_threads) {
@@ -148,13 +186,15 @@ std::vector<Unit> list_units(const Attention<Cache>& a, int64_t num_threads) {
   std::vector<Unit> units;
   for (int64_t s = 0; s < a.num_sequences; ++s) {
     const int64_t start = a.query_starts[s], num_queries = a.query_starts[s + 1] - start;
+    const int64_t unit_heads = heads_per_unit(a, num_queries);
     for (int64_t i = 0; i < num_queries; i += unit_queries) {
       const int64_t queries = std::min(unit_queries, num_queries - i);
       const int64_t position = a.context_lens[s] - num_queries + i, end = position + queries;
       const int64_t first_key = a.window > 0 ? std::max<int64_t>(position - a.window + 1, 0) : 0;
-      for (int64_t head = 0; head < a.num_kv_heads; ++head) {
-        units.push_back({s, head, start + i, queries, position, first_key / kChunk, (end + kChunk - 1) / kChunk,
-                         queries * a.group, 0});
+      for (int64_t head = 0; head < a.num_kv_heads; head += unit_heads) {
+        const int64_t heads = std::min(unit_heads, a.num_kv_heads - head), rows_per_head = queries * a.group;
+        units.push_back({s, head, heads, start + i, queries, position, first_key / kChunk, ceil_div(end, kChunk),
+                         rows_per_head, heads * rows_per_head, 0});
       }
     }
   }
@@ -173,17 +213,22 @@ int64_t place_partials(std::vector<Unit>& units, int64_t head_dim) {
 
 template <class Cache>
 void attend_units(const Attention<Cache>& a, const std::vector<Unit>& units, int64_t num_threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-  for (const Unit& unit : units) {
+  share_out(units.size(), num_threads, [&](int64_t i) {
+    const Unit& unit = units[i];
     Workspace<Cache> work(unit.rows, a.head_dim);
     gather_queries(a, unit, work.queries);
     clear(work.total, unit.rows, a.head_dim);
-    for (int64_t chunk = unit.first_chunk; chunk < unit.end_chunk; ++chunk) {
-      attend_chunk(a, unit, chunk, work, work.chunk);
+    ChunkPlaces<Cache>*now = &work.places[0], *next = &work.places[1];
+    locate_chunk(a, unit, unit.first_chunk, *now);
+    for (int64_t chunk = unit.first_chunk; chunk < unit.end_chunk; ++chunk, std::swap(now, next)) {
+      const bool is_last = chunk + 1 == unit.end_chunk, ends = is_last && i + 1 == static_cast<int64_t>(units.size());
+      const Unit& next_unit = is_last && !ends ? units[i + 1] : unit;
+      if (!ends) locate_chunk(a, next_unit, is_last ? next_unit.first_chunk : chunk + 1, *next);
+      attend_chunk(a, unit, chunk, *now, ends ? nullptr : next, work, work.chunk);
       merge(work.total, work.chunk, unit.rows, a.head_dim);
     }
     write_out(a, unit, work.total);
-  }
+  });
 }
 
 template <class Cache>
@@ -201,32 +246,33 @@ void attend_split(const Attention<Cache>& a, const std::vector<Unit>& units, flo
       memory += partial_floats(unit.rows, a.head_dim);
     }
   }
-#pragma omp parallel num_threads(num_threads)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (const Piece& piece : pieces) {
-      Workspace<Cache> work(piece.unit->rows, a.head_dim);
-      gather_queries(a, *piece.unit, work.queries);
-      attend_chunk(a, *piece.unit, piece.chunk, work, piece.out);
+  share_out(pieces.size(), num_threads, [&](int64_t i) {
+    const Piece& piece = pieces[i];
+    const bool ends = i + 1 == static_cast<int64_t>(pieces.size());
+    Workspace<Cache> work(piece.unit->rows, a.head_dim);
+    gather_queries(a, *piece.unit, work.queries);
+    locate_chunk(a, *piece.unit, piece.chunk, work.places[0]);
+    if (!ends) locate_chunk(a, *pieces[i + 1].unit, pieces[i + 1].chunk, work.places[1]);
+    attend_chunk(a, *piece.unit, piece.chunk, work.places[0], ends ? nullptr : &work.places[1], work, piece.out);
+  });
+  for (const Unit& unit : units) {
+    Workspace<Cache> work(unit.rows, a.head_dim);
+    clear(work.total, unit.rows, a.head_dim);
+    float* memory = partials + unit.first_partial;
+    for (int64_t chunk = unit.first_chunk; chunk < unit.end_chunk; ++chunk) {
+      merge(work.total, partial_at(memory, unit.rows), unit.rows, a.head_dim);
+      memory += partial_floats(unit.rows, a.head_dim);
     }
-#pragma omp for schedule(dynamic, 1)
-    for (const Unit& unit : units) {
-      Workspace<Cache> work(unit.rows, a.head_dim);
-      clear(work.total, unit.rows, a.head_dim);
-      float* memory = partials + unit.first_partial;
-      for (int64_t chunk = unit.first_chunk; chunk < unit.end_chunk; ++chunk) {
-        merge(work.total, partial_at(memory, unit.rows), unit.rows, a.head_dim);
-        memory += partial_floats(unit.rows, a.head_dim);
-      }
-      write_out(a, unit, work.total);
-    }
+    write_out(a, unit, work.total);
   }
 }
 
 // Products of a query's and a key's or a value's elements, and about as much for transposing the keys.
 int64_t amount_of_work(const std::vector<Unit>& units, int64_t head_dim) {
   int64_t work = 0;
-  for (const Unit& unit : units) work += (unit.end_chunk - unit.first_chunk) * kChunk * head_dim * (unit.rows + 4);
+  for (const Unit& unit : units) {
+    work += (unit.end_chunk - unit.first_chunk) * kChunk * head_dim * (unit.rows + 4 * unit.num_heads);
+  }
   return work;
 }
 
