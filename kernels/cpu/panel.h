@@ -13,7 +13,7 @@ namespace pilotfish {
 
 constexpr int64_t kPanelBytes = 192 * 1024;
 constexpr int64_t kMaxPanelRows = 16;
-constexpr int64_t kPrefetchBytes = 8192;
+constexpr int64_t kPrefetchBytes = 16384;
 
 template <class Weight>
 struct Matrix {
@@ -43,14 +43,16 @@ inline void write_products(Vector4 products, const Weight* bias, float* y, int c
 }
 
 // What pass `pass` of `num_passes` over a panel fetches beside its rows from n on: with a single pass, rows soon to come; else
-// its part of the same rows of the next panel, so that memory is busy while all passes compute.
+// a part of the same rows of the next panel, so that memory is busy while the passes compute. No cache line twice.
 template <class Weight>
 inline Prefetch prefetch_for(const Matrix<Weight>& w, int64_t n, int64_t panel_rows, int64_t pass, int64_t num_passes) {
   const int64_t row_bytes = w.stride * static_cast<int64_t>(sizeof(Weight));
+  const int64_t step_bytes = kTileColumns * kLanes * static_cast<int64_t>(sizeof(Weight));
+  const int64_t num_parts = std::min(num_passes, step_bytes / 64);
+  if (pass >= num_parts) return {nullptr, 0};
   const int64_t ahead = num_passes == 1 ? kPrefetchBytes : panel_rows * row_bytes;
-  const int64_t part = kTileColumns * row_bytes * pass / num_passes;
-  const int64_t step = kTileColumns * kLanes * static_cast<int64_t>(sizeof(Weight)) / num_passes;
-  return {reinterpret_cast<const char*>(w.data + n * w.stride) + ahead + part, step};
+  const int64_t part = kTileColumns * row_bytes * pass / num_parts;
+  return {reinterpret_cast<const char*>(w.data + n * w.stride) + ahead + part, step_bytes / num_parts};
 }
 
 // y_row(m)[n] = x_row(m) . w[n] + bias[n] for all num_rows rows m and the rows n in [begin, end) of w; bias may be null.
