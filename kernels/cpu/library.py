@@ -94,7 +94,7 @@ def _load_once() -> tuple[ctypes.CDLL | None, str | None]:
 
 def cache_dir() -> Path:
     """Where compiled libraries live: $PILOTFISH_CACHE/kernels, default ~/.cache/pilotfish/kernels."""
-    return Path(os.environ.get("PILOTFISH_CACHE") or Path.home() / ".cache" / "pilotfish") / "kernels"
+    return Path(os.environ.get("PILOTFISH_CACHE") or "~/.cache/pilotfish").expanduser() / "kernels"
 
 
 def build(directory: Path) -> Path:
