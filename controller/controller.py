@@ -25,7 +25,6 @@ from .worker_process import Launcher
 logger = logging.getLogger(__name__)
 
 _BIND_PAUSE_S = 0.25
-_HEALTH_INTERVAL_S = 0.1
 
 
 class Controller:
@@ -114,10 +113,7 @@ class Controller:
 
     async def _watch_health(self) -> None:
         """The gRPC health service follows the replicas: serving while one of them is ready."""
-        shown = None
         while self._grpc is not None:
-            serving = self._fleet.is_serving
-            if serving != shown:
-                await self._grpc.set_serving(serving)
-                shown = serving
-            await asyncio.sleep(_HEALTH_INTERVAL_S)
+            self._fleet.changed.clear()
+            await self._grpc.set_serving(self._fleet.is_serving)
+            await self._fleet.changed.wait()

@@ -30,7 +30,7 @@ _FINAL = (ConfigError, ModelNotFound, ModelLoadError)  # starting again would en
 
 
 class Fleet:
-    """See the module's docstring. `start`, then `wait_ready`; `stop` ends every worker."""
+    """See the module's docstring. `start`, then `wait_ready`; `stop` ends every worker. `changed` is set at every move."""
 
     def __init__(
         self,
@@ -46,7 +46,8 @@ class Fleet:
         self._dispatcher = dispatcher
         self._controller_id = controller_id
         self._stall_timeout_s = stall_timeout_s
-        self._replicas = [Replica(name=f"replica-{index}") for index in range(config.num_replicas)]
+        self.changed = asyncio.Event()
+        self._replicas = [Replica(name=f"replica-{index}", on_move=self.changed.set) for index in range(config.num_replicas)]
         self._tasks: list[asyncio.Task[None]] = []
         self._last_epoch = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -39,6 +40,7 @@ class Replica:
     """A replica and its current worker. `failures` counts losses in a row without a completed step between them.
 
     `error` says why it is FAILED; `has_served`: a worker of it has been ready; `settled` is set once it was ready or FAILED.
+    `on_move` is told of every change of state.
     """
 
     name: str
@@ -53,11 +55,13 @@ class Replica:
     has_served: bool = False
     error: PilotfishError | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
+    on_move: Callable[[], None]
 
     def move(self, happening: Happening, message: str = "") -> None:
         """Follow the table; what it does not have is a defect."""
         self.state = TRANSITIONS[self.state, happening]
         self.message = message
+        self.on_move()
 
     def status(self) -> ReplicaStatus:
         link = self.link

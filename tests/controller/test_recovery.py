@@ -78,6 +78,15 @@ async def test_killing_workers_again_and_again_loses_nothing(start_cluster: Star
     assert cluster.service.status().num_restarts >= 4
 
 
+async def test_only_losses_without_a_step_between_them_count_against_a_replica(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(fleet={"max_restarts": 1})
+    for num_restarts in range(4):
+        check(await read(await generate(cluster, max_tokens=20)), 20)
+        await cluster.launcher.launched[-1].kill()
+        await eventually(lambda n=num_restarts: cluster.service.status().num_restarts == n + 1)
+        await eventually(lambda: cluster.service.status().replicas[0].state is ReplicaState.READY)
+
+
 async def test_a_request_that_loses_too_many_replicas_ends(start_cluster: StartCluster) -> None:
     cluster = await start_cluster(step_s=0.01, fleet={"max_attempts": 2, "max_restarts": 10})
     handle = await generate(cluster, max_tokens=4000)
