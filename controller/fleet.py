@@ -19,7 +19,7 @@ from ..proto import worker_pb2
 from ..text.prepare import ModelLimits
 from .dispatcher import Dispatcher
 from .replica import Happening, Replica
-from .worker_link import WorkerLink, WorkerRefused
+from .worker_link import WorkerLink, WorkerUnfit
 from .worker_process import Launcher, WorkerDied, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Fleet:
         )
         replica.link, replica.info, replica.address, replica.node = link, worker.info, worker.address, worker.node
         self._dispatcher.add_replica(replica.name, link, max_num_seqs=worker.info.max_num_seqs)
-        watches = [_until_refused(link), worker.wait_dead(), self._until_stuck(link)]
+        watches = [_until_unfit(link), worker.wait_dead(), self._until_stuck(link)]
         tasks = [asyncio.create_task(watch) for watch in watches]
         reason = "the controller ends it"
         try:
@@ -229,9 +229,9 @@ class _Listener:
         return self._dispatcher.take_step(self._replica.name, step)
 
 
-async def _until_refused(link: WorkerLink) -> str:
+async def _until_unfit(link: WorkerLink) -> str:
     try:
         await link.run()
-    except WorkerRefused as refusal:
-        return f"its worker refused the controller: {refusal}"
-    raise AssertionError("a link runs until it is refused or cancelled")
+    except WorkerUnfit as error:
+        return f"its worker cannot be used: {error}"
+    raise AssertionError("a link runs until its worker is unfit or it is cancelled")

@@ -33,8 +33,8 @@ _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 _SILENCE_TIMEOUT_S = 4.0  # heartbeats come every second
 
 
-class WorkerRefused(Exception):
-    """The worker will not serve this controller: another epoch."""
+class WorkerUnfit(Exception):
+    """There is no use in connecting again: the worker is of another epoch, or has lost steps."""
 
 
 class LinkListener(Protocol):
@@ -92,7 +92,7 @@ class WorkerLink:
         """Stay connected until cancelled.
 
         Raises:
-            WorkerRefused: there is no use in trying again.
+            WorkerUnfit: there is no use in trying again.
         """
         num_failures = 0
         while True:
@@ -101,7 +101,7 @@ class WorkerLink:
                 await self._serve_one_connection()
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
                 if isinstance(error, grpc.aio.AioRpcError) and error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-                    raise WorkerRefused(error.details()) from error
+                    raise WorkerUnfit(error.details()) from error
                 logger.info("worker %s: the connection broke: %s", self.address, _describe(error))
             finally:
                 self._disconnected()
@@ -157,6 +157,8 @@ class WorkerLink:
         if message.step_id:  # 0: an answer outside of the steps
             if message.step_id <= self.step_id:
                 return
+            if message.step_id != self.step_id + 1:
+                raise WorkerUnfit(f"after step {self.step_id} it sent step {message.step_id}")
             self.step_id = message.step_id
             self._acknowledge_later()
         step = step_from_proto(message)
@@ -172,7 +174,7 @@ class WorkerLink:
     async def _take_snapshot(self, stub: worker_pb2_grpc.WorkerStub) -> None:
         snapshot = await stub.Snapshot(worker_pb2.SnapshotRequest(), timeout=_CALL_TIMEOUT_S)
         if snapshot.epoch != self._epoch:
-            raise WorkerRefused(f"the worker belongs to epoch {snapshot.epoch}, not {self._epoch}")
+            raise WorkerUnfit(f"the worker belongs to epoch {snapshot.epoch}, not {self._epoch}")
         self._needs_snapshot = False
         if self.step_id == 0:  # what came before was for another controller
             self.step_id = self._acked_step_id = snapshot.step_id

@@ -111,6 +111,17 @@ async def test_a_stalled_step_costs_the_worker_and_not_the_request(start_cluster
     assert len(cluster.launcher.launched) == 2
 
 
+async def test_a_lost_step_costs_the_worker_and_not_the_request(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(step_s=0.002)
+    handle = await generate(cluster)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 5)
+    cluster.launcher.launched[0].engine._step_id += 1  # as if the server had dropped a message
+    await read(handle, into=answer)
+    check(answer)
+    assert len(cluster.launcher.launched) == 2
+
+
 async def test_a_failed_engine_costs_the_worker_and_not_the_request(start_cluster: StartCluster) -> None:
     cluster = await start_cluster(step_s=0.002)
     handle = await generate(cluster)
