@@ -23,7 +23,7 @@ from pilotfish import Pipeline, SamplingParams
 from pilotfish.models.store import resolve
 
 PROMPT = "What is the capital of France? Explain gravity in one sentence."
-NUM_TOKENS = 64
+NUM_TOKENS = 48
 BATCH = 16
 
 
@@ -57,9 +57,9 @@ def main() -> None:
 
 
 def mixed_requests(prompt: list[int]) -> list[tuple[list[int], int]]:
-    """Token ids and output lengths: prompts of 16 to 256 tokens, outputs of 16 to 128."""
+    """Token ids and output lengths: prompts of 16 to 128 tokens, outputs of 8 to 64."""
     rng = random.Random(0)
-    return [((prompt * 20)[: rng.randrange(16, 257)], rng.randrange(16, 129)) for _ in range(BATCH)]
+    return [((prompt * 20)[: rng.randrange(16, 129)], rng.randrange(8, 65)) for _ in range(BATCH)]
 
 
 def compare(workload: str, runs: dict[str, Callable[[], float]], *, rounds: int) -> dict[str, object]:
