@@ -13,11 +13,9 @@ constexpr int64_t kElementsPerThread = 8192;
 EXPORT(void)
 pilotfish_gated_activation(const float* gate_up, int64_t row_stride, float* y, int64_t num_rows, int64_t size,
                            int64_t activation, int64_t num_threads) {
-  const int threads = pilotfish::threads_for(num_rows * size, pilotfish::kElementsPerThread, num_threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < num_rows; ++row) {
+  using namespace pilotfish;
+  share_out(num_rows, threads_for(num_rows * size, kElementsPerThread, num_threads), [=](int64_t row) {
     const float* gate = gate_up + row * row_stride;
-    pilotfish::gated_activation_row(gate, gate + size, static_cast<pilotfish::Activation>(activation), y + row * size,
-                                    size);
-  }
+    gated_activation_row(gate, gate + size, static_cast<Activation>(activation), y + row * size, size);
+  });
 }

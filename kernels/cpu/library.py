@@ -5,7 +5,7 @@ clang++) into `$PILOTFISH_CACHE/kernels` (default ~/.cache/pilotfish/kernels), u
 flags and the processor, and loads it for the life of the process; later processes only load it. Where there is no compiler
 or it fails, `load` logs one warning with the reason and returns None, and the ops run their torch references.
 
-The library joins the OpenMP runtime that torch has loaded, so that a process has one pool of threads.
+The library has helper threads of its own (parallel.h says why not OpenMP); calls say how many may take part.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch  # noqa: F401 - loads the OpenMP runtime that the library joins
-
 logger = logging.getLogger(__name__)
 
 BUILD_TIMEOUT_S = 300.0
 SOURCE_DIR = Path(__file__).parent
 COMPILERS = ("g++", "c++", "clang++")
 INSTALL_HINT = "install a C++ compiler (`apt install g++`, `dnf install gcc-c++`) or set CXX"
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden")
 
 # Parameters of every exported function, a letter each: pointer, int64, float.
 _PARAMETER_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -102,12 +100,11 @@ def build(directory: Path) -> Path:
 
     Processes may race: each compiles into a folder of its own and the last to rename wins, all with the same content.
     """
-    sources, flags, runtime = sorted(SOURCE_DIR.glob("*.cpp")), (*_FLAGS, _processor_flag()), _openmp_runtime()
-    target = directory / f"{_key(flags, runtime)}.so"
+    sources, flags = sorted(SOURCE_DIR.glob("*.cpp")), (*_FLAGS, _processor_flag())
+    target = directory / f"{_key(flags)}.so"
     if target.exists():
         return target
     compiler = find_compiler()
-    link = ("-fopenmp",) if runtime is None else ("-pthread", runtime)
     logger.info("compiling the C++ kernels into %s", target)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -119,7 +116,7 @@ def build(directory: Path) -> Path:
             ]
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
                 list(pool.map(_run, commands))
-            _run([*compiler, "-shared", "-o", f"{scratch}/kernels.so", *objects, *link])
+            _run([*compiler, "-shared", "-pthread", "-o", f"{scratch}/kernels.so", *objects])
             os.replace(f"{scratch}/kernels.so", target)
     except OSError as error:
         raise BuildError(f"cannot write the compiled kernels to {directory}: {error}; set PILOTFISH_CACHE") from error
@@ -161,11 +158,11 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _key(flags: tuple[str, ...], runtime: str | None) -> str:
+def _key(flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for source in sorted([*SOURCE_DIR.glob("*.cpp"), *SOURCE_DIR.glob("*.h")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    words = (*flags, os.environ.get("CXX", ""), Path(runtime or "").name, platform.machine(), _processor())
+    words = (*flags, os.environ.get("CXX", ""), platform.machine(), _processor())
     digest.update("\0".join(words).encode())
     return digest.hexdigest()[:24]
 
@@ -181,13 +178,3 @@ def _processor() -> str:
         return platform.processor()
     names = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in cpuinfo.read_text().splitlines() if line.startswith(names)}))
-
-
-def _openmp_runtime() -> str | None:
-    """The OpenMP runtime in this process: torch has loaded one under a name of its own choice."""
-    maps = Path("/proc/self/maps")
-    for line in maps.read_text().splitlines() if maps.exists() else ():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
-            return path
-    return None

@@ -60,9 +60,7 @@ pilotfish_gather_logprobs(const float* logits, int64_t row_stride, const int64_t
                           int64_t* top_tokens, float* top_logprobs, int64_t* ranks, int64_t num_rows, int64_t size,
                           int64_t num_top, int64_t num_threads) {
   using namespace pilotfish;
-  const int threads = threads_for(num_rows * size, kElementsPerThread, num_threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < num_rows; ++row) {
+  share_out(num_rows, threads_for(num_rows * size, kElementsPerThread, num_threads), [=](int64_t row) {
     const float* values = logits + row * row_stride;
     const float total = log_sum_exp(values, size), chosen = values[tokens[row]];
     int64_t rank = 1;
@@ -74,5 +72,5 @@ pilotfish_gather_logprobs(const float* logits, int64_t row_stride, const int64_t
       top_tokens[row * num_top + i] = top[i].token;
       top_logprobs[row * num_top + i] = top[i].logit - total;
     }
-  }
+  });
 }

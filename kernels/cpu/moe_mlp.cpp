@@ -84,17 +84,15 @@ void moe_mlp(const float* x, int64_t x_stride, const Experts<Weight>& gate_up, c
   multiply_experts(
       gate_up, routing, num_threads, [=](int64_t place) { return x + choices[place] / top_k * x_stride; },
       [=](int64_t place) { return gates + place * 2 * intermediate; });
-  const int threads = threads_for(num_places * intermediate, kElementsPerThread, num_threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t place = 0; place < num_places; ++place) {
+  const int64_t few_threads = threads_for(num_places * intermediate, kElementsPerThread, num_threads);
+  share_out(num_places, few_threads, [=](int64_t place) {
     const float* gate = gates + place * 2 * intermediate;
     gated_activation_row(gate, gate + intermediate, activation, activated + place * intermediate, intermediate);
-  }
+  });
   multiply_experts(
       down, routing, num_threads, [=](int64_t place) { return activated + place * intermediate; },
       [=](int64_t place) { return products + place * hidden; });
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t token = 0; token < num_tokens; ++token) {
+  share_out(num_tokens, few_threads, [&](int64_t token) {
     float* sum = out + token * hidden;
     std::fill(sum, sum + hidden, 0.0f);
     for (int64_t choice = token * top_k; choice < (token + 1) * top_k; ++choice) {
@@ -102,7 +100,7 @@ void moe_mlp(const float* x, int64_t x_stride, const Experts<Weight>& gate_up, c
       const float* product = products + routing.places[choice] * hidden;
       for (int64_t h = 0; h < hidden; ++h) sum[h] += product[h] * weights[choice];
     }
-  }
+  });
 }
 
 }  // namespace

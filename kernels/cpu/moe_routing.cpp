@@ -8,9 +8,10 @@ namespace pilotfish {
 namespace {
 
 constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kBlock = 8;
 
-void route(const float* logits, int64_t num_experts, int64_t top_k, bool renormalize, float* weights, int32_t* experts,
-           std::vector<bool>& taken) {
+void route(const float* logits, int64_t num_experts, int64_t top_k, bool renormalize, float* weights, int32_t* experts) {
+  thread_local std::vector<bool> taken;
   taken.assign(num_experts, false);
   for (int64_t choice = 0; choice < top_k; ++choice) {
     int64_t best = -1;
@@ -38,15 +39,10 @@ void route(const float* logits, int64_t num_experts, int64_t top_k, bool renorma
 EXPORT(void)
 pilotfish_route_tokens(const float* logits, int64_t row_stride, float* weights, int32_t* experts, int64_t num_tokens,
                        int64_t num_experts, int64_t top_k, int64_t renormalize, int64_t num_threads) {
-  const int threads =
-      pilotfish::threads_for(num_tokens * num_experts * top_k, pilotfish::kElementsPerThread, num_threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    std::vector<bool> taken;
-#pragma omp for
-    for (int64_t token = 0; token < num_tokens; ++token) {
-      pilotfish::route(logits + token * row_stride, num_experts, top_k, renormalize != 0, weights + token * top_k,
-                       experts + token * top_k, taken);
-    }
-  }
+  using namespace pilotfish;
+  const int64_t threads = threads_for(num_tokens * num_experts * top_k, kElementsPerThread, num_threads);
+  share_out_blocks(num_tokens, kBlock, threads, [=](int64_t token) {
+    route(logits + token * row_stride, num_experts, top_k, renormalize != 0, weights + token * top_k,
+          experts + token * top_k);
+  });
 }

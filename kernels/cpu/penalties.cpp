@@ -52,12 +52,11 @@ pilotfish_apply_penalties(float* logits, int64_t row_stride, const uint8_t* prom
                           const int32_t* output_counts, int64_t counts_stride, const int64_t* table_rows,
                           const float* repetition, const float* presence, const float* frequency, int64_t num_rows,
                           int64_t size, int64_t num_threads) {
-  const int threads = pilotfish::threads_for(num_rows * size, pilotfish::kElementsPerThread, num_threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < num_rows; ++row) {
-    if (table_rows[row] < 0) continue;
-    pilotfish::penalize_row(logits + row * row_stride, prompt_mask + table_rows[row] * mask_stride,
-                            output_counts + table_rows[row] * counts_stride,
-                            {repetition[row], presence[row], frequency[row]}, size);
-  }
+  using namespace pilotfish;
+  share_out(num_rows, threads_for(num_rows * size, kElementsPerThread, num_threads), [=](int64_t row) {
+    if (table_rows[row] < 0) return;
+    penalize_row(logits + row * row_stride, prompt_mask + table_rows[row] * mask_stride,
+                 output_counts + table_rows[row] * counts_stride, {repetition[row], presence[row], frequency[row]},
+                 size);
+  });
 }

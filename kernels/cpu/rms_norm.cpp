@@ -8,6 +8,7 @@ namespace pilotfish {
 namespace {
 
 constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kBlock = 8;
 
 // Calls f(offset, count) for each vector of a row; count is kLanes but for the last one.
 template <class F>
@@ -52,14 +53,12 @@ void rms_norm(const float* x, int64_t num_outer, int64_t outer_stride, int64_t n
               const float* residual, int64_t residual_stride, const Weight* weight, float eps, float* y,
               float* new_residual, int64_t size, int64_t num_threads) {
   const int64_t num_rows = num_outer * num_inner;
-  const int threads = threads_for(num_rows * size, kElementsPerThread, num_threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < num_rows; ++row) {
+  share_out_blocks(num_rows, kBlock, threads_for(num_rows * size, kElementsPerThread, num_threads), [=](int64_t row) {
     const float* source = x + row / num_inner * outer_stride + row % num_inner * inner_stride;
     const float* added = residual == nullptr ? nullptr : residual + row * residual_stride;
     float* sum_row = residual == nullptr ? nullptr : new_residual + row * size;
     norm_row(source, added, weight, eps, y + row * size, sum_row, size);
-  }
+  });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ namespace pilotfish {
 namespace {
 
 constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kBlock = 8;
 
 struct Heads {
   float* base;
@@ -32,9 +33,8 @@ template <class Position>
 void apply_rotary(const Heads& q, const Heads& k, const float* cos, int64_t cos_stride, const float* sin,
                   int64_t sin_stride, const Position* positions, int64_t num_tokens, int64_t half,
                   int64_t num_threads) {
-  const int threads = threads_for(num_tokens * (q.count + k.count) * half * 2, kElementsPerThread, num_threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t token = 0; token < num_tokens; ++token) {
+  const int64_t threads = threads_for(num_tokens * (q.count + k.count) * half * 2, kElementsPerThread, num_threads);
+  share_out_blocks(num_tokens, kBlock, threads, [=](int64_t token) {
     const float* cos_row = cos + positions[token] * cos_stride;
     const float* sin_row = sin + positions[token] * sin_stride;
     for (const Heads& heads : {q, k}) {
@@ -43,7 +43,7 @@ void apply_rotary(const Heads& q, const Heads& k, const float* cos, int64_t cos_
         rotate(x, x + half, cos_row, sin_row, half);
       }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -85,16 +85,14 @@ pilotfish_sample(const float* logits, int64_t row_stride, const float* temperatu
                  const float* top_p, const float* min_p, const int64_t* seeds, const int64_t* positions,
                  int64_t* tokens, int64_t num_rows, int64_t size, int64_t num_threads) {
   using namespace pilotfish;
-  const int threads = threads_for(num_rows * size, kElementsPerThread, num_threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < num_rows; ++row) {
+  share_out(num_rows, threads_for(num_rows * size, kElementsPerThread, num_threads), [=](int64_t row) {
     const float* row_logits = logits + row * row_stride;
     if (temperature[row] <= 0) {
       tokens[row] = greedy(row_logits, size);
-      continue;
+      return;
     }
     const float threshold = keep_threshold(row_logits, size, {temperature[row], top_k[row], top_p[row], min_p[row]});
     const Philox philox = {static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(positions[row])};
     tokens[row] = race(row_logits, size, temperature[row], threshold, philox);
-  }
+  });
 }

@@ -8,6 +8,7 @@ namespace pilotfish {
 namespace {
 
 constexpr int64_t kElementsPerThread = 32768;
+constexpr int64_t kBlock = 8;
 
 struct Source {
   const float* base;
@@ -41,12 +42,11 @@ pilotfish_store_kv(const float* k, int64_t k_token_stride, int64_t k_head_stride
   const Source k_source = {k, k_token_stride, k_head_stride}, v_source = {v, v_token_stride, v_head_stride};
   const Cache k_target = {k_cache, k_block_stride, k_slot_stride, k_cache_head_stride};
   const Cache v_target = {v_cache, v_block_stride, v_slot_stride, v_cache_head_stride};
-  const int threads = threads_for(num_tokens * num_heads * head_dim * 2, kElementsPerThread, num_threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t token = 0; token < num_tokens; ++token) {
-    if (slots[token] < 0) continue;
+  const int64_t threads = threads_for(num_tokens * num_heads * head_dim * 2, kElementsPerThread, num_threads);
+  share_out_blocks(num_tokens, kBlock, threads, [=](int64_t token) {
+    if (slots[token] < 0) return;
     const int64_t block = slots[token] / page_len, slot = slots[token] % page_len;
     store_token(k_source, k_target, token, block, slot, num_heads, head_dim);
     store_token(v_source, v_target, token, block, slot, num_heads, head_dim);
-  }
+  });
 }

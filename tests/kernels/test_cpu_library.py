@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from pilotfish.kernels.cpu import library
+from pilotfish.kernels.linear import linear
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) void pilotfish_nothing() {}\n'
 
@@ -93,6 +95,7 @@ def test_without_a_compiler_ops_run_references_after_one_warning(tmp_path):
 import logging, torch
 logging.basicConfig(level=logging.WARNING)
 from pilotfish.kernels.cpu import library
+from pilotfish.kernels.linear import linear
 from pilotfish.kernels.dispatch import backend_report
 from pilotfish.kernels.linear import linear
 for _ in range(3):
@@ -107,12 +110,27 @@ print(backend_report()["cpu"])
     assert "apt install g++" in done.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the process's map")
-def test_the_process_has_one_openmp_runtime():
+def test_threads_of_a_process_may_call_at_the_same_time():
+    x, weight = torch.randn(5, 300), torch.randn(700, 300)
+    expected = linear(x, weight)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(y, expected) for y in pool.map(lambda _: linear(x, weight), range(400)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads there")
+def test_a_forked_process_gets_helper_threads_of_its_own():
     code = """
-from pilotfish.kernels.cpu import library
-assert library.load() is not None
-names = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line or "libiomp" in line}
-print(len(names))
+import os, torch
+from pilotfish.kernels.linear import linear
+torch.set_num_threads(3)
+x, weight = torch.randn(64, 300), torch.randn(2000, 300)
+expected = linear(x, weight)
+child = os.fork()
+if child == 0:
+    before = len(os.listdir("/proc/self/task"))
+    results = [linear(x, weight) for _ in range(50)]
+    num_started = len(os.listdir("/proc/self/task")) - before
+    os._exit(0 if num_started == 2 and all(torch.equal(y, expected) for y in results) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    assert run_python(code).stdout == "1\n"
+    assert run_python(code).stdout == "0\n"
