@@ -18,6 +18,7 @@ from .sampling_ops import apply_penalties, gather_logprobs, sample
 __all__ = [
     "apply_penalties",
     "apply_rotary",
+    "embedding",
     "gated_activation",
     "gather_logprobs",
     "linear",
@@ -35,6 +36,7 @@ _WEIGHTS = (_F32, _BF16)
 _ACTIVATION_NUMBERS = {"silu": 0, "gelu_tanh": 1}  # as in gated_activation.h
 # The dtypes each op's twin takes, in the order in which the op names its tensors to `supports`.
 _TWINS: dict[str, set[tuple[torch.dtype, ...]]] = {
+    "embedding": set(itertools.product([torch.int64], _WEIGHTS)),
     "linear": set(itertools.product([_F32], _WEIGHTS)),
     "rms_norm": set(itertools.product([_F32], _WEIGHTS)),
     "apply_rotary": {(_F32, _F32)},
@@ -53,6 +55,22 @@ _TWINS: dict[str, set[tuple[torch.dtype, ...]]] = {
 def supports(op: str, *dtypes: torch.dtype) -> bool:
     """Whether `op` has a twin for these dtypes on this machine. The first call may compile the library."""
     return dtypes in _TWINS.get(op, ()) and library.load() is not None
+
+
+def embedding(ids_T: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    num_tokens, size = ids_T.shape[0], weight_VH.shape[1]
+    x_TH = torch.empty(num_tokens, size)
+    run = kernels().pilotfish_embedding_f32 if weight_VH.dtype is _F32 else kernels().pilotfish_embedding_bf16
+    run(
+        ids_T.data_ptr(),
+        weight_VH.data_ptr(),
+        weight_VH.stride(0),
+        x_TH.data_ptr(),
+        num_tokens,
+        size,
+        torch.get_num_threads(),
+    )
+    return x_TH
 
 
 def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
