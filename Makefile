@@ -46,4 +46,6 @@ test: model lint
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: model
-	$(BIN)/python benchmarks/bench_spine.py
+	$(BIN)/python benchmarks/bench_scheduler.py
+	$(BIN)/python benchmarks/bench_vs_transformers.py
+	$(BIN)/python benchmarks/bench_path.py

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(state: ClusterState) -> str:
     source = "the checkpoint's generation_config" if state.generation_config == "model" else "OpenAI's"
-    defaults = ", ".join(f"{name}={value}" for name, value in state.sampling_defaults.items())
+    defaults = ", ".join(f"{name}={value}" for name, value in sorted(state.sampling_defaults.items()))
     lines = [
         f"model               {state.model}",
         f"version             {state.version}, up {_duration(state.uptime_s)}",
