@@ -14,7 +14,7 @@ NAMESPACE = "pilotfish"
 @contextmanager
 def ray_session(*, address: str | None = None, namespace: str = NAMESPACE, show_logs: bool = True) -> Iterator[None]:
     """Join the Ray cluster at `address`; None takes RAY_ADDRESS or a cluster that runs on this machine, and else starts one,
-    which ends with the session; "local" always starts one.
+    which ends with the session; "local" always starts one, which listens on the loopback address alone.
 
     Raises:
         Unavailable: Ray cannot be reached or started.
@@ -23,15 +23,10 @@ def ray_session(*, address: str | None = None, namespace: str = NAMESPACE, show_
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray  # here, because Ray reads its environment when it is imported
 
+    private = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
     try:
-        ray.init(
-            address=address,
-            namespace=namespace,
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=show_logs,
-            logging_level="ERROR",
-        )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        ray.init(address=address, namespace=namespace, log_to_driver=show_logs, logging_level="ERROR", **private)
+    except Exception as error:  # Ray raises the bare class when a process of its own does not start in time
         raise Unavailable(f"cannot {'start' if address == 'local' else 'reach or start'} Ray: {error}") from error
     try:
         yield

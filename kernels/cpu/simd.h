@@ -47,17 +47,6 @@ inline float to_float(BFloat16 value) {
   return result;
 }
 
-inline void from_float(float value, float* out) { *out = value; }
-
-// Rounds to nearest even, keeps NaN.
-inline void from_float(float value, BFloat16* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  out->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded >> 16);
-}
-
 inline Vector broadcast(float value) { return Vector{} + value; }
 
 // a * b + c, rounded once where the machine can.

@@ -9,9 +9,11 @@ import socket
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -34,14 +36,20 @@ PROMPT = "It was a dark and stormy night"
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     directory = tempfile.mkdtemp(prefix="pf-ray-", dir="/tmp")  # short: Ray puts sockets there
-    ray.init(
-        include_dashboard=False,
-        namespace="pilotfish-test",
-        num_cpus=2,
-        object_store_memory=100 * 1024 * 1024,
-        log_to_driver=False,
-        _temp_dir=directory,
-    )
+    options: dict[str, Any] = {
+        "include_dashboard": False,
+        "namespace": "pilotfish-test",
+        "num_cpus": 2,
+        "object_store_memory": 100 * 1024 * 1024,
+        "log_to_driver": False,
+        "_temp_dir": directory,
+        "_node_ip_address": "127.0.0.1",
+    }
+    try:
+        ray.init(**options)
+    except Exception as error:  # noqa: BLE001 - Ray gives its own processes 30 s, which a machine that stood still can use up
+        warnings.warn(f"Ray is started a second time: {error}", stacklevel=1)
+        ray.init(**options)
     yield
     ray.shutdown()
     shutil.rmtree(directory, ignore_errors=True)

@@ -35,6 +35,12 @@ def test_rms_norm(rows, hidden, weight_dtype):
     assert torch.equal(residual, before[1])
 
 
+def test_rms_norm_of_small_numbers_is_held_up_by_eps():
+    x, weight = torch.randn(3, 40) * 1e-3, torch.randn(40)
+    assert_close(rms_norm(x, weight, 1e-5), rms_norm_ref(x, weight, 1e-5), norm_file.TOLERANCE)
+    assert not rms_norm(torch.zeros(2, 40), weight, 1e-5).any()
+
+
 def test_rms_norm_of_views():
     weight = torch.randn(24)
     packed = torch.randn(7, 9, 24)

@@ -85,6 +85,36 @@ def test_rows_with_different_parameters():
         assert alone.item() == tokens[row]
 
 
+@pytest.mark.parametrize(
+    ("filters", "num_kept"),
+    [({"top_k": 10}, 10), ({"top_p": 0.4751}, 10), ({"top_p": 0.4749}, 10), ({"top_k": 10, "top_p": 0.449}, 5)],
+    ids=str,
+)
+def test_the_cut_falls_between_logits_that_hardly_differ(filters, num_kept):
+    """Twenty tokens of nearly equal probability beside one far away: a coarse sort of the logits cannot tell them apart."""
+    logits = torch.full((4000, 21), -1000.0)
+    logits[:, :20] = torch.linspace(1e-3, 0, 20)
+    drawn = sample(logits, **parameters(4000, **filters))
+    assert set(drawn.tolist()) == set(range(num_kept))
+
+
+# (seed, token) whose random word at position 0 is 0xffffff8c, which rounds to u = 1 without a limit, and 5: u = 1.3e-9.
+SMALLEST_NOISE, LARGEST_NOISE = (4696, 376), (13259, 6387)
+
+
+@pytest.mark.parametrize(("seed", "token"), [SMALLEST_NOISE, LARGEST_NOISE])
+@pytest.mark.parametrize("advantage", [-1e-4, 1e-4])
+def test_extreme_noise_is_exact(seed, token, advantage):
+    arguments = {**parameters(1), "seeds_S": torch.tensor([seed]), "positions_S": torch.tensor([0])}
+    uniform = philox_uniform_ref(arguments["seeds_S"], arguments["positions_S"], token + 1)[0].double()
+    gumbel = -torch.log(-torch.log1p(-uniform))
+    logits = torch.full((1, token + 1), -INFINITY)
+    logits[0, token] = 0.0
+    logits[0, 3] = gumbel[token] - gumbel[3] - advantage
+    assert_as_reference(logits, arguments)
+    assert sample(logits, **arguments).item() == (token if advantage > 0 else 3)
+
+
 def test_equal_logits_are_kept_or_dropped_together():
     logits = torch.zeros(2000, 8)
     logits[:, 6:] = -9.0
