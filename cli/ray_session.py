@@ -20,6 +20,7 @@ def ray_session(*, address: str | None = None, namespace: str = NAMESPACE, show_
         Unavailable: Ray cannot be reached or started.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 if unset: everything else on the machine would go first
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray  # here, because Ray reads its environment when it is imported
 
