@@ -29,6 +29,7 @@ _NUM_THREADS = 4
 _WAIT_S = 30.0
 _UNAVAILABLE_PAUSE_S = 0.2
 _DESCRIBE_TIMEOUT_S = 5.0
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # the kernels have threads of their own, which OpenMP's idle ones would slow down
 
 
 class RayWorker:
@@ -72,6 +73,7 @@ class RayLauncher:
             num_cpus=0,
             num_gpus=1 if device == "cuda" else 0,
             scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": _ENVIRONMENT},
         ).remote(replica)
         try:
             serving = await handle.start.remote(
