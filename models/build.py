@@ -52,7 +52,7 @@ def load_model(
     shape = read_shape(reader, spec, architecture=architecture)
     with Checkpoint(path) as checkpoint:
         stored = set(stored_matrix_dtypes(checkpoint.tensors))
-        weight_dtype, compute_dtype = _choose_dtypes(device, dtype, stored)
+        weight_dtype, compute_dtype = choose_dtypes(device, dtype, stored)
         placement = Placement(device=device, weight_dtype=weight_dtype, compute_dtype=compute_dtype, parallel=parallel)
         model = CausalLM(shape, spec, checkpoint_names=checkpoint.tensors.keys(), placement=placement).eval()
         report = load_weights(checkpoint, model.weight_sources(), progress=progress)
@@ -66,8 +66,12 @@ def load_model(
     return model
 
 
-def _choose_dtypes(device: torch.device, dtype: DtypeName, stored: set[str]) -> tuple[torch.dtype, torch.dtype]:
-    """(of matrices, of the computation)."""
+def choose_dtypes(device: torch.device, dtype: DtypeName, stored: set[str]) -> tuple[torch.dtype, torch.dtype]:
+    """(of matrices, of the computation) for a checkpoint whose matrices are `stored` so, in names of safetensors.
+
+    Raises:
+        ConfigError: `dtype` is not computed on `device`.
+    """
     if device.type == "cpu":
         if dtype not in ("auto", "float32"):
             raise ConfigError(f"dtype {dtype} is not computed on a CPU: use auto or float32 (bfloat16 weights stay bfloat16)")

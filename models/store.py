@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..common.errors import ModelNotFound
+from .dummy_shapes import is_dummy
 from .embedded import EMBEDDED_MODELS, pull_model
 from .store_download import file_sha256
 from .store_progress import Progress, no_progress
@@ -53,6 +54,11 @@ def resolve(
         ModelNotFound: the message lists everything that was tried, in order.
         ModelLoadError: a `.gguf` file cannot be converted, or a pull failed.
     """
+    if is_dummy(name):
+        raise ModelNotFound(
+            f"{name!r} has random weights and no files, so no tokenizer: it runs on token ids, in `pilotfish bench latency` "
+            "and `pilotfish bench throughput`"
+        )
     tried: list[str] = []
     attempts: list[tuple[Source, Callable[[], Path]]] = [
         ("directory", lambda: _local_directory(name)),

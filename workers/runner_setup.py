@@ -14,10 +14,13 @@ from ..common.requests import WorkerInfo
 from ..kernels.dispatch import backend_report
 from ..models.build import load_model
 from ..models.causal_lm import CausalLM
+from ..models.dummy import build_dummy
+from ..models.dummy_shapes import is_dummy
 from ..models.store import resolve
 from .cpu_threads import usable_cores
+from .decode_graphs import graph_sizes
 from .kv_cache import KvCache, KvLayout, allocate_kv_cache
-from .largest_step import measure_largest_step
+from .largest_step import measure_largest_step, uses_graphs
 from .memory import available_bytes, num_kv_blocks
 from .model_runner import ModelRunner
 
@@ -35,15 +38,16 @@ def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tup
     device = _choose_device(engine_config)
     if device.type == "cpu":
         torch.set_num_threads(engine_config.num_threads or usable_cores())
-    path = resolve(model_config.model).path
-    model = load_model(path, device=device, dtype=model_config.dtype)
+    model, path = _load(model_config, device)
     max_model_len = _choose_max_model_len(model_config, model.config.max_position)
     num_tokens = _choose_max_num_batched_tokens(engine_config, device)
     kv_cache = _allocate_measured(model, engine_config, max_num_batched_tokens=num_tokens, max_model_len=max_model_len)
     runner = ModelRunner(model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device)
+    if uses_graphs(engine_config, device):
+        runner.capture_decode_graphs(graph_sizes(engine_config.max_num_seqs))
     info = WorkerInfo(
         model_name=model_config.name,
-        model_path=str(path),
+        model_path=path,
         architecture=model.config.architecture,
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -67,6 +71,14 @@ def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tup
         kv_cache.num_bytes / 2**30,
     )
     return runner, info
+
+
+def _load(config: ModelConfig, device: torch.device) -> tuple[CausalLM, str]:
+    """The model, and where it lies; a dummy lies nowhere and keeps its name."""
+    if is_dummy(config.model):
+        return build_dummy(config.model, device=device, dtype=config.dtype), config.model
+    path = resolve(config.model).path
+    return load_model(path, device=device, dtype=config.dtype), str(path)
 
 
 def _choose_device(config: EngineConfig) -> torch.device:

@@ -1,0 +1,65 @@
+"""Models of a real shape with random weights, made on the device in seconds: what benchmarks run where there are no files.
+
+The name `dummy:<shape>` (dummy_shapes.py) stands where a model's path would. A dummy has no tokenizer: it runs on token ids.
+
+Weights are normal with standard deviation 1 / sqrt(inputs), so that activations keep their size through the layers; embeddings
+have 0.02, norms are one. Every router is drawn on its own, so that tokens spread over the experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from .build import DtypeName, choose_dtypes
+from .causal_lm import CausalLM
+from .dummy_shapes import dummy_shape
+from .layers.embedding import Embedding
+from .layers.norm import RmsNorm
+from .parallel import Parallel
+from .registry import lookup
+from .weight_source import Placement
+
+logger = logging.getLogger(__name__)
+
+_EMBEDDING_STD = 0.02
+
+
+def build_dummy(
+    model: str,
+    *,
+    device: str | torch.device,
+    dtype: DtypeName = "auto",
+    parallel: Parallel | None = None,
+    seed: int = 0,
+) -> CausalLM:
+    """A model like a bfloat16 checkpoint of this shape, with weights drawn from `seed` on `device`.
+
+    Raises:
+        ModelNotFound: no shape has this name.
+        ConfigError: `dtype` is not computed on `device`.
+    """
+    shape, device, start_s = dummy_shape(model), torch.device(device), time.perf_counter()
+    weight_dtype, compute_dtype = choose_dtypes(device, dtype, {"BF16"})
+    placement = Placement(
+        device=device, weight_dtype=weight_dtype, compute_dtype=compute_dtype, parallel=parallel or Parallel()
+    )
+    built = CausalLM(shape, lookup(shape.architecture), checkpoint_names=frozenset(), placement=placement).eval()
+    _fill(built, torch.Generator(device).manual_seed(seed))
+    logger.info("made %s: %.1f M random parameters in %.1f s", model, built.num_parameters / 1e6, time.perf_counter() - start_s)
+    return built
+
+
+@torch.no_grad()
+def _fill(model: CausalLM, generator: torch.Generator) -> None:
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, RmsNorm):
+                parameter.fill_(1)
+            elif parameter.dim() == 1:  # a bias
+                parameter.zero_()
+            else:
+                std = _EMBEDDING_STD if isinstance(module, Embedding) else parameter.shape[-1] ** -0.5
+                parameter.normal_(std=std, generator=generator)
