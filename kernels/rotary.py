@@ -10,14 +10,9 @@ positions in the table, C = R / 2. The tables are float32. Source: Su et al. 202
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
-
-# Largest |x' - reference| for inputs of order one: (relative, absolute).
-TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 8e-3)}
 
 
 def apply_rotary(
@@ -29,14 +24,12 @@ def apply_rotary(
 ) -> None:
     """Rotates q and k in place by their tokens' positions (int32 or int64, each below P: not checked on the device).
 
+    A step of qkv_prepare, which on CUDA has a kernel for all its steps: here the reference serves every device but the CPU.
     q and k may be strided views of a packed qkv whose last dimension is contiguous. ValueError where shapes or dtypes
     do not fit.
     """
-    _check(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
-    backend = choose_backend("apply_rotary", q_TND, cos_PC)
-    run = apply_rotary_ref
-    if backend != "reference":
-        run = cpu_ops.apply_rotary if backend == "cpp" else _apply_rotary_triton
+    check_rotary(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
+    run = cpu_ops.apply_rotary if choose_backend("apply_rotary", q_TND, cos_PC) == "cpp" else apply_rotary_ref
     run(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
 
 
@@ -57,85 +50,7 @@ def apply_rotary_ref(
         x[..., : 2 * half] = rotated
 
 
-@triton.jit
-def _rotate_heads(
-    x, stride_head, first_head, num_heads, cos, sin, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr
-):
-    head = first_head + tl.arange(0, BLOCK_HEADS)[:, None]
-    column = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (head < num_heads) & (column < HALF)
-    low = x + head * stride_head + column
-    x1 = tl.load(low, inside, other=0.0)
-    x2 = tl.load(low + HALF, inside, other=0.0)
-    wide1, wide2 = x1.to(tl.float32), x2.to(tl.float32)
-    tl.store(low, (wide1 * cos - wide2 * sin).to(x1.dtype), inside)
-    tl.store(low + HALF, (wide2 * cos + wide1 * sin).to(x2.dtype), inside)
-
-
-@triton.jit
-def _apply_rotary_kernel(
-    q,
-    k,
-    cos,
-    sin,
-    positions,
-    num_q_heads,
-    num_k_heads,
-    stride_qt,
-    stride_qn,
-    stride_kt,
-    stride_kn,
-    HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    """One program a token and block of heads: first the blocks of q, then those of k."""
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    position = tl.load(positions + token).to(tl.int64)
-    column = tl.arange(0, BLOCK_HALF)[None, :]
-    cos_row = tl.load(cos + position * HALF + column, column < HALF, other=0.0)
-    sin_row = tl.load(sin + position * HALF + column, column < HALF, other=0.0)
-    num_q_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS)
-    if block < num_q_blocks:
-        first = block * BLOCK_HEADS
-        _rotate_heads(q + token * stride_qt, stride_qn, first, num_q_heads, cos_row, sin_row, HALF, BLOCK_HEADS, BLOCK_HALF)
-    else:
-        first = (block - num_q_blocks) * BLOCK_HEADS
-        _rotate_heads(k + token * stride_kt, stride_kn, first, num_k_heads, cos_row, sin_row, HALF, BLOCK_HEADS, BLOCK_HALF)
-
-
-def _apply_rotary_triton(
-    q_TND: torch.Tensor,
-    k_TKD: torch.Tensor,
-    cos_PC: torch.Tensor,
-    sin_PC: torch.Tensor,
-    positions_T: torch.Tensor,
-) -> None:
-    num_tokens, num_q_heads, num_k_heads, half = q_TND.shape[0], q_TND.shape[1], k_TKD.shape[1], cos_PC.shape[1]
-    if num_tokens == 0 or half == 0:
-        return
-    block_heads = min(triton.next_power_of_2(max(num_q_heads, num_k_heads)), 8)
-    _apply_rotary_kernel[(num_tokens, triton.cdiv(num_q_heads, block_heads) + triton.cdiv(num_k_heads, block_heads))](
-        q_TND,
-        k_TKD,
-        cos_PC,
-        sin_PC,
-        positions_T,
-        num_q_heads,
-        num_k_heads,
-        q_TND.stride(0),
-        q_TND.stride(1),
-        k_TKD.stride(0),
-        k_TKD.stride(1),
-        HALF=half,
-        BLOCK_HEADS=block_heads,
-        BLOCK_HALF=triton.next_power_of_2(half),
-        num_warps=2,
-    )
-
-
-def _check(
+def check_rotary(
     q_TND: torch.Tensor,
     k_TKD: torch.Tensor,
     cos_PC: torch.Tensor,

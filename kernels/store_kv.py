@@ -6,8 +6,6 @@ T tokens, K kv heads, D head_dim, B blocks in the cache, L page length in tokens
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
@@ -22,14 +20,12 @@ def store_kv(
 ) -> None:
     """Stores each token's key and value at its slot (int64; block_id * L + offset, below B * L: not checked there).
 
+    A step of qkv_prepare, which on CUDA has a kernel for all its steps: here the reference serves every device but the CPU.
     k and v may be strided views whose last dimension is contiguous. Two tokens never share a slot. ValueError where
     shapes or dtypes do not fit.
     """
-    _check(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
-    backend = choose_backend("store_kv", k_TKD, k_cache_BLKD)
-    run = store_kv_ref
-    if backend != "reference":
-        run = cpu_ops.store_kv if backend == "cpp" else _store_kv_triton
+    check_store_kv(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
+    run = cpu_ops.store_kv if choose_backend("store_kv", k_TKD, k_cache_BLKD) == "cpp" else store_kv_ref
     run(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
 
 
@@ -47,79 +43,7 @@ def store_kv_ref(
         cache[slots // page_len, slots % page_len] = x[kept].to(cache.dtype)
 
 
-@triton.jit
-def _copy_heads(
-    source, stride_source_head, target, stride_target_head, num_values, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
-):
-    for start in range(0, num_values, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        head, column = index // HEAD_DIM, index % HEAD_DIM
-        values = tl.load(source + head * stride_source_head + column, index < num_values)
-        values = values.to(target.dtype.element_ty)
-        tl.store(target + head * stride_target_head + column, values, index < num_values)
-
-
-@triton.jit
-def _store_kv_kernel(
-    k,
-    v,
-    k_cache,
-    v_cache,
-    slots,
-    num_values,
-    stride_kt,
-    stride_kk,
-    stride_vt,
-    stride_vk,
-    stride_kcb,
-    stride_kcl,
-    stride_kck,
-    stride_vcb,
-    stride_vcl,
-    stride_vck,
-    PAGE_LEN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program a token copies the key and the value of all its kv heads."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    if slot >= 0:
-        page, offset = slot // PAGE_LEN, slot % PAGE_LEN
-        k_page = k_cache + page * stride_kcb + offset * stride_kcl
-        v_page = v_cache + page * stride_vcb + offset * stride_vcl
-        _copy_heads(k + token * stride_kt, stride_kk, k_page, stride_kck, num_values, HEAD_DIM, BLOCK)
-        _copy_heads(v + token * stride_vt, stride_vk, v_page, stride_vck, num_values, HEAD_DIM, BLOCK)
-
-
-def _store_kv_triton(
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    k_cache_BLKD: torch.Tensor,
-    v_cache_BLKD: torch.Tensor,
-    slots_T: torch.Tensor,
-) -> None:
-    num_tokens, num_heads, head_dim = k_TKD.shape
-    if k_TKD.numel() == 0:
-        return
-    _store_kv_kernel[(num_tokens,)](
-        k_TKD,
-        v_TKD,
-        k_cache_BLKD,
-        v_cache_BLKD,
-        slots_T,
-        num_heads * head_dim,
-        *k_TKD.stride()[:2],
-        *v_TKD.stride()[:2],
-        *k_cache_BLKD.stride()[:3],
-        *v_cache_BLKD.stride()[:3],
-        PAGE_LEN=k_cache_BLKD.shape[1],
-        HEAD_DIM=head_dim,
-        BLOCK=min(triton.next_power_of_2(num_heads * head_dim), 1024),
-    )
-
-
-def _check(
+def check_store_kv(
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
     k_cache_BLKD: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Self-attention over the paged cache: packed q, k, v, optional per-head norm, rotary, store, attend, project.
+"""Self-attention over the paged cache: packed q, k, v, their norm, rotary and store, attend, project.
 
 T tokens, H hidden, N query heads, K kv heads, D head_dim (heads are this rank's).
 """
@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ...kernels.paged_attention import paged_attention
-from ...kernels.rotary import apply_rotary
-from ...kernels.store_kv import store_kv
+from ...kernels.qkv_prepare import prepare_qkv
 from ..forward_batch import ForwardBatch
 from ..model_shape import ModelShape
 from ..weight_source import Placement, WeightSource
@@ -34,6 +33,7 @@ class Attention(torch.nn.Module):
         self.num_heads, self.num_kv_heads = q_rows.size // head_dim, kv_rows.size // head_dim
         self.window = shape.windows[layer]
         self.soft_cap = shape.attention_soft_cap
+        self.norm_eps = shape.norm_eps
         self.qkv_proj = column_linear(
             {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
             shape.hidden_size,
@@ -50,11 +50,21 @@ class Attention(torch.nn.Module):
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = self.qkv_proj(x_TH).view(x_TH.shape[0], sum(heads), self.head_dim)
         q_TND, k_TKD, v_TKD = qkv.split(heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_TND, k_TKD = self.q_norm(q_TND), self.k_norm(k_TKD)
-        apply_rotary(q_TND, k_TKD, self.rotary.cos_PC, self.rotary.sin_PC, batch.positions_T)
         k_cache, v_cache = batch.kv_caches[self.layer]
-        store_kv(k_TKD, v_TKD, k_cache, v_cache, batch.slots_T)
+        prepare_qkv(
+            q_TND,
+            k_TKD,
+            v_TKD,
+            self.rotary.cos_PC,
+            self.rotary.sin_PC,
+            batch.positions_T,
+            k_cache,
+            v_cache,
+            batch.slots_T,
+            q_norm_D=None if self.q_norm is None else self.q_norm.weight,
+            k_norm_D=None if self.k_norm is None else self.k_norm.weight,
+            norm_eps=self.norm_eps,
+        )
         out_TND = paged_attention(
             q_TND,
             k_cache,
