@@ -54,6 +54,7 @@ class EngineConfig:
             keep running requests waiting for seconds (or max_num_seqs, where that is more).
         kv_memory_fraction: share of the memory measured free after the profiling run that the KV cache takes.
         num_kv_blocks: an exact number of blocks instead of the measured one.
+        cuda_graphs: replay decode steps on a GPU as CUDA graphs; off saves their capture at the start and their memory.
         prefix_caching: reuse KV blocks between requests with equal prefixes.
         num_threads: CPU threads of the computation; None is all cores that the process may use.
         stall_timeout_s: a step longer than this makes the worker unhealthy.
@@ -66,6 +67,7 @@ class EngineConfig:
     kv_memory_fraction: float = 0.5
     num_kv_blocks: int | None = None
     prefix_caching: bool = True
+    cuda_graphs: bool = True
     num_threads: int | None = None
     stall_timeout_s: float = 60.0
 

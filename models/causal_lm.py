@@ -63,7 +63,9 @@ class CausalLM(torch.nn.Module):
             x_TH, residual_TH = layer(x_TH, residual_TH, batch)
         assert residual_TH is not None  # a model has layers
         rows = batch.logits_rows_R
-        return self.final_norm.add_and_norm(x_TH[rows], residual_TH[rows])[0]
+        if rows is not None:
+            x_TH, residual_TH = x_TH[rows], residual_TH[rows]
+        return self.final_norm.add_and_norm(x_TH, residual_TH)[0]
 
     def compute_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """logits [R, V] float32, the whole vocabulary on every rank."""

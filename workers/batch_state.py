@@ -21,18 +21,30 @@ from ..scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow
 from .kv_cache import KvCache
 
 _SLOT, _START, _NUM_TOKENS, _SAMPLES, _OUTPUT_POSITION = range(5)
+NUM_DECODE_COLUMNS = 3  # slot, position, output position
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """The rows of a step that sample, on the host (numpy int64) and on the device (int64)."""
+    """The rows of a step that sample, on the host (numpy int64) and on the device."""
 
     host_slots_R: np.ndarray
     host_output_positions_R: np.ndarray  # the sampled token becomes this output of its sequence
     host_lengths_R: np.ndarray  # tokens known before it, prompt included
+    on_device: DrawRows
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRows:
+    """What the draw reads of each row that samples: int64 tensors on the device."""
+
     slots_R: torch.Tensor
     output_positions_R: torch.Tensor
     lengths_R: torch.Tensor
+
+    def first(self, num_rows: int) -> DrawRows:
+        """The same without the padding behind `num_rows`."""
+        return DrawRows(self.slots_R[:num_rows], self.output_positions_R[:num_rows], self.lengths_R[:num_rows])
 
 
 class BatchState:
@@ -44,9 +56,12 @@ class BatchState:
         max_len = min(max_model_len, num_blocks * block_size)
         self.device = device
         self.block_size = block_size
+        # One slot more, for the padding of decode steps: its one token is 0 and lies in the scratch page.
+        self.padding_slot = max_num_seqs
+        num_slots = max_num_seqs + 1
         # One column more: the last token of a full sequence is sampled and written, though never computed.
-        self.token_ids_MC = torch.zeros((max_num_seqs, max_len + 1), dtype=torch.int32, device=device)
-        self.block_tables_MB = torch.zeros((max_num_seqs, -(-max_len // block_size)), dtype=torch.int32, device=device)
+        self.token_ids_MC = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
+        self.block_tables_MB = torch.zeros((num_slots, -(-max_len // block_size)), dtype=torch.int32, device=device)
         self._num_blocks_M = np.zeros(max_num_seqs, dtype=np.int64)
 
     def admit(self, sequence: AdmittedSequence) -> None:
@@ -112,9 +127,40 @@ class BatchState:
             logits_rows_R=logits_rows,
             kv_caches=kv_cache.layers,
         )
-        return batch, SamplingRows(sampling_slots_R, output_positions_R, lengths_R, *sampling_on_device)
+        on_device = DrawRows(*sampling_on_device)
+        return batch, SamplingRows(sampling_slots_R, output_positions_R, lengths_R, on_device)
 
-    def append_tokens(self, rows: SamplingRows, tokens_R: torch.Tensor) -> None:
+    def decode_columns(self, rows: Sequence[PlannedRow], size: int) -> np.ndarray:
+        """int64 [NUM_DECODE_COLUMNS, size]: what `compose_decode` wants to know of rows with one token each, and padding."""
+        columns = np.zeros((NUM_DECODE_COLUMNS, size), dtype=np.int64)
+        columns[0, len(rows) :] = self.padding_slot
+        columns[:, : len(rows)] = np.array([(row.slot, row.start, row.output_position) for row in rows], dtype=np.int64).T
+        return columns
+
+    def compose_decode(self, columns: torch.Tensor, kv_cache: KvCache) -> tuple[ForwardBatch, DrawRows]:
+        """The batch of rows that compute one token each and all sample, made on the device alone.
+
+        The shapes follow from the number of rows and from nothing else, so that a CUDA graph can hold it.
+        """
+        slots_S, positions_S, output_positions_S = columns.unbind(0)
+        num_rows = len(slots_S)
+        block_tables_SB = self.block_tables_MB.index_select(0, slots_S)
+        pages_S1 = block_tables_SB.gather(1, (positions_S // self.block_size).unsqueeze(1))
+        lengths_S = positions_S + 1
+        batch = ForwardBatch(
+            token_ids_T=self.token_ids_MC[slots_S, positions_S].long(),
+            positions_T=positions_S,
+            slots_T=torch.add(positions_S % self.block_size, pages_S1.squeeze(1), alpha=self.block_size),
+            block_tables_SB=block_tables_SB,
+            query_starts_S1=torch.arange(num_rows + 1, dtype=torch.int32, device=self.device),
+            context_lens_S=lengths_S.int(),
+            max_query_len=1,
+            logits_rows_R=None,
+            kv_caches=kv_cache.layers,
+        )
+        return batch, DrawRows(slots_S, output_positions_S, lengths_S)
+
+    def append_tokens(self, rows: DrawRows, tokens_R: torch.Tensor) -> None:
         """Writes sampled tokens behind their sequences, for the next step to read."""
         self.token_ids_MC.index_put_((rows.slots_R, rows.lengths_R), tokens_R.int())
 

@@ -1,7 +1,8 @@
 """The profiling run: the largest step the scheduler can make, run for the memory it takes.
 
 It goes through the real runner, with every sampling feature on, over a cache of a single page that all sequences share: what
-is computed is meaningless, what is allocated is not.
+is computed is meaningless, what is allocated is not. CUDA graphs, which are captured once the real cache is there, are measured
+in the same way: the largest, whose memory the others share, and the next, for what each of the others adds.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from ..common.errors import ConfigError
 from ..common.requests import EngineRequest, TokenSampling
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan
+from .decode_graphs import graph_sizes
 from .kv_cache import KvCache
-from .memory import measure_peak
+from .memory import available_bytes, measure_peak
 from .model_runner import ModelRunner
 
 _EVERYTHING = TokenSampling(
@@ -25,7 +27,7 @@ _EVERYTHING = TokenSampling(
 def measure_largest_step(
     model: CausalLM, *, config: EngineConfig, num_tokens: int, one_page: KvCache, max_model_len: int
 ) -> int:
-    """Bytes that a step of `num_tokens` tokens over max_num_seqs sequences needs besides weights and cache.
+    """Bytes needed besides weights and cache, by a step of `num_tokens` tokens over max_num_seqs sequences and by CUDA graphs.
 
     Raises:
         ConfigError: it does not fit into the device's memory.
@@ -36,12 +38,29 @@ def measure_largest_step(
     try:
         with measure_peak(model.device) as peak:
             runner.launch(plan, isolate_failures=False).result()
+        graph_bytes = _measure_graphs(runner, config) if uses_graphs(config, model.device) else 0
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"a step of {plan.num_tokens} tokens does not fit into this device's memory: lower max_num_batched_tokens "
             f"or max_num_seqs ({error})"
         ) from error
-    return peak.temporary_bytes
+    return peak.temporary_bytes + graph_bytes
+
+
+def uses_graphs(config: EngineConfig, device: torch.device) -> bool:
+    return config.cuda_graphs and device.type == "cuda"
+
+
+def _measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
+    *smaller, largest = graph_sizes(config.max_num_seqs)
+    free = available_bytes(runner.model.device)
+    runner.use_graphs([largest])
+    one = free - available_bytes(runner.model.device)
+    if not smaller:
+        return one
+    runner.use_graphs([smaller[-1], largest])
+    two = free - available_bytes(runner.model.device)
+    return one + len(smaller) * max(0, two - one)
 
 
 def _largest_plan(num_tokens: int, *, num_rows: int, max_model_len: int, block_size: int) -> StepPlan:

@@ -127,8 +127,8 @@ class BadWordsRule:
             packed[index, 2 + num_before - (len(word) - 1) :] = word[:-1]
         on_device = self._to_device(packed)
         row_W, last_W, before_WK = on_device[:, 0], on_device[:, 1], on_device[:, 2:]
-        columns_WK = rows.lengths_R[row_W].unsqueeze(1) - num_before + torch.arange(num_before, device=row_W.device)
-        tail_WK = self._token_ids_MC[rows.slots_R[row_W].unsqueeze(1), columns_WK.clamp(min=0)]
+        columns_WK = rows.on_device.lengths_R[row_W].unsqueeze(1) - num_before + torch.arange(num_before, device=row_W.device)
+        tail_WK = self._token_ids_MC[rows.on_device.slots_R[row_W].unsqueeze(1), columns_WK.clamp(min=0)]
         complete_W = ((before_WK == tail_WK) | (before_WK < 0)).all(dim=1)
         bans_W = torch.zeros_like(complete_W, dtype=logits_RV.dtype).masked_fill_(complete_W, float("-inf"))
         logits_RV.index_put_((row_W, last_W), bans_W, accumulate=True)

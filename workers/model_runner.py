@@ -4,6 +4,8 @@ A step has two halves. `launch` applies the plan and queues all its work; on a G
 that the next plan can be made and launched meanwhile. `PendingStep.result` waits for the tokens. Plans are launched in the
 order of their ids and their results are taken in the same order.
 
+On a GPU a step in which every row computes one token and samples replays a CUDA graph (decode_graphs.py).
+
 A step that raises is run again in halves: running the same rows twice writes the same keys and values and draws the same
 tokens. Rows that fail alone are reported as errors, all others get their tokens; a step that was too large for
 the memory left succeeds in smaller parts.
@@ -24,7 +26,8 @@ from ..common.config import EngineConfig
 from ..common.requests import TokenLogprob
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan, StepResult
-from .batch_state import BatchState
+from .batch_state import BatchState, SamplingRows
+from .decode_graphs import Capture, DecodeGraph, DecodeGraphs, DecodeStep, capture_decode_graphs
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
 from .stopwatch import Stopwatch
@@ -95,8 +98,17 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size)
+        self._graphs: DecodeGraphs | None = None
         # Slots whose sequence could not be admitted: their rows never run, since their block tables are not theirs.
         self._unusable_slots: dict[int, str] = {}
+
+    @torch.inference_mode()
+    def use_graphs(self, sizes: Sequence[int], *, capture: Capture = capture_decode_graphs) -> None:
+        """Decode steps of up to the largest size replay what is captured here."""
+        state, sampler, cache = self._batch_state, self._sampler, self._kv_cache
+        self._graphs = capture(
+            sizes, lambda size: DecodeStep(size, model=self.model, batch_state=state, sampler=sampler, kv_cache=cache)
+        )
 
     def run(self, plan: StepPlan) -> StepResult:
         """Launches the step and waits for it."""
@@ -157,24 +169,45 @@ class ModelRunner:
         return self._launch_isolating(rows[:middle], stopwatch) + self._launch_isolating(rows[middle:], stopwatch)
 
     def _launch_whole(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
-        return [self._forward_and_draw(rows, stopwatch)] if rows else []
+        if not rows:
+            return []
+        graph = self._graphs.find(rows) if self._graphs is not None else None
+        sampled = self._replay(graph, rows, stopwatch) if graph is not None else self._forward_and_draw(rows, stopwatch)
+        return [PendingPart(rows, sampled.map(self._to_host) if sampled is not None else None)]
 
-    def _forward_and_draw(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> PendingPart:
+    def _forward_and_draw(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled | None:
         batch, sampling = self._batch_state.compose(rows, self._kv_cache)
         with stopwatch.measure("forward"):
             hidden_RH = self.model.forward(batch)
         if not len(sampling.host_slots_R):
-            return PendingPart(rows)
+            return None
         with stopwatch.measure("sample"):
             logits_RV = self.model.compute_logits(hidden_RH)
             sampled = self._sampler.draw(logits_RV, sampling)
-            self._batch_state.append_tokens(sampling, sampled.tokens_R)
-        return PendingPart(rows, sampled.map(self._to_host))
+            self._batch_state.append_tokens(sampling.on_device, sampled.tokens_R)
+        return sampled
+
+    def _replay(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
+        columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
+        graph.columns.copy_(self._batch_state.to_device(columns), non_blocking=True)
+        slots_R, positions_R, output_positions_R = columns[:, : len(rows)]
+        with stopwatch.measure("forward"):
+            graph.forward.replay()
+        with stopwatch.measure("sample"):
+            if self._sampler.is_plain(slots_R):
+                self._sampler.upload()
+                graph.draw.replay()
+                return graph.sampled.first(len(rows))
+            on_device = graph.rows.first(len(rows))
+            sampling = SamplingRows(slots_R, output_positions_R, positions_R + 1, on_device)
+            sampled = self._sampler.draw(graph.logits_SV[: len(rows)], sampling)
+            self._batch_state.append_tokens(on_device, sampled.tokens_R)
+        return sampled
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Queues a copy to the host, behind the work that makes the tensor."""
+        """Queues a copy to the host, behind the work that makes the tensor; a replay's own would not outlast the next."""
         if self._device.type == "cpu":
-            return tensor
+            return tensor.clone()
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 

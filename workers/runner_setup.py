@@ -44,7 +44,7 @@ def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tup
     kv_cache = _allocate_measured(model, engine_config, max_num_batched_tokens=num_tokens, max_model_len=max_model_len)
     runner = ModelRunner(model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device)
     if uses_graphs(engine_config, device):
-        runner.capture_decode_graphs(graph_sizes(engine_config.max_num_seqs))
+        runner.use_graphs(graph_sizes(engine_config.max_num_seqs))
     info = WorkerInfo(
         model_name=model_config.name,
         model_path=path,

@@ -10,7 +10,7 @@ Shape letters: R rows that sample, V vocabulary, M slots, N rows that want log p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..common.requests import TokenLogprob
 from ..kernels.logprobs import gather_logprobs
 from ..kernels.sampling import sample
 from ..scheduler.step_plan import AdmittedSequence
-from .batch_state import BatchState, SamplingRows
+from .batch_state import BatchState, DrawRows, SamplingRows
 from .logit_rules import BadWordsRule, LogitBiasRule, LogitRule, MinTokensRule
 from .penalty_rule import PenaltyRule
 
@@ -38,6 +38,11 @@ class Sampled:
     tokens_R: torch.Tensor
     logits_R: torch.Tensor
     logprobs: SampledLogprobs | None
+
+    def first(self, num_rows: int) -> Sampled:
+        """Without the padding behind `num_rows`; of a plain draw."""
+        assert self.logprobs is None
+        return Sampled(self.tokens_R[:num_rows], self.logits_R[:num_rows], None)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Sampled:
         """The same with `function` applied to every tensor."""
@@ -90,7 +95,10 @@ class Sampler:
             MinTokensRule(self._to_device),
         )
         self._rule_on = np.zeros((len(self._rules), num_slots), dtype=bool)
-        self._on_device: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        # The device's copies stay where they are, so that a CUDA graph may read them.
+        self._tables = (self._floats_3M, self._top_k_M, self._seeds_M)
+        self._on_device = tuple(torch.from_numpy(table.copy()).to(batch_state.device) for table in self._tables)
+        self._is_stale = True
 
     def admit(self, sequence: AdmittedSequence) -> None:
         """Writes the sequence's parameters into its slot; the batch state must have its tokens already."""
@@ -103,7 +111,7 @@ class Sampler:
             if rule.wants(sampling):
                 rule.admit(sequence)
                 self._rule_on[index, slot] = True
-        self._on_device = None
+        self._is_stale = True
 
     def release(self, slot: int) -> None:
         """Forgets what rules keep for the slot."""
@@ -111,8 +119,13 @@ class Sampler:
             self._rules[index].release(slot)
         self._rule_on[:, slot] = False
 
+    def is_plain(self, slots: np.ndarray) -> bool:
+        """Whether sequences in these slots need `draw_plain` alone: no rule and no log probabilities."""
+        return bool((self._num_logprobs_M[slots] == _NO_LOGPROBS).all()) and not self._rule_on[:, slots].any()
+
     def draw(self, logits_RV: torch.Tensor, rows: SamplingRows) -> Sampled:
         """One token a row. `logits_RV` are float32 and are changed in place."""
+        self.upload()
         num_logprobs_R = self._num_logprobs_M[rows.host_slots_R]
         wanting_N = np.flatnonzero(num_logprobs_R != _NO_LOGPROBS)
         rules_on_KR = self._rule_on[:, rows.host_slots_R]
@@ -124,24 +137,27 @@ class Sampler:
             for rule, on_R in zip(self._rules, rules_on_KR, strict=True):
                 if on_R.any():
                     rule.apply(logits_RV, rows, np.flatnonzero(on_R))
-        tokens_R = self._sample(logits_RV, rows)
-        drawn_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+        sampled = self.draw_plain(logits_RV, rows.on_device)
         if has_rules and rules_on_KR[_PENALTIES].any():
-            self._penalties.record(rows, tokens_R)
+            self._penalties.record(rows, sampled.tokens_R)
         if not len(wanting_N):
-            return Sampled(tokens_R, drawn_R, None)
+            return sampled
         num_top_N = num_logprobs_R[wanting_N]
-        columns = gather_logprobs(raw_NV, tokens_R[self._to_device(wanting_N)], int(num_top_N.max()))
-        return Sampled(tokens_R, drawn_R, SampledLogprobs(wanting_N, num_top_N, *columns))
+        columns = gather_logprobs(raw_NV, sampled.tokens_R[self._to_device(wanting_N)], int(num_top_N.max()))
+        return replace(sampled, logprobs=SampledLogprobs(wanting_N, num_top_N, *columns))
 
-    def _sample(self, logits_RV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-        if self._on_device is None:
-            tables = (self._floats_3M, self._top_k_M, self._seeds_M)
-            floats_3M, top_k_M, seeds_M = (self._to_device(table.copy()) for table in tables)
-            self._on_device = floats_3M, top_k_M, seeds_M
+    def upload(self) -> None:
+        """Brings parameters that changed to the device."""
+        if self._is_stale:
+            for table, tensor in zip(self._tables, self._on_device, strict=True):
+                tensor.copy_(self._to_device(table), non_blocking=True)
+            self._is_stale = False
+
+    def draw_plain(self, logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
+        """The draw alone, by uploaded parameters. Nothing in it depends on the host, so that a CUDA graph can hold it."""
         floats_3M, top_k_M, seeds_M = self._on_device
         floats_3R = floats_3M.index_select(1, rows.slots_R)
-        return sample(
+        tokens_R = sample(
             logits_RV,
             temperature_S=floats_3R[0],
             top_k_S=top_k_M.index_select(0, rows.slots_R),
@@ -150,3 +166,4 @@ class Sampler:
             seeds_S=seeds_M.index_select(0, rows.slots_R),
             positions_S=rows.output_positions_R,
         )
+        return Sampled(tokens_R, logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1), None)

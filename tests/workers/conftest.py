@@ -116,12 +116,21 @@ def collector():
 
 @pytest.fixture
 def make_loop(tiny_llama):
-    """A step loop over the tiny model, on this thread; `wrap` may replace the model."""
+    """A step loop over the tiny model, on this thread; `wrap` may replace the model, and `prepare` change the runner."""
 
-    def make(on_step, *, max_in_flight: int = 1, wrap=lambda model: model, prefix_caching: bool = True, **options) -> StepLoop:
+    def make(
+        on_step,
+        *,
+        max_in_flight: int = 1,
+        wrap=lambda model: model,
+        prepare=lambda runner: None,
+        prefix_caching: bool = True,
+        **options,
+    ) -> StepLoop:
         config = EngineConfig(**{"device": "cpu", "num_threads": 1, "num_kv_blocks": 256, "max_num_seqs": 32, **options})
         runner, info = set_up_runner(ModelConfig(model=str(tiny_llama), dtype="float32"), config)
         runner.model = wrap(runner.model)
+        prepare(runner)
         scheduler = StepScheduler(
             SchedulerConfig(
                 num_blocks=info.num_blocks,

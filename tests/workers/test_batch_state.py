@@ -70,7 +70,7 @@ def check(batch, sampled, rows: list[PlannedRow], running: dict[int, Naive]) -> 
         assert table[:num_blocks] == running[row.slot].blocks[:num_blocks]
     sampling = [index for index, row in enumerate(rows) if row.samples]
     assert batch.logits_rows_R.tolist() == [starts[index + 1] - 1 for index in sampling]
-    columns = (sampled.slots_R, sampled.output_positions_R, sampled.lengths_R)
+    columns = (sampled.on_device.slots_R, sampled.on_device.output_positions_R, sampled.on_device.lengths_R)
     hosts = (sampled.host_slots_R, sampled.host_output_positions_R, sampled.host_lengths_R)
     values = [
         [f(index) for index in sampling] for f in (lambda i: rows[i].slot, lambda i: rows[i].output_position, ends.__getitem__)
@@ -106,7 +106,7 @@ def test_random_steps_gather_what_lists_would_hold():
         batch, sampled = state.compose(rows, cache)
         check(batch, sampled, rows, running)
         tokens = [rng.randrange(1000) for _ in sampled.host_slots_R]
-        state.append_tokens(sampled, torch.tensor(tokens))
+        state.append_tokens(sampled.on_device, torch.tensor(tokens))
         for slot, token in zip(sampled.host_slots_R.tolist(), tokens, strict=True):
             running[slot].tokens.append(token)
             if len(running[slot].tokens) >= MAX_LEN or rng.random() < 0.1:

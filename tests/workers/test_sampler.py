@@ -9,7 +9,7 @@ import pytest
 import torch
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.scheduler.step_plan import AdmittedSequence
-from pilotfish.workers.batch_state import BatchState, SamplingRows
+from pilotfish.workers.batch_state import BatchState, DrawRows, SamplingRows
 from pilotfish.workers.sampler import Sampler
 from transformers.generation import logits_process as hf
 
@@ -34,7 +34,8 @@ class Bench:
 
     def rows(self, slots: list[int], lengths: list[int], positions: list[int]) -> SamplingRows:
         columns = [np.array(column, dtype=np.int64) for column in (slots, positions, lengths)]
-        return SamplingRows(*columns, *(torch.from_numpy(column) for column in columns))
+        slots, positions, lengths = (torch.from_numpy(column) for column in columns)
+        return SamplingRows(*columns, DrawRows(slots, positions, lengths))
 
     def draw(self, logits: torch.Tensor, sequences: list[tuple[TokenSampling, list[int], list[int]]], *, slots=None):
         """Sequences are (sampling, prompt, outputs); the logits are changed in place."""

@@ -1,0 +1,134 @@
+"""Decode steps as they are captured: padded to a size, by shapes alone. On the CPU a function stands in for the CUDA graph."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from pilotfish.workers.decode_graphs import DecodeGraph, DecodeGraphs, DecodeStep, graph_sizes
+from pilotfish.workers.sampler import Sampled
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+class Function:
+    """Replays by calling; what the function returns is copied to where the capture left it."""
+
+    def __init__(self, function: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+        self.function = function
+        self.results = function()
+        self.num_replays = 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for kept, new in zip(self.results, self.function(), strict=True):
+            kept.copy_(new)
+
+
+def capture_functions(sizes: Sequence[int], make_step: Callable[[int], DecodeStep]) -> DecodeGraphs:
+    def capture(step: DecodeStep) -> DecodeGraph:
+        kept = []  # the rows of the capture: their lengths are made anew by each replay
+
+        def run_forward() -> tuple[torch.Tensor, ...]:
+            logits_SV, rows = step.forward()
+            kept.append(rows)
+            return logits_SV, rows.lengths_R
+
+        def run_draw() -> tuple[torch.Tensor, ...]:
+            sampled = step.draw(forward.results[0], kept[0])
+            return sampled.tokens_R, sampled.logits_R
+
+        forward = Function(run_forward)
+        draw = Function(run_draw)
+        return DecodeGraph(step.columns, forward, forward.results[0], kept[0], draw, Sampled(*draw.results, None))
+
+    return DecodeGraphs({size: capture(make_step(size)) for size in sizes})
+
+
+LOUD = {
+    "temperature": 1.2,
+    "top_k": 60,
+    "top_p": 0.95,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.4,
+    "min_tokens": 3,
+    "end_token_ids": (257,),
+    "logit_bias": {5: 2.0, 300: -3.0},
+    "bad_words_ids": ((17,), (4, 9, 11)),
+    "logprobs": 3,
+}
+
+
+@pytest.fixture
+def requests(make_request):
+    """Greedy ones, sampled ones, and some with every rule: the plain draw and the other one come up in turn."""
+    rng = random.Random(3)
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 2, 15, 16, 17, 33, 70, 100)]
+    sampling = [{}, {"temperature": 0.9, "top_p": 0.9}, LOUD]
+    return [
+        make_request(f"r{i}", prompt, max_tokens=12 + 3 * i, seed=i, **sampling[i % 3 if i > 4 else i % 2])
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize("in_flight", [1, 2], ids=["plain", "overlapped"])
+@pytest.mark.parametrize("sizes", [[1, 2, 4, 8], [5]], ids=str)
+def test_padded_steps_give_the_same_text(run_requests, requests, in_flight, sizes):
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
+    expected = run_requests(*requests, **options)
+    result = run_requests(
+        *requests,
+        **options,
+        max_in_flight=in_flight,
+        prepare=lambda runner: runner.use_graphs(sizes, capture=capture_functions),
+    )
+    assert result.tokens == expected.tokens
+    for name, entries in expected.logprobs.items():
+        assert [e.top for e in result.logprobs[name]] == [e.top for e in entries]
+
+
+def test_the_smallest_graph_that_holds_the_rows_is_taken(run_requests, make_request):
+    taken = []
+
+    def capture(sizes, make_step):
+        graphs = capture_functions(sizes, make_step)
+        find = graphs.find
+
+        def record(rows):
+            graph = find(rows)
+            taken.append((len(rows), graph and graph.columns.shape[1]))
+            return graph
+
+        graphs.find = record
+        return graphs
+
+    requests = [make_request(f"r{i}", [i, 7], max_tokens=3 + i) for i in range(6)]
+    run_requests(*requests, prepare=lambda runner: runner.use_graphs([1, 2, 4], capture=capture))
+    assert taken == [(6, None)] * 3 + [(5, None), (4, 4), (3, 4), (2, 2), (1, 1)]
+
+
+def test_sizes_reach_the_largest_batch_and_waste_little():
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 3]
+    for largest in (8, 64, 100, 256, 1000):
+        sizes = graph_sizes(largest)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == largest
+        assert all(after - before <= max(8, before / 8) for before, after in pairwise(sizes))
+
+
+@pytest.mark.parametrize("in_flight", [1, 2], ids=["plain", "overlapped"])
+@pytest.mark.parametrize("gpu", [pytest.param(True, marks=ON_GPU)], ids=[""])
+def test_graphs_equal_eager(run_requests, requests, in_flight, gpu):
+    options = {"device": "cuda", "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_in_flight": in_flight}
+    eager = run_requests(*requests, **options, cuda_graphs=False)
+    assert run_requests(*requests, **options).tokens == eager.tokens
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(True, marks=ON_GPU)], ids=[""])
+def test_the_cache_leaves_room_for_the_graphs(make_loop, collector, gpu):
+    """Sized by measurement, at a fraction that leaves nothing over: the capture must still fit."""
+    make_loop(collector, device="cuda", num_kv_blocks=None, kv_memory_fraction=1.0, max_num_seqs=256)
