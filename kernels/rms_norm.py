@@ -74,10 +74,13 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
 ):
     """One program a row; row (outer, inner) of x lies at outer * stride_outer + inner * stride_inner."""
-    row = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    outer, inner = (program // num_inner).to(tl.int64), (program % num_inner).to(tl.int64)  # divided as 32 bits: quicker
+    row = program.to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
-    values = tl.load(x + (row // num_inner) * stride_outer + (row % num_inner) * stride_inner + column, inside, other=0.0)
+    values = tl.load(x + outer * stride_outer + inner * stride_inner + column, inside, other=0.0)
+    gain = tl.load(weight + column, inside, other=0.0).to(tl.float32)  # on its way while the squares are summed
     if HAS_RESIDUAL:
         added = tl.load(residual + row * stride_residual + column, inside, other=0.0)
         values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
@@ -85,7 +88,6 @@ def _rms_norm_kernel(
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / HIDDEN + eps)
     normed = (wide * scale).to(values.dtype).to(tl.float32)
-    gain = tl.load(weight + column, inside, other=0.0).to(tl.float32)
     tl.store(y + row * HIDDEN + column, (normed * gain).to(values.dtype), inside)
 
 
@@ -113,7 +115,7 @@ def _rms_norm_triton(
             HIDDEN=hidden,
             BLOCK=block,
             HAS_RESIDUAL=residual_TH is not None,
-            num_warps=min(max(block // 512, 1), 16),
+            num_warps=min(max(block // 256, 1), 16),  # 16 bytes of a row a thread, in bfloat16
         )
     return y_TH if new_residual_TH is None else (y_TH, new_residual_TH)
 
