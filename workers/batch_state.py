@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..kernels.decode_inputs import gather_decode_inputs
 from ..models.forward_batch import ForwardBatch
 from ..scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow
 from .kv_cache import KvCache
@@ -62,6 +63,7 @@ class BatchState:
         # One column more: the last token of a full sequence is sampled and written, though never computed.
         self.token_ids_MC = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
         self.block_tables_MB = torch.zeros((num_slots, -(-max_len // block_size)), dtype=torch.int32, device=device)
+        self._row_numbers = torch.arange(num_slots, dtype=torch.int32, device=device)
         self._num_blocks_M = np.zeros(max_num_seqs, dtype=np.int64)
 
     def admit(self, sequence: AdmittedSequence) -> None:
@@ -143,22 +145,19 @@ class BatchState:
         The shapes follow from the number of rows and from nothing else, so that a CUDA graph can hold it.
         """
         slots_S, positions_S, output_positions_S = columns.unbind(0)
-        num_rows = len(slots_S)
-        block_tables_SB = self.block_tables_MB.index_select(0, slots_S)
-        pages_S1 = block_tables_SB.gather(1, (positions_S // self.block_size).unsqueeze(1))
-        lengths_S = positions_S + 1
+        inputs = gather_decode_inputs(slots_S, positions_S, self.token_ids_MC, self.block_tables_MB, page_len=self.block_size)
         batch = ForwardBatch(
-            token_ids_T=self.token_ids_MC[slots_S, positions_S].long(),
+            token_ids_T=inputs.token_ids_S,
             positions_T=positions_S,
-            slots_T=torch.add(positions_S % self.block_size, pages_S1.squeeze(1), alpha=self.block_size),
-            block_tables_SB=block_tables_SB,
-            query_starts_S1=torch.arange(num_rows + 1, dtype=torch.int32, device=self.device),
-            context_lens_S=lengths_S.int(),
+            slots_T=inputs.cache_slots_S,
+            block_tables_SB=inputs.block_tables_SB,
+            query_starts_S1=self._row_numbers[: len(slots_S) + 1],
+            context_lens_S=inputs.context_lens_S,
             max_query_len=1,
             logits_rows_R=None,
             kv_caches=kv_cache.layers,
         )
-        return batch, DrawRows(slots_S, output_positions_S, lengths_S)
+        return batch, DrawRows(slots_S, output_positions_S, inputs.lengths_S)
 
     def append_tokens(self, rows: DrawRows, tokens_R: torch.Tensor) -> None:
         """Writes sampled tokens behind their sequences, for the next step to read."""

@@ -126,9 +126,3 @@ def test_graphs_equal_eager(run_requests, requests, in_flight, gpu):
     options = {"device": "cuda", "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_in_flight": in_flight}
     eager = run_requests(*requests, **options, cuda_graphs=False)
     assert run_requests(*requests, **options).tokens == eager.tokens
-
-
-@pytest.mark.parametrize("gpu", [pytest.param(True, marks=ON_GPU)], ids=[""])
-def test_the_cache_leaves_room_for_the_graphs(make_loop, collector, gpu):
-    """Sized by measurement, at a fraction that leaves nothing over: the capture must still fit."""
-    make_loop(collector, device="cuda", num_kv_blocks=None, kv_memory_fraction=1.0, max_num_seqs=256)
