@@ -7,12 +7,13 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from ..common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig, load_toml, parse
 from ..common.errors import ConfigError
 
-_SECTIONS: dict[str, type] = {"model": ModelConfig, "engine": EngineConfig, "gateway": GatewayConfig, "fleet": FleetConfig}
+_SECTIONS: dict[str, type[Any]] = {"model": ModelConfig, "engine": EngineConfig, "gateway": GatewayConfig, "fleet": FleetConfig}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +21,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="a TOML file with the sections model, engine, gateway, fleet; flags win"
     )
-    for name, section in _SECTIONS.items():
-        group = parser.add_argument_group(f"[{name}]")
-        hints = typing.get_type_hints(section)
-        helps = _attribute_docs(section)
-        for field in dataclasses.fields(section):
-            if (name, field.name) != ("model", "model"):
-                _add_flag(group, field.name, hints[field.name], helps.get(field.name, ""), field.default)
+    for name in _SECTIONS:
+        add_section(parser, name)
+
+
+def add_section(parser: argparse.ArgumentParser, name: str, *, defaults: Mapping[str, object] | None = None) -> None:
+    """A flag for every field of one section; `defaults` are shown in place of the class's own."""
+    section, defaults = _SECTIONS[name], defaults or {}
+    group = parser.add_argument_group(f"[{name}]")
+    hints = typing.get_type_hints(section)
+    helps = _attribute_docs(section)
+    for field in dataclasses.fields(section):
+        if (name, field.name) != ("model", "model"):
+            default = defaults.get(field.name, field.default)
+            _add_flag(group, field.name, hints[field.name], helps.get(field.name, ""), default)
+
+
+def section_values(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The fields of a section whose flags were given."""
+    fields = dataclasses.fields(_SECTIONS[name])
+    return {field.name: value for field in fields if (value := getattr(args, field.name, None)) is not None}
 
 
 def serve_config(args: argparse.Namespace) -> ServeConfig:
@@ -36,9 +50,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         ConfigError: a key or value is wrong, or no model was named.
     """
     values: dict[str, Any] = load_toml(args.config) if args.config else {}
-    for name, section in _SECTIONS.items():
-        given = {f.name: value for f in dataclasses.fields(section) if (value := getattr(args, f.name, None)) is not None}
-        if given:
+    for name in _SECTIONS:
+        if given := section_values(args, name):
             values[name] = {**values.get(name, {}), **given}
     if "model" not in values.get("model", {}):
         raise ConfigError("which model? Name one, or give a --config file with [model] model = ...")

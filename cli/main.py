@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "serve a model over gRPC and HTTP, in the foreground",
     "chat": "talk to a served model in the terminal",
     "generate": "continue one prompt, or each line of a file",
+    "bench": "measure latency and throughput of an engine here, or of a running server",
     "pull": "fetch a model by its alias into the cache",
     "check-model": "prove that a checkpoint runs right: logits and greedy tokens against transformers",
     "status": "show a running cluster: replicas, load, defaults",

@@ -14,7 +14,7 @@ from small_model import save_tokenizer
 
 
 class SmallServer:
-    """Serves inside its `with` block; `address` is its gRPC door."""
+    """Serves inside its `with` block; `address` is its gRPC door, `http_address` its HTTP one."""
 
     def __init__(self, path: Path) -> None:
         self._path = save_tokenizer(path)
@@ -36,5 +36,6 @@ class SmallServer:
     async def _start(self) -> None:
         config = ServeConfig(model=ModelConfig(model="tiny"), gateway=GatewayConfig(grpc_port=0, http_port=0))
         self._controller = Controller(config, model_path=self._path, launcher=LocalLauncher(), controller_id="test")
-        self.address = (await self._controller.start()).grpc
+        addresses = await self._controller.start()
+        self.address, self.http_address = addresses.grpc, addresses.http
         await self._controller.wait_ready()

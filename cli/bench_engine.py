@@ -1,0 +1,140 @@
+"""An engine in this process, driven with token ids alone: what `bench latency` and `bench throughput` time.
+
+Neither Ray nor a server takes part. Prompts are random, decoding is greedy and goes on to the asked length, and all requests of
+a run are submitted at once; where the engine holds no more, the rest follow as it frees places.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from ..common.config import EngineConfig, ModelConfig
+from ..common.errors import InternalError, Overloaded
+from ..common.requests import EngineRequest, StepOutput, TokenSampling, WorkerInfo
+from ..workers.engine import Engine
+
+_WATCH_INTERVAL_S = 1.0
+_RETRY_INTERVAL_S = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRun:
+    """One workload from the first submit to the last token.
+
+    Attributes:
+        num_preemptions: sequences that had to be computed again for want of KV blocks.
+        token_times: (seconds since the start, tokens) of each step that produced any.
+    """
+
+    elapsed_s: float
+    num_output_tokens: int
+    num_preemptions: int
+    token_times: tuple[tuple[float, int], ...]
+
+
+class BenchEngine:
+    """Runs inside its `with` block.
+
+    Raises:
+        PilotfishError: the engine cannot start, or a request failed in it.
+    """
+
+    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, *, seed: int) -> None:
+        self._steps: queue.SimpleQueue[tuple[float, StepOutput]] = queue.SimpleQueue()
+        self._engine = Engine(model_config, engine_config, on_step=lambda step: self._steps.put((time.perf_counter(), step)))
+        self._random = random.Random(seed)
+        self._num_requests = 0
+        self._num_preemptions = 0  # of the engine's life, as it counts them
+        self.info: WorkerInfo
+
+    def __enter__(self) -> BenchEngine:
+        try:
+            self.info = self._engine.start()
+        except BaseException:
+            self._engine.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._engine.stop()
+
+    def run(self, num_prompts: int, *, input_len: int, output_len: int) -> EngineRun:
+        """`num_prompts` new random prompts of `input_len` tokens, `output_len` tokens out of each."""
+        pending = deque(self._request(input_len, output_len) for _ in range(num_prompts))
+        num_preemptions = self._num_preemptions
+        token_times: list[tuple[float, int]] = []
+        num_left = num_prompts
+        start_s = end_s = time.perf_counter()
+        while num_left:
+            self._submit(pending)
+            for now_s, step in self._wait(_RETRY_INTERVAL_S if pending else _WATCH_INTERVAL_S):
+                num_tokens = sum(len(sequence.token_ids) for sequence in step.sequences)
+                if num_tokens:
+                    token_times.append((now_s - start_s, num_tokens))
+                num_left -= _count_finished(step, output_len)
+                self._num_preemptions, end_s = step.load.num_preemptions, now_s
+        return EngineRun(
+            elapsed_s=end_s - start_s,
+            num_output_tokens=sum(number for _, number in token_times),
+            num_preemptions=self._num_preemptions - num_preemptions,
+            token_times=tuple(token_times),
+        )
+
+    def _request(self, input_len: int, output_len: int) -> EngineRequest:
+        self._num_requests += 1
+        return EngineRequest(
+            request_id=f"bench-{self._num_requests}",
+            prompt_token_ids=tuple(self._random.choices(range(self.info.vocab_size), k=input_len)),
+            sampling=TokenSampling(temperature=0.0, max_tokens=output_len, seed=0),
+        )
+
+    def _submit(self, pending: deque[EngineRequest]) -> None:
+        """As many as the engine takes."""
+        while pending:
+            try:
+                self._engine.submit(pending[0])
+            except Overloaded:
+                return
+            pending.popleft()
+
+    def _wait(self, timeout_s: float) -> list[tuple[float, StepOutput]]:
+        """The steps since the last call; none if there was none within the timeout. Raises if the engine has failed."""
+        try:
+            steps = [self._steps.get(timeout=timeout_s)]
+        except queue.Empty:
+            health = self._engine.health()
+            if not health.ok:
+                raise InternalError(f"the engine is {health.phase}: {health.message}") from None
+            return []
+        while not self._steps.empty():
+            steps.append(self._steps.get())
+        return steps
+
+
+def _count_finished(step: StepOutput, output_len: int) -> int:
+    """Sequences that ended in this step; one that ended early is an error, for its time would mean nothing."""
+    num_finished = 0
+    for sequence in step.sequences:
+        if sequence.finish_reason is None:
+            continue
+        num_tokens = sequence.offset + len(sequence.token_ids)
+        if num_tokens != output_len:
+            raise InternalError(
+                f"{sequence.request_id}: {num_tokens} of {output_len} tokens, then {sequence.finish_reason}. {sequence.error}"
+            )
+        num_finished += 1
+    return num_finished
+
+
+def seconds_since_process_start() -> float:
+    """Wall clock since this process was created (proc(5): starttime, in clock ticks after boot)."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_s

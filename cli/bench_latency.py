@@ -1,0 +1,54 @@
+"""`pilotfish bench latency`: a batch submitted at once, once for one token and once for all of them."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+from ..common.errors import ConfigError
+from .bench_rows import Rows
+from .bench_session import BenchSession, bench_session
+
+
+def run(args: argparse.Namespace, rows: Rows) -> int:
+    with bench_session(args, rows, max_num_seqs=max(args.batch_sizes)) as session:
+        _check_fits(session, max(args.batch_sizes), args.input_len + args.output_len)
+        for batch in args.batch_sizes:
+            _measure(session, args, rows, batch)
+    return 0
+
+
+def _check_fits(session: BenchSession, batch: int, length: int) -> None:
+    info = session.engine.info
+    needed, capacity = batch * -(-length // info.block_size), info.num_blocks
+    if needed > capacity or batch > info.max_num_seqs:
+        raise ConfigError(
+            f"a batch of {batch} needs {needed} KV blocks and max_num_seqs {batch}; this engine has {capacity} and "
+            f"{info.max_num_seqs}: take smaller --batch-sizes or lengths, or raise --num-kv-blocks and --max-num-seqs"
+        )
+
+
+def _measure(session: BenchSession, args: argparse.Namespace, rows: Rows, batch: int) -> None:
+    engine, input_len, output_len = session.engine, args.input_len, args.output_len
+    rows.say(f"Batch {batch}: warm-up")
+    engine.run(batch, input_len=input_len, output_len=args.warmup_output_len or output_len)
+    ttfts_s, tpots_s = [], []
+    for _ in range(args.repeat):
+        ttft_s = engine.run(batch, input_len=input_len, output_len=1).elapsed_s
+        whole_s = engine.run(batch, input_len=input_len, output_len=output_len).elapsed_s
+        ttfts_s.append(ttft_s)
+        tpots_s.append((whole_s - ttft_s) / (output_len - 1))
+    tpot_s = statistics.median(tpots_s)
+    roofline_s = session.roofline.decode_step_s(batch, context=input_len + output_len / 2)
+    rows.write(
+        {
+            **session.facts,
+            "batch": batch,
+            "ttft_s": statistics.median(ttfts_s),
+            "tpot_ms": tpot_s * 1e3,
+            "decode_tok_s": batch / tpot_s,
+            "roofline_ttft_s": session.roofline.prefill_s(batch, length=input_len),
+            "roofline_tpot_ms": roofline_s * 1e3,
+            "fraction": roofline_s / tpot_s,
+        }
+    )
