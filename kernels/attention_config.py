@@ -1,0 +1,82 @@
+"""Launch parameters of the attention kernels: the one place to change after a measurement (benchmarks/gpu/bench_attention.py).
+
+They follow from shapes alone, so that a captured CUDA graph serves any context lengths.
+"""
+
+from dataclasses import dataclass
+
+import triton
+
+KEY_TILE_BYTES = 16 * 1024  # a tile of keys: several fit in shared memory, for loads to run ahead of the arithmetic
+NUM_MULTIPROCESSORS = 132  # of an H100 or H200
+DECODE_PROGRAMS_PER_MULTIPROCESSOR = 2
+MAX_SPLITS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """num_splits: programs that share the keys of one row and kv head. block_j: keys a step.
+
+    dependent_launch: the kernels start while the one before still drains (programmatic dependent launch).
+    """
+
+    num_splits: int
+    block_j: int
+    num_warps: int
+    num_stages: int
+    dependent_launch: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig:
+    """block_m: rows of a tile, a query and a head of its group each. block_j: keys a step."""
+
+    block_m: int
+    block_j: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_head_dim(head_dim: int) -> int:
+    return max(triton.next_power_of_2(head_dim), 16)
+
+
+def decode_config(
+    *, num_rows: int, num_kv_heads: int, group: int, head_dim: int, element_bytes: int, max_keys: int
+) -> DecodeConfig:
+    """`max_keys` is what the widest row could hold: the width of the block table times the page length."""
+    row_bytes = padded_head_dim(head_dim) * element_bytes
+    block_j = _keys_a_step(row_bytes)
+    wanted_programs = NUM_MULTIPROCESSORS * DECODE_PROGRAMS_PER_MULTIPROCESSOR
+    wanted_splits = max(wanted_programs // (num_rows * num_kv_heads), 1)
+    return DecodeConfig(
+        num_splits=max(min(wanted_splits, triton.cdiv(max_keys, block_j), MAX_SPLITS), 1),
+        block_j=block_j,
+        num_warps=8 if group > 64 or row_bytes > 2048 else 4,
+        num_stages=_stages(row_bytes),
+    )
+
+
+def prefill_config(*, group: int, head_dim: int, element_bytes: int) -> PrefillConfig:
+    """As many rows as the accumulator, float32 [block_m, head_dim], leaves registers for; Hopper's tensor cores want 64."""
+    width = padded_head_dim(head_dim)
+    row_bytes = width * element_bytes
+    if element_bytes == 2:
+        rows = 128 if width <= 256 else 64 if width <= 512 else 32
+    else:
+        rows = 128 if width <= 64 else 32 if width <= 512 else 16
+    block_m = max(triton.next_power_of_2(group), rows)
+    return PrefillConfig(
+        block_m=block_m,
+        block_j=_keys_a_step(row_bytes),
+        num_warps=8 if block_m * width >= 128 * 64 else 4,
+        num_stages=_stages(row_bytes),
+    )
+
+
+def _keys_a_step(row_bytes: int) -> int:
+    return min(max(KEY_TILE_BYTES // row_bytes, 16), 128)
+
+
+def _stages(row_bytes: int) -> int:
+    return 3 if row_bytes <= 256 else 2 if row_bytes <= 2048 else 1
