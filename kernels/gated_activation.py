@@ -51,18 +51,25 @@ def gated_activation_ref(gate_up_TU: torch.Tensor, activation: str) -> torch.Ten
 
 
 @triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr):
+    """activation(gate) * up of float32 blocks, for the kernels that end with it."""
+    if ACTIVATION == "silu":
+        gated = gate * tl.sigmoid(gate)
+    else:
+        # (1 + tanh(z)) / 2 = sigmoid(2 z), with 2 z = sqrt(8 / pi) * (g + 0.044715 g^3)
+        gated = gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
+    return gated * up
+
+
+@triton.jit
 def _gated_activation_kernel(gate_up, y, num_columns, stride_row, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < num_columns
     gate = tl.load(gate_up + row * stride_row + column, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride_row + num_columns + column, inside, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        gated = gate * tl.sigmoid(gate)
-    else:
-        # (1 + tanh(z)) / 2 = sigmoid(2 z), with 2 z = sqrt(8 / pi) * (g + 0.044715 g^3)
-        gated = gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
-    tl.store(y + row * num_columns + column, (gated * up).to(y.dtype.element_ty), inside)
+    gated = activate(gate, up, ACTIVATION)
+    tl.store(y + row * num_columns + column, gated.to(y.dtype.element_ty), inside)
 
 
 def _gated_activation_triton(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:

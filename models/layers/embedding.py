@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 
 import torch
-import torch.nn.functional as F
 
+from ...kernels.embedding import embedding
 from ...kernels.linear import linear
 from ..weight_source import Placement, WeightSource
 
@@ -40,15 +40,15 @@ class Embedding(torch.nn.Module):
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """x [T, H] of the compute dtype."""
         if self.parallel.size == 1:
-            return F.embedding(token_ids_T, self.weight).to(self.compute_dtype)
+            return embedding(token_ids_T, self.weight, dtype=self.compute_dtype)
         local_T = token_ids_T - self.vocab.start
         is_mine_T1 = ((local_T >= 0) & (local_T < self.vocab.size)).unsqueeze(1)
-        x_TH = F.embedding(local_T.clamp(0, self.vocab.size - 1), self.weight).to(self.compute_dtype)
+        x_TH = embedding(local_T.clamp(0, self.vocab.size - 1), self.weight, dtype=self.compute_dtype)
         return self.parallel.sum(x_TH * is_mine_T1)
 
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """float32 [R, whole vocabulary], on every rank."""
-        logits_RV = linear(hidden_RH, self.head_weight).float()
+        logits_RV = linear(hidden_RH, self.head_weight, out_dtype=torch.float32)
         return self.parallel.gather_vocab(logits_RV, self.vocab.total)
 
     def weight_sources(self) -> Iterator[WeightSource]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.gated_activation import gated_activation
+from ...kernels.gated_linear import gated_linear
 from ..model_shape import ModelShape
 from ..weight_source import Placement, WeightSource
 from .linear import column_linear, row_linear
@@ -25,7 +25,8 @@ class Mlp(torch.nn.Module):
         self.down_proj = row_linear("down_proj", shape.hidden_size, rows, bias=shape.mlp_bias, placement=placement)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated_activation(self.gate_up_proj(x_TH), self.activation))
+        gate_up = self.gate_up_proj
+        return self.down_proj(gated_linear(x_TH, gate_up.weight, gate_up.bias, activation=self.activation))
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         yield from self.gate_up_proj.weight_sources(f"{prefix}mlp.")

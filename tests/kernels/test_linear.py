@@ -115,3 +115,31 @@ def test_infinity_and_nan_pass_through():
 def test_what_does_not_fit_is_refused(x, weight, bias):
     with pytest.raises(ValueError, match="linear: "):
         linear(x, weight, bias)
+
+
+def test_an_output_in_float32():
+    x, weight, bias = make(3, 64, 20, torch.bfloat16)
+    y = linear(x, weight, bias, out_dtype=torch.float32)
+    assert torch.equal(y, linear(x, weight, bias))
+    half = linear_ref(x.bfloat16(), weight, bias, out_dtype=torch.float32)
+    torch.testing.assert_close(half.double(), exact(x.bfloat16(), weight, bias), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="float32"):
+        linear(x, weight, bias, out_dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 8, 32, 64, 65, 300])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 6144), (1024, 151936), (3072, 1024), (100, 30)])
+def test_on_a_gpu_the_chosen_kernel_equals_the_reference(rows, inputs, outputs, dtype):
+    x = torch.randn(rows, inputs, device="cuda", dtype=dtype)
+    weight = (torch.randn(outputs, inputs, device="cuda") / inputs**0.5).to(dtype)
+    bias = torch.randn(outputs, device="cuda", dtype=dtype)
+    for some_bias in (None, bias):
+        relative, absolute = TOLERANCE[dtype]
+        y = linear(x, weight, some_bias)
+        torch.testing.assert_close(y, linear_ref(x, weight, some_bias), rtol=relative, atol=absolute)
+        relative, absolute = TOLERANCE[torch.float32]
+        y = linear(x, weight, some_bias, out_dtype=torch.float32)
+        expected = linear_ref(x, weight, some_bias, out_dtype=torch.float32)
+        torch.testing.assert_close(y, expected, rtol=relative, atol=absolute)
