@@ -63,15 +63,31 @@ def philox_words_ref(*, counter: tuple[torch.Tensor, ...], key: tuple[torch.Tens
 
 
 @triton.jit
-def uniform_block(seed, position, first_draw, BLOCK: tl.constexpr):
-    """u of the draws first_draw to first_draw + BLOCK, in order; first_draw and BLOCK are multiples of four."""
-    counter = (first_draw // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+def _words(seed, position, counter):
     zero = counter * 0
     position_low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
     position_high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, counter, position_low, position_high, zero)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
+    return tl.philox(seed, counter, position_low, position_high, zero)
+
+
+@triton.jit
+def _to_uniform(words):
     return tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST_UNIFORM)
+
+
+@triton.jit
+def uniform_block(seed, position, first_draw, BLOCK: tl.constexpr):
+    """u of the draws first_draw to first_draw + BLOCK, in order; first_draw and BLOCK are multiples of four."""
+    w0, w1, w2, w3 = _words(seed, position, (first_draw // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32))
+    return _to_uniform(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK]))
+
+
+@triton.jit
+def uniform_at(seed, position, draw):
+    """u of a block of draws in any order."""
+    w0, w1, w2, w3 = _words(seed, position, (draw // 4).to(tl.uint32))
+    word = draw % 4
+    return _to_uniform(tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)))
 
 
 @triton.jit

@@ -17,8 +17,11 @@ import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
-from .philox import philox_uniform_ref, uniform_block
-from .sampling_filter import keep_threshold_ref, keep_threshold_triton
+from .philox import philox_uniform_ref, uniform_at, uniform_block
+from .sampling_filter import gather_candidates, is_filtered, keep_threshold, keep_threshold_ref, lower_bound
+
+_CHUNK = 1024  # tokens a program of the first kernel: small, so that one row fills a GPU and top_k has many chunks
+_CAPACITY = 8192  # candidates of a filtered row; where more are left, the whole row is searched
 
 
 def sample(
@@ -80,43 +83,121 @@ def _gumbel(uniform):
 
 
 @triton.jit
-def _race_kernel(
+def _summarize_kernel(
     logits,
-    thresholds,
     temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
     seeds,
     positions,
     chunk_scores,
     chunk_tokens,
+    chunk_masses,
     vocab,
     stride_logits,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """One program a row and a chunk of the vocabulary: the chunk's best score and the lowest token that has it."""
+    """One program a row and a chunk of the vocabulary.
+
+    Without a filter: the chunk's best score and the lowest token that has it. With one: its largest logit, and the mass
+    sum exp((logit - largest) / temperature).
+    """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    token = chunk * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    scores = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
     temperature = tl.load(temperatures + row)
-    scores = values
-    if temperature > 0:
-        uniform = uniform_block(tl.load(seeds + row), tl.load(positions + row), chunk * BLOCK, BLOCK)
-        scores = values + temperature * _gumbel(uniform)
-    scores = tl.where(values >= tl.load(thresholds + row), scores, -float("inf"))
+    filtered = is_filtered(temperature, tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row))
+    if (temperature > 0) & (not filtered):
+        uniform = uniform_block(tl.load(seeds + row), tl.load(positions + row), chunk * CHUNK, CHUNK)
+        scores += temperature * _gumbel(uniform)
     best = tl.max(scores, axis=0)
     out = row * tl.num_programs(1) + chunk
     tl.store(chunk_scores + out, best)
-    tl.store(chunk_tokens + out, tl.min(tl.where(scores == best, token, vocab - 1), axis=0))
+    if filtered:
+        offset = tl.where(best == -float("inf"), 0.0, best)  # -inf minus -inf is not a number
+        tl.store(chunk_masses + out, tl.sum(tl.exp((scores - offset) / temperature), axis=0))
+    else:
+        tl.store(chunk_tokens + out, tl.min(tl.where(scores == best, token, vocab - 1), axis=0))
 
 
 @triton.jit
-def _finish_race_kernel(chunk_scores, chunk_tokens, tokens, vocab, num_chunks, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.arange(0, BLOCK)
-    inside = chunk < num_chunks
-    scores = tl.load(chunk_scores + row * num_chunks + chunk, inside, other=-float("inf"))
-    candidates = tl.load(chunk_tokens + row * num_chunks + chunk, inside, other=vocab - 1)
-    best = tl.max(scores, axis=0)
-    tl.store(tokens + row, tl.min(tl.where(scores == best, candidates, vocab - 1), axis=0).to(tl.int64))
+def _race(values, tokens, num_values, has_tokens, threshold, temperature, seed, position, vocab, BLOCK: tl.constexpr):
+    """The winner among the values from `threshold` up, which rise in their tokens; without tokens value i is token i's."""
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    winner = tl.zeros([BLOCK], tl.int32) + (vocab - 1)
+    for start in range(0, num_values, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        logits = tl.load(values + token, token < num_values, other=-float("inf"))
+        if has_tokens:
+            token = tl.load(tokens + token, token < num_values, other=0)
+        scores = logits + temperature * _gumbel(uniform_at(seed, position, token))
+        better = (logits >= threshold) & (scores > best)
+        best, winner = tl.where(better, scores, best), tl.where(better, token, winner)
+    return tl.min(tl.where(best == tl.max(best, axis=0), winner, vocab - 1), axis=0)
+
+
+@triton.jit
+def _draw_kernel(
+    logits,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    seeds,
+    positions,
+    chunk_scores,
+    chunk_tokens,
+    chunk_masses,
+    candidates,
+    candidate_tokens,
+    tokens,
+    thresholds,
+    vocab,
+    stride_logits,
+    num_chunks,
+    BLOCK_CHUNKS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row. Without a filter only the best chunk is left to find."""
+    program = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperatures + program)
+    top_k, top_p, min_p = tl.load(top_ks + program), tl.load(top_ps + program), tl.load(min_ps + program)
+    chunk = tl.arange(0, BLOCK_CHUNKS)
+    in_row = program * num_chunks + chunk
+    scores = tl.load(chunk_scores + in_row, chunk < num_chunks, other=-float("inf"))
+    largest = tl.max(scores, axis=0)
+    threshold = tl.full([], -float("inf"), tl.float32)
+    if is_filtered(temperature, top_k, top_p, min_p):
+        masses = tl.load(chunk_masses + in_row, chunk < num_chunks, other=0.0)
+        total = tl.sum(masses * tl.exp((scores - largest) / temperature), axis=0)
+        bound = lower_bound(
+            chunk_scores + program * num_chunks,
+            num_chunks,
+            vocab,
+            largest,
+            total,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            BLOCK_CHUNKS,
+        )
+        row = logits + program * stride_logits
+        values, value_tokens = candidates + program * CAPACITY, candidate_tokens + program * CAPACITY
+        num_values = gather_candidates(row, vocab, bound, values, value_tokens, CAPACITY, BLOCK)
+        all_fit = num_values <= CAPACITY
+        if not all_fit:
+            values, num_values = row, vocab
+        threshold = keep_threshold(values, num_values, bound, largest, total, temperature, top_k, top_p, min_p, BLOCK)
+        seed, position = tl.load(seeds + program), tl.load(positions + program)
+        winner = _race(values, value_tokens, num_values, all_fit, threshold, temperature, seed, position, vocab, BLOCK)
+        tl.store(tokens + program, winner.to(tl.int64))
+    else:
+        winners = tl.load(chunk_tokens + in_row, chunk < num_chunks, other=vocab - 1)
+        tl.store(tokens + program, tl.min(tl.where(scores == largest, winners, vocab - 1), axis=0).to(tl.int64))
+    tl.store(thresholds + program, threshold)
 
 
 def _sample_triton(
@@ -129,32 +210,52 @@ def _sample_triton(
     seeds_S: torch.Tensor,
     positions_S: torch.Tensor,
 ) -> torch.Tensor:
+    return draw_triton(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, seeds_S, positions_S)[0]
+
+
+def draw_triton(
+    logits_SV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    top_k_S: torch.Tensor,
+    top_p_S: torch.Tensor,
+    min_p_S: torch.Tensor,
+    seeds_S: torch.Tensor,
+    positions_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens_S, threshold_S), in two launches whatever the parameters; the device alone knows which rows have filters."""
     num_rows, vocab = logits_SV.shape
-    tokens_S = torch.empty(num_rows, dtype=torch.int64, device=logits_SV.device)
+    tokens_S, threshold_S = torch.empty_like(seeds_S), torch.empty_like(temperature_S)
     if num_rows == 0:
-        return tokens_S
-    threshold_S = keep_threshold_triton(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S)
-    block = min(max(triton.next_power_of_2(vocab), 16), 4096)
-    num_chunks = triton.cdiv(vocab, block)
-    chunk_scores = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=logits_SV.device)
-    chunk_tokens = torch.empty(num_rows, num_chunks, dtype=torch.int32, device=logits_SV.device)
-    _race_kernel[(num_rows, num_chunks)](
+        return tokens_S, threshold_S
+    chunk = min(max(triton.next_power_of_2(vocab), 16), _CHUNK)
+    num_chunks = triton.cdiv(vocab, 4 * chunk) * 4  # a multiple of four keeps every part of the scratch aligned
+    capacity = min(triton.next_power_of_2(vocab), _CAPACITY)
+    # All 4-byte scratch in one allocation: largest logits, masses and tokens of chunks; values and tokens of candidates.
+    scratch = logits_SV.new_empty(num_rows * (3 * num_chunks + 2 * capacity))
+    sizes = [num_rows * num_chunks] * 3 + [num_rows * capacity] * 2
+    chunk_scores, chunk_masses, chunk_tokens, candidates, candidate_tokens = scratch.split(sizes)
+    parameters = (temperature_S, top_k_S, top_p_S, min_p_S, seeds_S, positions_S)
+    chunks = (chunk_scores, chunk_tokens.view(torch.int32), chunk_masses)
+    _summarize_kernel[(num_rows, num_chunks)](
+        logits_SV, *parameters, *chunks, vocab, logits_SV.stride(0), CHUNK=chunk, num_warps=4
+    )
+    _draw_kernel[(num_rows,)](
         logits_SV,
+        *parameters,
+        *chunks,
+        candidates,
+        candidate_tokens.view(torch.int32),
+        tokens_S,
         threshold_S,
-        temperature_S,
-        seeds_S,
-        positions_S,
-        chunk_scores,
-        chunk_tokens,
         vocab,
         logits_SV.stride(0),
-        BLOCK=block,
-        num_warps=8,
+        num_chunks,
+        BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
+        CAPACITY=capacity,
+        BLOCK=min(triton.next_power_of_2(vocab), 4096),
+        num_warps=16,
     )
-    _finish_race_kernel[(num_rows,)](
-        chunk_scores, chunk_tokens, tokens_S, vocab, num_chunks, BLOCK=triton.next_power_of_2(num_chunks), num_warps=1
-    )
-    return tokens_S
+    return tokens_S, threshold_S
 
 
 def _check(

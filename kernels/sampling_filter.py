@@ -9,6 +9,9 @@ With p = softmax(logits / temperature), in the order of Hugging Face's warpers, 
 All three cut a row at a value of its logits, so that what is kept is {logit >= threshold}; ties are kept or dropped
 together, and the largest logit is always kept. Temperature 0 (greedy) filters nothing.
 
+On a GPU nothing is sorted: a bound from a summary of the row leaves a short list of candidates, in which the threshold is
+found by bisection of its bits. The parts of that are here, the kernels in sampling.py.
+
 S rows, V vocabulary. Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
 """
 
@@ -47,23 +50,27 @@ def keep_threshold_ref(
 
 
 @triton.jit
-def _ordered_keys(values):
-    """int32 keys in the order of float32 values; its own inverse on the bits."""
-    bits = values.to(tl.int32, bitcast=True)
+def is_filtered(temperature, top_k, top_p, min_p):
+    return (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+
+
+@triton.jit
+def _flip(bits):
+    """From the bits of a float32 to an int32 key in the same order, and back."""
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _mass_at_least(row, vocab, key, largest, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Over the logits whose key is at least `key`: their number, or the sum of exp((logit - largest) / temperature).
+def _mass_at_least(values, num_values, threshold, largest, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the values from `threshold` up: their number, or the sum of exp((value - largest) / temperature).
 
-    The order of summation is fixed and rounding is monotone, so that the mass never grows with the key.
+    The order of summation is fixed and rounding is monotone, so that the mass never grows with the threshold.
     """
     mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
+    for start in range(0, num_values, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        logits = tl.load(row + column, column < vocab, other=-float("inf"))
-        kept = (column < vocab) & (_ordered_keys(logits) >= key)
+        logits = tl.load(values + column, column < num_values, other=-float("inf"))
+        kept = (column < num_values) & (logits >= threshold)
         if COUNT:
             mass += kept.to(tl.float32)
         else:
@@ -72,14 +79,14 @@ def _mass_at_least(row, vocab, key, largest, temperature, COUNT: tl.constexpr, B
 
 
 @triton.jit
-def _largest_key_with_mass(row, vocab, target, lowest_key, largest, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key that has a mass of `target` at or above it, between lowest_key and the key of `largest`.
+def _largest_with_mass(values, num_values, target, lowest, largest, temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest number from `lowest` to `largest` that has a mass of `target` at or above it; `lowest` if none has.
 
-    Built bit by bit from the top, in 32 passes over the row at most. `biased` is the key with its sign bit turned, so that
-    a set bit always means a larger key.
+    Its key is built bit by bit from the top, in 32 passes at most: none for the bits that lowest and largest have in common.
+    `biased` is the key with its sign bit turned, so that a set bit always means a larger key.
     """
     sign: tl.constexpr = -0x80000000
-    largest_key = _ordered_keys(largest)
+    lowest_key, largest_key = _flip(lowest.to(tl.int32, bitcast=True)), _flip(largest.to(tl.int32, bitcast=True))
     one = tl.full([], 1, tl.int32)
     biased = tl.full([], 0, tl.int32)
     for step in range(32):
@@ -87,59 +94,64 @@ def _largest_key_with_mass(row, vocab, target, lowest_key, largest, temperature,
         key = candidate ^ sign
         if key <= lowest_key:
             biased = candidate
-        elif key <= largest_key:  # noqa: SIM102 - `and` would run the pass over the row in any case
-            if _mass_at_least(row, vocab, key, largest, temperature, COUNT, BLOCK) >= target:
+        elif key <= largest_key:
+            threshold = _flip(key).to(tl.float32, bitcast=True)
+            if _mass_at_least(values, num_values, threshold, largest, temperature, COUNT, BLOCK) >= target:
                 biased = candidate
-    return biased ^ sign
+    return _flip(biased ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _keep_threshold_kernel(logits, temperatures, top_ks, top_ps, min_ps, thresholds, vocab, stride_logits, BLOCK: tl.constexpr):
-    """One program a row; a row without a filter costs nothing."""
-    program = tl.program_id(0).to(tl.int64)
-    row = logits + program * stride_logits
-    temperature = tl.load(temperatures + program)
-    top_k, top_p, min_p = tl.load(top_ks + program), tl.load(top_ps + program), tl.load(min_ps + program)
-    threshold = tl.full([], -float("inf"), tl.float32)
-    if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
-        maxima = tl.full([BLOCK], -float("inf"), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            maxima = tl.maximum(maxima, tl.load(row + column, column < vocab, other=-float("inf")))
-        largest = tl.max(maxima, axis=0)
-        key = _ordered_keys(threshold)
-        if top_k > 0:
-            key = _largest_key_with_mass(row, vocab, top_k.to(tl.float32), key, largest, temperature, True, BLOCK)
+def min_p_threshold(largest, temperature, min_p):
+    return tl.minimum(largest + temperature * tl.log(min_p), largest)
+
+
+@triton.jit
+def lower_bound(chunk_largest, num_chunks, vocab, largest, total, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr):
+    """A number that no threshold of this row is below, from its chunks' largest logits and its `total` mass.
+
+    top_k: k of the chunks' largest logits are k of the row's. top_p: were all tokens below the bound as likely as it,
+    they had the mass 1 - top_p together.
+    """
+    bound = tl.full([], -float("inf"), tl.float32)
+    if top_k > 0:
+        bound = _largest_with_mass(chunk_largest, num_chunks, top_k.to(tl.float32), bound, largest, temperature, True, BLOCK)
+    elif top_p < 1:
+        bound = tl.minimum(largest + temperature * tl.log((1 - top_p) * total / vocab), largest)
+    else:
+        bound = min_p_threshold(largest, temperature, min_p)
+    return bound
+
+
+@triton.jit
+def gather_candidates(row, vocab, bound, candidates, candidate_tokens, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the logits from `bound` up and their tokens, in the order of the row, as far as they fit; returns their number."""
+    num_found = tl.full([], 0, tl.int32)
+    for start in range(0, vocab, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        values = tl.load(row + token, token < vocab, other=-float("inf"))
+        kept = (token < vocab) & (values >= bound)
+        num_kept = tl.sum(kept.to(tl.int32), axis=0)
+        if (num_kept > 0) & (num_found < CAPACITY):
+            place = num_found + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+            fits = kept & (place < CAPACITY)
+            tl.store(candidates + place, values, fits)
+            tl.store(candidate_tokens + place, token, fits)
+        num_found += num_kept
+    tl.debug_barrier()  # other threads of the program read them next
+    return num_found
+
+
+@triton.jit
+def keep_threshold(values, num_values, bound, largest, total, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr):
+    """The threshold, where `values` are the row's logits from `bound` up."""
+    threshold = bound
+    if top_k > 0:
+        threshold = _largest_with_mass(values, num_values, top_k.to(tl.float32), bound, largest, temperature, True, BLOCK)
         if top_p < 1:
-            total = _mass_at_least(row, vocab, key, largest, temperature, False, BLOCK)
-            key = _largest_key_with_mass(row, vocab, top_p * total, key, largest, temperature, False, BLOCK)
-        threshold = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-        if min_p > 0:
-            threshold = tl.maximum(threshold, tl.minimum(largest + temperature * tl.log(min_p), largest))
-    tl.store(thresholds + program, threshold)
-
-
-def keep_threshold_triton(
-    logits_SV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    top_k_S: torch.Tensor,
-    top_p_S: torch.Tensor,
-    min_p_S: torch.Tensor,
-) -> torch.Tensor:
-    """The same threshold without a sort and without asking the device which rows have a filter."""
-    num_rows, vocab = logits_SV.shape
-    threshold_S = torch.empty_like(temperature_S)
-    if num_rows > 0:
-        _keep_threshold_kernel[(num_rows,)](
-            logits_SV,
-            temperature_S,
-            top_k_S,
-            top_p_S,
-            min_p_S,
-            threshold_S,
-            vocab,
-            logits_SV.stride(0),
-            BLOCK=min(triton.next_power_of_2(vocab), 8192),
-            num_warps=16,
-        )
-    return threshold_S
+            total = _mass_at_least(values, num_values, threshold, largest, temperature, False, BLOCK)
+    if top_p < 1:
+        threshold = _largest_with_mass(values, num_values, top_p * total, threshold, largest, temperature, False, BLOCK)
+    if min_p > 0:
+        threshold = tl.maximum(threshold, min_p_threshold(largest, temperature, min_p))
+    return threshold

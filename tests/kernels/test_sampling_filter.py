@@ -1,6 +1,7 @@
 import pytest
 import torch
-from pilotfish.kernels.sampling_filter import keep_threshold_ref, keep_threshold_triton
+from pilotfish.kernels.sampling import draw_triton
+from pilotfish.kernels.sampling_filter import keep_threshold_ref
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # (temperature, top_k, top_p, min_p)
@@ -24,6 +25,11 @@ LARGE = {name: (151936, options) for name, options in FILTERS.items()}
 def arguments(options, num_rows, device="cpu"):
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float32)
     return [torch.full((num_rows,), value, dtype=dtype, device=device) for value, dtype in zip(options, dtypes, strict=True)]
+
+
+def keep_threshold_triton(logits, *parameters):
+    zeros = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return draw_triton(logits, *parameters, zeros, zeros)[1]
 
 
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
