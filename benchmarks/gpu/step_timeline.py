@@ -1,0 +1,120 @@
+"""The time line of decode steps on a GPU: what each kernel takes, and how long the GPU waits within and between steps.
+
+The engine's own loop runs (overlapped, CUDA graphs), on a dummy model; a window of its steps is traced by torch.profiler. One
+JSON row a batch size, then a row a kernel: launches and microseconds a step.
+
+    python benchmarks/gpu/step_timeline.py --shape qwen3-0.6b [--batch-sizes 1,128] [--context 640] [--steps 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+
+import torch
+from pilotfish.common.config import EngineConfig, ModelConfig
+from pilotfish.common.requests import EngineRequest, StepOutput, TokenSampling
+from pilotfish.scheduler.scheduler_config import SchedulerConfig
+from pilotfish.scheduler.step_scheduler import StepScheduler
+from pilotfish.workers.runner_setup import set_up_runner
+from pilotfish.workers.step_loop import StepLoop
+from torch.profiler import ProfilerActivity, profile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--batch-sizes", default="1,128", type=lambda text: [int(size) for size in text.split(",")])
+    parser.add_argument("--context", type=int, default=640, help="prompt tokens of each sequence")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kernels", type=int, default=25, help="rows of the longest kernels to print")
+    args = parser.parse_args()
+    loop, produced = make_loop(args)
+    for batch_size in args.batch_sizes:
+        trace_steps(loop, produced, batch_size, args)
+
+
+def make_loop(args: argparse.Namespace) -> tuple[StepLoop, Counter[str]]:
+    config = EngineConfig(max_num_seqs=max(args.batch_sizes), kv_memory_fraction=0.9, prefix_caching=False)
+    model = ModelConfig(model=f"dummy:{args.shape}", max_model_len=args.context + 256)
+    runner, info = set_up_runner(model, config)
+    scheduler = StepScheduler(
+        SchedulerConfig(
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            max_model_len=info.max_model_len,
+            prefix_caching=False,
+        )
+    )
+    produced: Counter[str] = Counter()
+
+    def count(step: StepOutput) -> None:
+        produced.update({sequence.request_id: len(sequence.token_ids) for sequence in step.sequences})
+
+    return StepLoop(runner, scheduler, on_step=count, max_in_flight=2 if torch.cuda.is_available() else 1), produced
+
+
+def trace_steps(loop: StepLoop, produced: Counter[str], batch_size: int, args: argparse.Namespace) -> None:
+    produced.clear()
+    sampling = TokenSampling(temperature=0.0, max_tokens=250, seed=0)
+    for index in range(batch_size):
+        prompt = tuple((7 * token + index) % 1000 for token in range(args.context))
+        loop.scheduler.add(EngineRequest(request_id=f"{batch_size}-{index}", prompt_token_ids=prompt, sampling=sampling))
+    while len(produced) < batch_size or min(produced.values()) < 8:  # all of them decode, and nothing is new any more
+        loop.advance()
+    untraced_ms = run_steps(loop, args.steps)
+    activities = [ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
+    with profile(activities=activities) as trace:
+        traced_ms = run_steps(loop, args.steps)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    report(trace, batch_size, args, untraced_ms=untraced_ms, traced_ms=traced_ms)
+    for request_id in produced:
+        loop.scheduler.abort(request_id)
+    while loop.has_work:
+        loop.advance()
+
+
+def run_steps(loop: StepLoop, num_steps: int) -> float:
+    start_s = time.perf_counter()
+    for _ in range(num_steps):
+        loop.advance()
+    return (time.perf_counter() - start_s) * 1e3 / num_steps
+
+
+def report(trace: profile, batch_size: int, args: argparse.Namespace, *, untraced_ms: float, traced_ms: float) -> None:
+    events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in events)
+    busy_us, end = 0.0, spans[0][0] if spans else 0.0
+    gaps_us = []
+    for start, stop in spans:
+        if start > end:
+            gaps_us.append(start - end)
+        busy_us += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    total_us = end - spans[0][0] if spans else 0.0
+    row = {
+        "shape": args.shape,
+        "batch": batch_size,
+        "step_ms": round(untraced_ms, 3),
+        "traced_step_ms": round(traced_ms, 3),
+        "gpu_idle_share": round(1 - busy_us / total_us, 3) if total_us else None,
+        "longest_gap_us": round(max(gaps_us, default=0.0), 1),
+        "kernels_per_step": round(len(events) / args.steps, 1),
+    }
+    print(json.dumps(row), flush=True)
+    launches, spent_us = Counter[str](), Counter[str]()
+    for event in events:
+        launches[event.name] += 1
+        spent_us[event.name] += event.time_range.elapsed_us()
+    for name, us in spent_us.most_common(args.kernels):
+        per_step = {"us_per_step": round(us / args.steps, 1), "launches_per_step": round(launches[name] / args.steps, 1)}
+        print(json.dumps({"kernel": name[:110], **per_step, "us_each": round(us / launches[name], 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
