@@ -1,0 +1,199 @@
+"""Paged attention on this GPU against a naive gather, as fractions of its limit: `python benchmarks/gpu/bench_attention.py`.
+
+One JSON row a shape: microseconds a call (median of replays of a CUDA graph; caches rotate past the L2), TB/s of keys and
+values read and their fraction of --bandwidth for decode, TFLOP/s of what the causal mask leaves and their fraction of --flops
+for prefill. The baseline gathers the pages with an index and calls F.scaled_dot_product_attention.
+`--sweep N` times launch parameters instead, the best N first: what kernels/attention_config.py should say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from pilotfish.kernels.attention_config import DecodeConfig, PrefillConfig, decode_config, prefill_config
+from pilotfish.kernels.decode_attention import decode_attention
+from pilotfish.kernels.paged_attention import TOLERANCE, paged_attention
+from pilotfish.kernels.prefill_attention import prefill_attention
+
+PAGE_LEN, HEAD_DIM, ELEMENT_BYTES = 16, 128, 2
+HEADS = {"qwen3-8b": (32, 8), "qwen3-30b-a3b": (32, 4), "qwen3-0.6b": (16, 8)}
+DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (1, 8192), (8, 8192), (1, 32768), (8, 32768)]
+PREFILL_SHAPES = [(16, 512), (1, 8192)]
+ROTATED_BYTES = 256 * 2**20
+OPTIONS = {"scale": HEAD_DIM**-0.5, "window": None, "soft_cap": None, "sinks_N": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """`num_rows` rows of `query_len` new tokens and `context_len` keys each."""
+
+    model: str
+    num_rows: int
+    query_len: int
+    context_len: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_rows * self.context_len * HEADS[self.model][1] * HEAD_DIM * 2 * ELEMENT_BYTES
+
+    @property
+    def flops(self) -> int:
+        pairs = self.query_len * self.context_len - self.query_len * (self.query_len - 1) // 2
+        return 4 * self.num_rows * pairs * HEADS[self.model][0] * HEAD_DIM
+
+
+class Inputs:
+    """Random tensors of one shape: enough copies of the caches to leave the L2 between two calls on one of them."""
+
+    def __init__(self, shape: Shape, *, table_width: int) -> None:
+        num_heads, num_kv_heads = HEADS[shape.model]
+        self.shape = shape
+        self.pages_a_row = -(-shape.context_len // PAGE_LEN)
+        num_pages = shape.num_rows * self.pages_a_row
+        cache_shape = (2, num_pages, PAGE_LEN, num_kv_heads, HEAD_DIM)
+        num_copies = -(-ROTATED_BYTES // shape.cache_bytes)
+        self.caches = [torch.randn(cache_shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_copies)]
+        num_tokens = shape.num_rows * shape.query_len
+        qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        self.q = qkv[:, :num_heads]
+        width = max(table_width, self.pages_a_row)
+        self.tables = torch.zeros(shape.num_rows, width, dtype=torch.int32, device="cuda")
+        pages = torch.randperm(num_pages, device="cuda").int()
+        self.tables[:, : self.pages_a_row] = pages.view(shape.num_rows, self.pages_a_row)
+        self.starts = torch.arange(shape.num_rows + 1, dtype=torch.int32, device="cuda") * shape.query_len
+        self.lens = torch.full((shape.num_rows,), shape.context_len, dtype=torch.int32, device="cuda")
+
+    def arguments(self, copy: int) -> tuple[torch.Tensor, ...]:
+        return (self.q, *self.caches[copy % len(self.caches)], self.tables, self.starts, self.lens)
+
+    def run(self, copy: int) -> torch.Tensor:
+        options = OPTIONS | {"max_query_len": self.shape.query_len}
+        return paged_attention(*self.arguments(copy), **options)
+
+    def run_configured(self, copy: int, config: DecodeConfig | PrefillConfig) -> torch.Tensor:
+        out = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        if isinstance(config, DecodeConfig):
+            decode_attention(out, *self.arguments(copy), config=config, **OPTIONS)
+        else:
+            prefill_attention(out, *self.arguments(copy), config=config, skip_one_query=False, **OPTIONS)
+        return out
+
+    def gather(self, copy: int) -> torch.Tensor:
+        """The baseline: [rows, heads, query, head_dim]."""
+        tables = self.tables[:, : self.pages_a_row]
+        k, v = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in self.caches[copy % len(self.caches)])
+        q = self.q.view(self.shape.num_rows, self.shape.query_len, *self.q.shape[1:]).transpose(1, 2)
+        is_causal = self.shape.query_len > 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=OPTIONS["scale"], enable_gqa=True)
+
+
+def graph_microseconds(run: Callable[[int], object], num_copies: int) -> float:
+    """Median over replays of a graph of several calls, each on the next copy of the caches."""
+    num_calls = -(-8 // num_copies) * num_copies
+    for copy in range(2):
+        run(copy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in range(num_calls):
+            run(copy)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
+    graph.replay()
+    for event in events:
+        event.record()
+        graph.replay()
+    torch.cuda.synchronize()
+    replays_ms = [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
+    return statistics.median(replays_ms) * 1e3 / num_calls
+
+
+def describe(shape: Shape, microseconds: float, limits: argparse.Namespace) -> dict[str, object]:
+    row: dict[str, object] = {
+        "op": "decode" if shape.query_len == 1 else "prefill",
+        "heads": shape.model,
+        "batch": shape.num_rows,
+        "context": shape.context_len,
+        "us": round(microseconds, 2),
+    }
+    if shape.query_len == 1:
+        rate = shape.cache_bytes / microseconds / 1e6
+        return row | {"tb_s": round(rate, 3), "of_limit": round(rate / limits.bandwidth, 3)}
+    rate = shape.flops / microseconds / 1e6
+    return row | {"tflop_s": round(rate, 1), "of_limit": round(rate / limits.flops, 3)}
+
+
+def default_config(inputs: Inputs) -> DecodeConfig | PrefillConfig:
+    num_heads, num_kv_heads = HEADS[inputs.shape.model]
+    shape = {"group": num_heads // num_kv_heads, "head_dim": HEAD_DIM, "element_bytes": ELEMENT_BYTES}
+    if inputs.shape.query_len > 1:
+        return prefill_config(**shape)
+    max_keys = inputs.tables.shape[1] * PAGE_LEN
+    return decode_config(num_rows=inputs.shape.num_rows, num_kv_heads=num_kv_heads, max_keys=max_keys, **shape)
+
+
+def swept_configs(default: DecodeConfig | PrefillConfig) -> Iterator[DecodeConfig | PrefillConfig]:
+    """First the number of splits with everything else as it is, then the tiles."""
+    if isinstance(default, DecodeConfig):
+        for num_splits in {1, 2, 4, 8, 16, 32, 64, default.num_splits}:
+            yield dataclasses.replace(default, num_splits=num_splits)
+        for block_j, num_warps, num_stages in itertools.product((32, 64, 128), (4, 8), (1, 3, 5)):
+            yield dataclasses.replace(default, block_j=block_j, num_warps=num_warps, num_stages=num_stages)
+        yield dataclasses.replace(default, dependent_launch=True)
+        return
+    for block_m, block_j, num_stages in itertools.product((64, 128), (64, 128), (3, 5)):
+        for num_warps in (4,) if block_m == 64 else (4, 8):
+            yield PrefillConfig(block_m=block_m, block_j=block_j, num_warps=num_warps, num_stages=num_stages)
+
+
+def sweep(inputs: Inputs, limits: argparse.Namespace, keep: int) -> None:
+    rows = []
+    expected = inputs.run(0)
+    for config in swept_configs(default_config(inputs)):
+        try:
+            out = inputs.run_configured(0, config)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        rtol, atol = TOLERANCE[out.dtype]
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol, msg=lambda text, config=config: f"{config}: {text}")
+        microseconds = graph_microseconds(lambda copy, config=config: inputs.run_configured(copy, config), len(inputs.caches))
+        rows.append(describe(inputs.shape, microseconds, limits) | {"config": dataclasses.asdict(config)})
+    for row in sorted(rows, key=lambda row: row["us"])[:keep]:
+        print(json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", choices=HEADS, action="append", help="default: all")
+    parser.add_argument("--only", choices=["decode", "prefill"])
+    parser.add_argument("--table-width", type=int, default=2560, help="columns of decode block tables, as in a CUDA graph")
+    parser.add_argument("--bandwidth", type=float, default=4.28, help="the machine's measured read bandwidth, TB/s")
+    parser.add_argument("--flops", type=float, default=790.0, help="the machine's measured bf16 matrix rate, TFLOP/s")
+    parser.add_argument("--sweep", type=int, default=0, metavar="N", help="print the N best launch parameters of each shape")
+    arguments = parser.parse_args()
+    decode = [(num_rows, 1, context_len) for num_rows, context_len in DECODE_SHAPES] if arguments.only != "prefill" else []
+    prefill = [(num_rows, length, length) for num_rows, length in PREFILL_SHAPES] if arguments.only != "decode" else []
+    for model in arguments.heads or HEADS:
+        for num_rows, query_len, context_len in decode + prefill:
+            shape = Shape(model=model, num_rows=num_rows, query_len=query_len, context_len=context_len)
+            inputs = Inputs(shape, table_width=arguments.table_width if query_len == 1 else 0)
+            if arguments.sweep:
+                sweep(inputs, arguments, arguments.sweep)
+                continue
+            microseconds = graph_microseconds(inputs.run, len(inputs.caches))
+            baseline = graph_microseconds(inputs.gather, len(inputs.caches))
+            row = describe(shape, microseconds, arguments)
+            row |= {"gather_us": round(baseline, 2), "speedup": round(baseline / microseconds, 2)}
+            print(json.dumps(row | {"config": dataclasses.asdict(default_config(inputs))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
