@@ -168,7 +168,12 @@ class BatchState:
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """A host array on the device; the copy to a GPU is queued, never waited for."""
+        return self._staged(array).to(self.device, non_blocking=True)
+
+    def fill(self, target: torch.Tensor, array: np.ndarray) -> None:
+        """The same into a tensor that stays where it is."""
+        target.copy_(self._staged(array), non_blocking=True)
+
+    def _staged(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory()

@@ -189,7 +189,7 @@ class ModelRunner:
 
     def _replay(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
         columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
-        graph.columns.copy_(self._batch_state.to_device(columns), non_blocking=True)
+        self._batch_state.fill(graph.columns, columns)
         slots_R, positions_R, output_positions_R = columns[:, : len(rows)]
         with stopwatch.measure("forward"):
             graph.forward.replay()

@@ -81,7 +81,7 @@ class Sampler:
     """The sampling parameters of all slots, and the draw."""
 
     def __init__(self, batch_state: BatchState, *, vocab_size: int) -> None:
-        num_slots, self._to_device = len(batch_state.token_ids_MC), batch_state.to_device
+        num_slots, self._to_device, self._fill = len(batch_state.token_ids_MC), batch_state.to_device, batch_state.fill
         token_ids_MC = batch_state.token_ids_MC
         self._floats_3M = np.zeros((3, num_slots), dtype=np.float32)  # temperature, top_p, min_p
         self._top_k_M = np.zeros(num_slots, dtype=np.int32)
@@ -150,7 +150,7 @@ class Sampler:
         """Brings parameters that changed to the device."""
         if self._is_stale:
             for table, tensor in zip(self._tables, self._on_device, strict=True):
-                tensor.copy_(self._to_device(table), non_blocking=True)
+                self._fill(tensor, table)
             self._is_stale = False
 
     def draw_plain(self, logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
