@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.errors import ConfigError
 
-_NUM_BINS = 100
+_NUM_BINS = 50
 Plotted = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 

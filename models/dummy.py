@@ -2,8 +2,9 @@
 
 The name `dummy:<shape>` (dummy_shapes.py) stands where a model's path would. A dummy has no tokenizer: it runs on token ids.
 
-Weights are normal with standard deviation 1 / sqrt(inputs), so that activations keep their size through the layers; embeddings
-have 0.02, norms are one. Every router is drawn on its own, so that tokens spread over the experts.
+Weights are normal with standard deviation 1 / sqrt(inputs), so that activations keep their size through the layers; norms are
+one. An embedding that is not the head too has standard deviation 1, like what the layers add to it: different tokens then stay
+different in every layer and, each router being drawn on its own, spread over the experts.
 """
 
 from __future__ import annotations
@@ -16,15 +17,12 @@ import torch
 from .build import DtypeName, choose_dtypes
 from .causal_lm import CausalLM
 from .dummy_shapes import dummy_shape
-from .layers.embedding import Embedding
 from .layers.norm import RmsNorm
 from .parallel import Parallel
 from .registry import lookup
 from .weight_source import Placement
 
 logger = logging.getLogger(__name__)
-
-_EMBEDDING_STD = 0.02
 
 
 def build_dummy(
@@ -61,5 +59,7 @@ def _fill(model: CausalLM, generator: torch.Generator) -> None:
             elif parameter.dim() == 1:  # a bias
                 parameter.zero_()
             else:
-                std = _EMBEDDING_STD if isinstance(module, Embedding) else parameter.shape[-1] ** -0.5
-                parameter.normal_(std=std, generator=generator)
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    embedding = model.embedding
+    if embedding.head_weight is not embedding.weight:
+        embedding.weight.normal_(generator=generator)
