@@ -47,6 +47,11 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--batch-sizes", type=_whole_numbers, default="1,8,32,128", metavar="N,N", help="a row for each")
     _add_lengths(parser)
+    parser.add_argument(
+        "--count-experts",
+        action="store_true",
+        help="afterwards, count the experts that the last step of each batch touched; loads the model a second time",
+    )
     _add_engine(parser, warmup="as many as --output-len", max_num_seqs="the largest batch")
     parser.epilog = (
         "ttft_s: all sequences of the batch submitted at once, until the last has its first token. tpot_ms = (time for "

@@ -31,12 +31,14 @@ class EngineRun:
     Attributes:
         num_preemptions: sequences that had to be computed again for want of KV blocks.
         token_times: (seconds since the start, tokens) of each step that produced any.
+        sequences: every prompt with its output, where they were asked for.
     """
 
     elapsed_s: float
     num_output_tokens: int
     num_preemptions: int
     token_times: tuple[tuple[float, int], ...]
+    sequences: tuple[tuple[int, ...], ...] = ()
 
 
 class BenchEngine:
@@ -65,9 +67,11 @@ class BenchEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._engine.stop()
 
-    def run(self, num_prompts: int, *, input_len: int, output_len: int) -> EngineRun:
+    def run(self, num_prompts: int, *, input_len: int, output_len: int, keep_sequences: bool = False) -> EngineRun:
         """`num_prompts` new random prompts of `input_len` tokens, `output_len` tokens out of each."""
-        pending = deque(self._request(input_len, output_len) for _ in range(num_prompts))
+        requests = [self._request(input_len, output_len) for _ in range(num_prompts)]
+        pending = deque(requests)
+        kept: list[StepOutput] = []
         num_preemptions = self._num_preemptions
         token_times: list[tuple[float, int]] = []
         num_left = num_prompts
@@ -78,6 +82,8 @@ class BenchEngine:
                 num_tokens = sum(len(sequence.token_ids) for sequence in step.sequences)
                 if num_tokens:
                     token_times.append((now_s - start_s, num_tokens))
+                if keep_sequences:
+                    kept.append(step)
                 num_left -= _count_finished(step, output_len)
                 self._num_preemptions, end_s = step.load.num_preemptions, now_s
         return EngineRun(
@@ -85,6 +91,7 @@ class BenchEngine:
             num_output_tokens=sum(number for _, number in token_times),
             num_preemptions=self._num_preemptions - num_preemptions,
             token_times=tuple(token_times),
+            sequences=_sequences(requests, kept) if keep_sequences else (),
         )
 
     def _request(self, input_len: int, output_len: int) -> EngineRequest:
@@ -131,6 +138,14 @@ def _count_finished(step: StepOutput, output_len: int) -> int:
             )
         num_finished += 1
     return num_finished
+
+
+def _sequences(requests: list[EngineRequest], steps: list[StepOutput]) -> tuple[tuple[int, ...], ...]:
+    tokens = {request.request_id: list(request.prompt_token_ids) for request in requests}
+    for step in steps:
+        for sequence in step.sequences:
+            tokens[sequence.request_id].extend(sequence.token_ids)
+    return tuple(map(tuple, tokens.values()))
 
 
 def seconds_since_process_start() -> float:

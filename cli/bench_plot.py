@@ -35,7 +35,7 @@ def draw(workload: str, plotted: Plotted, path: str) -> None:
 
 
 def _draw_latency(axes: Any, plotted: Plotted) -> None:
-    rows = sorted((row for row, _ in plotted), key=lambda row: row["batch"])
+    rows = sorted((row for row, _ in plotted if "tpot_ms" in row), key=lambda row: row["batch"])
     batches = [row["batch"] for row in rows]
     axes.plot(batches, [row["tpot_ms"] for row in rows], marker="o", label="measured")
     axes.plot(batches, [row["roofline_tpot_ms"] for row in rows], marker=".", linestyle="--", label="roofline")

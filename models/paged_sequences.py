@@ -38,11 +38,16 @@ class PagedSequences:
     @torch.inference_mode()
     def extend(self, new_tokens: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:
         """One forward pass that appends tokens to some of the sequences: the logits [new tokens, V] of each."""
-        batch = self._batch(new_tokens)
-        logits_TV = self.model.compute_logits(self.model(batch)).cpu()
+        logits_TV = self.model.compute_logits(self.append(new_tokens)).cpu()
+        return dict(zip(new_tokens, logits_TV.split([len(tokens) for tokens in new_tokens.values()]), strict=True))
+
+    @torch.inference_mode()
+    def append(self, new_tokens: Mapping[int, Sequence[int]]) -> torch.Tensor:
+        """As `extend`, but stops at the hidden states [T, H] behind the final norm."""
+        hidden_TH: torch.Tensor = self.model(self._batch(new_tokens))
         for sequence, tokens in new_tokens.items():
             self.lengths[sequence] += len(tokens)
-        return dict(zip(new_tokens, logits_TV.split([len(tokens) for tokens in new_tokens.values()]), strict=True))
+        return hidden_TH
 
     def _batch(self, new_tokens: Mapping[int, Sequence[int]]) -> ForwardBatch:
         token_ids: list[int] = []

@@ -85,6 +85,18 @@ def test_latency_prints_a_row_for_each_batch(shape: str, tmp_path: Path, capsys:
     assert rows[1]["roofline_tpot_ms"] > rows[0]["roofline_tpot_ms"] > 0
 
 
+def test_experts_are_counted_in_what_was_generated(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "latency", "--shape", "tiny-moe", "--batch-sizes", "1,6", "--count-experts", *TINY]
+    assert cli.main(argv) == 0
+    *_, one, six = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (one["batch"], one["experts_touched"], one["experts_expected"]) == (1, 2, 2)  # top 2
+    assert six["batch"] == 6
+    assert 2 < six["experts_touched"] <= 8
+    assert six["experts_expected"] == pytest.approx(8 * (1 - 0.75**6), rel=1e-4)
+    assert cli.main(["bench", "latency", "--shape", "tiny", "--batch-sizes", "1", "--count-experts", *TINY]) == 1
+    assert "--count-experts: dummy:tiny has none" in capsys.readouterr().err
+
+
 def test_throughput_counts_every_token(capsys: pytest.CaptureFixture[str]) -> None:
     """More prompts than the engine runs at a time."""
     argv = ["bench", "throughput", "--shape", "tiny", "--num-prompts", "9", "--max-num-seqs", "4", "--repeat", "2", *TINY]
