@@ -1,10 +1,14 @@
-"""Grouped GEMM over tokens sorted by expert: y[pair] = x[row of pair] @ weight[expert of pair].T, float32 accumulation.
+"""Grouped GEMMs of experts over pairs sorted by expert (moe_sort.py), on tensor cores.
 
-A pair is one choice of one token: pair = token * C + choice. `sort_by_expert` puts the pairs in the order of their experts
-(stable, so that runs repeat bit by bit); a tile of BLOCK_M pairs then reads the weights of one expert. Everything stays on
-the device: the number of tiles is bounded, not known, and those beyond the last leave at once.
+    gated_grouped_gemm:     h[pair] = activation(x[token] @ gate[e].T) * (x[token] @ up[e].T)
+    weighted_grouped_gemm:  y[pair] = weights[pair] * (h[pair] @ down[e].T)
 
-T tokens, C choices, E experts, K input and N output features.
+e is the expert of the pair. Sums are float32; gate, up and each result are rounded to the dtype of x once. Rows of pairs
+that belong to no expert stay unset. A program takes a block of one expert's outputs and every NUM_SLICES-th tile of its pairs,
+so the grid follows from shapes alone: nothing is read on the host, and an expert with no pairs costs an empty program.
+
+T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, U = 2 F (gate in the first half), K inputs
+and N outputs of a GEMM.
 """
 
 from dataclasses import dataclass
@@ -13,126 +17,149 @@ import torch
 import triton
 import triton.language as tl
 
+from .gated_activation import activate
+
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertOrder:
-    """Pairs sorted by expert. Pairs whose expert id is negative come first and belong to no tile."""
+class GroupedConfig:
+    """How a grouped GEMM is cut into programs.
 
-    pairs: torch.Tensor  # [T * C] int32, pairs in the order of their experts
-    expert_starts: torch.Tensor  # [E + 1] int32, where each expert's pairs start in `pairs`; the last is their end
-    tile_starts: torch.Tensor  # [E + 1] int32, the first tile of each expert; the last is the number of tiles
-    block_m: int  # pairs a tile
-    max_tiles: int  # bound on the number of tiles
+    Attributes:
+        block_m: pairs a tile.
+        block_n: outputs a program; a gated GEMM computes both the gate and the up of each.
+        block_k: inputs a step.
+        num_slices: programs that share the tiles of one expert and block of outputs.
+    """
 
-
-def sort_by_expert(experts_TC: torch.Tensor, num_experts: int) -> ExpertOrder:
-    """The order of the pairs of `experts_TC`, with tiles as tall as an expert's average share asks for."""
-    num_pairs = experts_TC.numel()
-    block_m = min(max(triton.next_power_of_2(triton.cdiv(num_pairs, num_experts)), 16), 128)
-    sorted_ids, pairs = experts_TC.flatten().sort(stable=True)
-    boundaries = torch.arange(num_experts + 1, dtype=sorted_ids.dtype, device=sorted_ids.device)
-    expert_starts = torch.searchsorted(sorted_ids, boundaries, out_int32=True)
-    tile_starts = torch.zeros_like(expert_starts)
-    torch.cumsum((expert_starts.diff() + block_m - 1) // block_m, dim=0, out=tile_starts[1:])
-    return ExpertOrder(
-        pairs=pairs.to(torch.int32),
-        expert_starts=expert_starts,
-        tile_starts=tile_starts,
-        block_m=block_m,
-        max_tiles=num_pairs // block_m + min(num_experts, num_pairs),
-    )
+    block_m: int
+    block_n: int
+    block_k: int
+    num_slices: int
+    num_warps: int
+    num_stages: int
 
 
 @triton.jit
 def _grouped_gemm_kernel(
     x,
     weight,
+    scales,
     y,
     pairs,
     expert_starts,
-    tile_starts,
-    num_experts,
     num_inputs,
     num_outputs,
     stride_x,
     stride_we,
     stride_wn,
-    CHOICES_PER_ROW: tl.constexpr,
-    SCATTER: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    up_offset,
+    PAIRS_PER_ROW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program a tile of pairs of one expert and a block of outputs."""
-    tile = tl.program_id(0)
-    e = tl.arange(0, BLOCK_E)
-    starts = tl.load(tile_starts + e, e <= num_experts, other=0x7FFFFFFF)
-    # Of experts that start at one tile only the last has pairs.
-    expert = tl.sum((starts <= tile).to(tl.int32), axis=0) - 1
-    if expert >= num_experts:
-        return
-    m = tl.load(expert_starts + expert) + (tile - tl.load(tile_starts + expert)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_expert = m < tl.load(expert_starts + expert + 1)
-    pair = tl.load(pairs + m, in_expert, other=0)
-    source, target = m, m
-    if CHOICES_PER_ROW > 0:
-        source = pair // CHOICES_PER_ROW
-    if SCATTER:
-        target = pair
-
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Gated where ACTIVATION is named: the weight holds num_outputs gate rows, then as many up rows. Else scaled by pair."""
+    expert = tl.program_id(2)
+    first, end = tl.load(expert_starts + expert), tl.load(expert_starts + expert + 1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    x_M = x + source.to(tl.int64) * stride_x
     weight_N = weight + expert.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wn
-    sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, num_inputs, BLOCK_K):
-        inside = start + k < num_inputs
-        x_MK = tl.load(x_M[:, None] + (start + k)[None, :], in_expert[:, None] & inside[None, :], other=0.0)
-        weight_KN = tl.load(weight_N[None, :] + (start + k)[:, None], (n < num_outputs)[None, :] & inside[:, None], other=0.0)
-        sum_MN += tl.dot(x_MK, weight_KN.to(x_MK.dtype), input_precision="ieee")
-    tl.store(
-        y + (target.to(tl.int64) * num_outputs)[:, None] + n[None, :],
-        sum_MN.to(y.dtype.element_ty),
-        in_expert[:, None] & (n < num_outputs)[None, :],
-    )
+    weight_KN = weight_N[None, :] + k[:, None]
+    in_outputs = (n < num_outputs)[None, :]
+    for tile_start in range(first + tl.program_id(1) * BLOCK_M, end, NUM_SLICES * BLOCK_M):
+        m = tile_start + tl.arange(0, BLOCK_M)
+        in_expert = (m < end)[:, None]
+        pair = tl.load(pairs + m, m < end, other=0)
+        x_MK = x + ((pair // PAIRS_PER_ROW).to(tl.int64) * stride_x)[:, None] + k[None, :]
+        sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, num_inputs, BLOCK_K):
+            if EVEN_K:
+                inputs = tl.load(x_MK + start, in_expert, other=0.0)
+                in_block = in_outputs
+            else:
+                inputs = tl.load(x_MK + start, in_expert & (start + k < num_inputs)[None, :], other=0.0)
+                in_block = in_outputs & (start + k < num_inputs)[:, None]
+            outputs = tl.load(weight_KN + start, in_block, other=0.0).to(inputs.dtype)
+            sum_MN = tl.dot(inputs, outputs, sum_MN, input_precision="ieee")
+            if ACTIVATION is not None:
+                outputs = tl.load(weight_KN + up_offset + start, in_block, other=0.0).to(inputs.dtype)
+                up_MN = tl.dot(inputs, outputs, up_MN, input_precision="ieee")
+        if ACTIVATION is not None:
+            dtype = y.dtype.element_ty
+            sum_MN = activate(sum_MN.to(dtype).to(tl.float32), up_MN.to(dtype).to(tl.float32), ACTIVATION)
+        else:
+            sum_MN *= tl.load(scales + pair, m < end, other=0.0)[:, None]
+        y_MN = y + (pair.to(tl.int64) * num_outputs)[:, None] + n[None, :]
+        tl.store(y_MN, sum_MN.to(y.dtype.element_ty), in_expert & in_outputs)
 
 
-def grouped_gemm(
+def gated_grouped_gemm(
+    x_TH: torch.Tensor,
+    gate_up_weight_EUH: torch.Tensor,
+    pairs_P: torch.Tensor,
+    expert_starts: torch.Tensor,
+    activation: str,
+    *,
+    config: GroupedConfig,
+) -> torch.Tensor:
+    """h [P, F] of x's dtype, in the order of pairs (not sorted)."""
+    h_PF = x_TH.new_empty(pairs_P.shape[0], gate_up_weight_EUH.shape[1] // 2)
+    _launch(x_TH, gate_up_weight_EUH, None, h_PF, pairs_P, expert_starts, activation=activation, config=config)
+    return h_PF
+
+
+def weighted_grouped_gemm(
+    h_PF: torch.Tensor,
+    down_weight_EHF: torch.Tensor,
+    weights_TC: torch.Tensor,
+    pairs_P: torch.Tensor,
+    expert_starts: torch.Tensor,
+    *,
+    config: GroupedConfig,
+) -> torch.Tensor:
+    """y [P, H] of h's dtype, in the order of pairs."""
+    y_PH = h_PF.new_empty(h_PF.shape[0], down_weight_EHF.shape[1])
+    _launch(h_PF, down_weight_EHF, weights_TC, y_PH, pairs_P, expert_starts, activation=None, config=config)
+    return y_PH
+
+
+def _launch(
     x_RK: torch.Tensor,
     weight_ENK: torch.Tensor,
+    scales: torch.Tensor | None,
     y_PN: torch.Tensor,
-    order: ExpertOrder,
+    pairs_P: torch.Tensor,
+    expert_starts: torch.Tensor,
     *,
-    choices_per_row: int | None,
-    scatter: bool,
+    activation: str | None,
+    config: GroupedConfig,
 ) -> None:
-    """Writes y, contiguous, of one row a pair; rows of pairs whose expert id is negative stay unset.
-
-    With `choices_per_row` a pair reads row pair // choices_per_row of x, without it x is sorted by expert already.
-    `scatter` writes y in the order of pairs, else it stays sorted by expert.
-    """
-    num_experts, num_outputs, num_inputs = weight_ENK.shape
-    wide = x_RK.element_size() > 2
-    block_n, block_k = (64, 32) if wide else (128, 64)
-    _grouped_gemm_kernel[(order.max_tiles, triton.cdiv(num_outputs, block_n))](
+    num_experts, _, num_inputs = weight_ENK.shape
+    grid = (triton.cdiv(y_PN.shape[1], config.block_n), config.num_slices, num_experts)
+    _grouped_gemm_kernel[grid](
         x_RK,
         weight_ENK,
+        scales,
         y_PN,
-        order.pairs,
-        order.expert_starts,
-        order.tile_starts,
-        num_experts,
+        pairs_P,
+        expert_starts,
         num_inputs,
-        num_outputs,
+        y_PN.shape[1],
         x_RK.stride(0),
         weight_ENK.stride(0),
         weight_ENK.stride(1),
-        CHOICES_PER_ROW=choices_per_row or 0,
-        SCATTER=scatter,
-        BLOCK_E=triton.next_power_of_2(num_experts + 1),
-        BLOCK_M=order.block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=8 if order.block_m >= 64 else 4,
+        y_PN.shape[1] * weight_ENK.stride(1),
+        PAIRS_PER_ROW=y_PN.shape[0] // x_RK.shape[0],
+        ACTIVATION=activation,
+        NUM_SLICES=config.num_slices,
+        EVEN_K=num_inputs % config.block_k == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )

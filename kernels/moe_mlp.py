@@ -3,8 +3,11 @@
     h   = gated_activation(x @ gate_up[e].T)       both rounded to the dtype of x
     out = sum over a token's choices c of weights[c] * (h @ down[e_c].T)       float32, one rounding at the end
 
-A choice whose expert id is negative contributes nothing (it belongs to another rank). T tokens, C choices a token, E
-experts, H hidden, F intermediate, U = 2 F (gate in the first half).
+A choice whose expert id is negative contributes nothing (it belongs to another rank). On CUDA very few tokens are served by two
+matrix-vector kernels (moe_gemv.py); more are sorted by expert (moe_sort.py), go through two grouped GEMMs (grouped_gemm.py),
+whose weighted terms are rounded to the dtype of x, and are summed. moe_config.py chooses.
+
+T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, U = 2 F (gate in the first half).
 """
 
 import torch
@@ -13,8 +16,11 @@ import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
-from .gated_activation import check_activation, gated_activation, gated_activation_ref
-from .grouped_gemm import grouped_gemm, sort_by_expert
+from .gated_activation import check_activation, gated_activation_ref
+from .grouped_gemm import gated_grouped_gemm, weighted_grouped_gemm
+from .moe_config import MoeSizes, down_config, gate_up_config
+from .moe_gemv import GemvConfig, down_gemv, gated_gemv
+from .moe_sort import sort_pairs
 
 # Largest |out - reference| for inputs of order one, weights of order 1 / sqrt(fan-in): (relative, absolute).
 TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float16: (1e-2, 4e-3), torch.bfloat16: (4e-2, 3e-2)}
@@ -62,17 +68,27 @@ def moe_mlp_ref(
 
 
 @triton.jit
-def _combine_kernel(y, weights, experts, out, num_experts, hidden, NUM_CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a token and block of H: the weighted sum of its choices, in their order."""
+def _combine_kernel(y, experts, out, num_columns, NUM_CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a token and block of H: the sum of its choices, weighted already, in their order."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for choice in range(NUM_CHOICES):
+    for choice in tl.static_range(NUM_CHOICES):
         pair = token * NUM_CHOICES + choice
-        expert = tl.load(experts + pair)
-        if (expert >= 0) & (expert < num_experts):
-            total += tl.load(weights + pair) * tl.load(y + pair * hidden + column, column < hidden, other=0.0)
-    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), column < hidden)
+        # A mask rather than a branch: the loads of all choices are in flight together.
+        here = (tl.broadcast_to(tl.load(experts + pair), [BLOCK]) >= 0) & (column < num_columns)
+        total += tl.load(y + pair * num_columns + column, here, other=0.0).to(tl.float32)
+    tl.store(out + token * num_columns + column, total.to(out.dtype.element_ty), column < num_columns)
+
+
+def _combine(y_PH: torch.Tensor, experts_TC: torch.Tensor) -> torch.Tensor:
+    (num_tokens, num_choices), num_columns = experts_TC.shape, y_PH.shape[1]
+    out_TH = y_PH.new_empty(num_tokens, num_columns)
+    block = min(triton.next_power_of_2(num_columns), 1024)
+    _combine_kernel[(num_tokens, triton.cdiv(num_columns, block))](
+        y_PH, experts_TC, out_TH, num_columns, NUM_CHOICES=num_choices, BLOCK=block
+    )
+    return out_TH
 
 
 def _moe_mlp_triton(
@@ -83,23 +99,21 @@ def _moe_mlp_triton(
     experts_TC: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    (num_tokens, hidden), num_choices = x_TH.shape, experts_TC.shape[1]
-    num_experts = down_weight_EHF.shape[0]
-    out_TH = x_TH.new_empty(num_tokens, hidden)
-    if out_TH.numel() == 0:
-        return out_TH
-    order = sort_by_expert(experts_TC, num_experts)
-    # The first GEMM reads each choice's token and writes in the order of experts; the second goes back.
-    gate_up = x_TH.new_empty(num_tokens * num_choices, gate_up_weight_EUH.shape[1])
-    grouped_gemm(x_TH, gate_up_weight_EUH, gate_up, order, choices_per_row=num_choices, scatter=False)
-    hidden_states = gated_activation(gate_up, activation)
-    y = torch.empty(num_tokens * num_choices, hidden, dtype=torch.float32, device=x_TH.device)
-    grouped_gemm(hidden_states, down_weight_EHF, y, order, choices_per_row=None, scatter=True)
-    block = min(triton.next_power_of_2(hidden), 1024)
-    _combine_kernel[(num_tokens, triton.cdiv(hidden, block))](
-        y, weights_TC, experts_TC, out_TH, num_experts, hidden, NUM_CHOICES=num_choices, BLOCK=block
+    (num_experts, hidden, intermediate), (num_tokens, num_choices) = down_weight_EHF.shape, experts_TC.shape
+    if x_TH.numel() == 0:
+        return x_TH.new_empty(num_tokens, hidden)
+    sizes = MoeSizes(
+        num_tokens=num_tokens, num_choices=num_choices, num_experts=num_experts, hidden=hidden, intermediate=intermediate
     )
-    return out_TH
+    gate_up, down = gate_up_config(sizes, x_TH), down_config(sizes, x_TH)
+    order = () if isinstance(gate_up, GemvConfig) and isinstance(down, GemvConfig) else sort_pairs(experts_TC, num_experts)
+    if isinstance(gate_up, GemvConfig):
+        h_PF = gated_gemv(x_TH, gate_up_weight_EUH, experts_TC, activation, config=gate_up)
+    else:
+        h_PF = gated_grouped_gemm(x_TH, gate_up_weight_EUH, *order, activation, config=gate_up)
+    if isinstance(down, GemvConfig):
+        return down_gemv(h_PF, down_weight_EHF, weights_TC, experts_TC, config=down)
+    return _combine(weighted_grouped_gemm(h_PF, down_weight_EHF, weights_TC, *order, config=down), experts_TC)
 
 
 def _check(

@@ -1,0 +1,99 @@
+"""Which kernel, cut how, serves the two GEMMs of a mixture-of-experts layer: from the tuned table, else by rule.
+
+The table's ops are "moe_gate_up" and "moe_down", its sizes (E, C, H, F), its rows tokens; a config holds "kernel" ("gemv" or
+"grouped") and the fields of GemvConfig or GroupedConfig. T tokens, C choices a token, E experts, H hidden, F intermediate.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from . import tuning
+from .grouped_gemm import GroupedConfig
+from .moe_gemv import GemvConfig
+
+MAX_GEMV_TOKENS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSizes:
+    num_tokens: int
+    num_choices: int
+    num_experts: int
+    hidden: int
+    intermediate: int
+
+
+def gate_up_config(sizes: MoeSizes, x: torch.Tensor) -> GemvConfig | GroupedConfig:
+    """For x of its dtype and device."""
+    measured = _lookup("moe_gate_up", sizes, x)
+    if measured is not None:
+        return parse_config(measured)
+    if sizes.num_tokens <= MAX_GEMV_TOKENS:
+        return GemvConfig(block_n=2, block_k=gemv_block_k(sizes.hidden, most=1024), num_warps=4)
+    return _grouped_rule(sizes, x.element_size(), block_n=32)
+
+
+def down_config(sizes: MoeSizes, x: torch.Tensor) -> GemvConfig | GroupedConfig:
+    """For x of its dtype and device."""
+    measured = _lookup("moe_down", sizes, x)
+    if measured is not None:
+        return parse_config(measured)
+    if sizes.num_tokens <= MAX_GEMV_TOKENS:
+        return GemvConfig(block_n=4, block_k=gemv_block_k(sizes.intermediate, most=512), num_warps=4)
+    return _grouped_rule(sizes, x.element_size(), block_n=64)
+
+
+def gemv_block_k(num_inputs: int, *, most: int) -> int:
+    """The largest power of two that divides `num_inputs`, at most `most`; where it is tiny, one that needs a mask."""
+    divisor = num_inputs & -num_inputs
+    return min(divisor if divisor >= 64 else triton.next_power_of_2(num_inputs), most)
+
+
+def num_slices(sizes: MoeSizes, block_m: int) -> int:
+    """Programs that share an expert's tiles: enough that one of average load and a little more takes one tile each."""
+    pairs_an_expert = triton.cdiv(sizes.num_tokens * sizes.num_choices, sizes.num_experts)
+    if pairs_an_expert * 2 <= block_m:
+        return 1
+    return min(triton.cdiv(pairs_an_expert, block_m) + 1, triton.cdiv(sizes.num_tokens, block_m))
+
+
+def parse_config(config: tuning.Config) -> GemvConfig | GroupedConfig:
+    """ValueError where the config's kernel is not known."""
+    fields: dict[str, Any] = dict(config)
+    kernel = fields.pop("kernel", None)
+    if kernel == "gemv":
+        return GemvConfig(**fields)
+    if kernel == "grouped":
+        return GroupedConfig(**fields)
+    raise ValueError(f"moe: kernel {kernel!r} of the tuned table is not known: write it anew with pilotfish.kernels.tune")
+
+
+def _lookup(op: str, sizes: MoeSizes, x: torch.Tensor) -> tuning.Config | None:
+    if x.device.type != "cuda":  # the interpreter has no table
+        return None
+    key = (sizes.num_experts, sizes.num_choices, sizes.hidden, sizes.intermediate)
+    return tuning.lookup(op, x.dtype, key, sizes.num_tokens, x.device)
+
+
+def _grouped_rule(sizes: MoeSizes, element_size: int, *, block_n: int) -> GroupedConfig:
+    """Tiles as tall as an expert's average share. Short ones wait for memory: many bytes in flight; tall ones for tensor cores.
+
+    `block_n` of the short ones.
+    """
+    average = triton.cdiv(sizes.num_tokens * sizes.num_choices, sizes.num_experts)
+    if element_size > 2:
+        block_m = min(max(triton.next_power_of_2(average), 16), 32)
+        return GroupedConfig(
+            block_m=block_m, block_n=32, block_k=32, num_slices=num_slices(sizes, block_m), num_warps=4, num_stages=3
+        )
+    block_m = min(max(triton.next_power_of_2(average), 16), 128)
+    if block_m <= 32:
+        shape = {"block_n": block_n, "block_k": 128, "num_warps": 4, "num_stages": 4}
+    elif block_m == 64:
+        shape = {"block_n": 2 * block_n, "block_k": 64, "num_warps": 4, "num_stages": 4}
+    else:
+        shape = {"block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 3}
+    return GroupedConfig(block_m=block_m, num_slices=num_slices(sizes, block_m), **shape)
