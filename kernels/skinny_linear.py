@@ -57,7 +57,7 @@ def default_gemv_config(num_inputs: int) -> Config:
     return {"kernel": "gemv", "block_n": min(block_n, 4), "num_warps": min(max(block_k // 512, 4), 16)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_rows"])
 def _gemv_kernel(
     x,
     weight,
@@ -120,7 +120,7 @@ def _launch_gemv(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _skinny_kernel(
     x,
     weight,
@@ -183,7 +183,7 @@ def _skinny_kernel(
         tl.store(y + m.to(tl.int64)[None, :] * num_outputs + n[:, None], sum_NM.to(y.dtype.element_ty), inside_NM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_parts_kernel(
     x,
     parts,

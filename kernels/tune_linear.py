@@ -1,0 +1,131 @@
+"""What `tune` measures for linear layers: their shapes in known models, and the configs worth trying on each.
+
+N outputs (rows of the weight, gate and up together where the op is gated), K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+
+from .gated_activation import gated_activation
+from .gated_linear import gated_linear
+from .graph_timing import num_calls, num_copies
+from .linear import cublas_linear, linear
+from .skinny_linear import MAX_GEMV_INPUTS, MAX_SKINNY_ROWS, skinny_linear
+from .tuning import Config
+
+# (op, N, K) of every linear layer of a model on one GPU: q k v together, attention output, gate and up, down, router, head.
+SHAPES: dict[str, list[tuple[str, int, int]]] = {
+    "qwen3-8b": [
+        ("linear", 6144, 4096),
+        ("linear", 4096, 4096),
+        ("gated_linear", 24576, 4096),
+        ("linear", 4096, 12288),
+        ("linear_float32", 151936, 4096),
+    ],
+    "qwen3-0.6b": [
+        ("linear", 4096, 1024),
+        ("linear", 1024, 2048),
+        ("gated_linear", 6144, 1024),
+        ("linear", 1024, 3072),
+        ("linear_float32", 151936, 1024),
+    ],
+    "qwen3-30b-a3b": [
+        ("linear", 5120, 2048),
+        ("linear", 2048, 4096),
+        ("linear", 128, 2048),
+        ("linear_float32", 151936, 2048),
+    ],
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One shape of one op ("linear", "linear_float32", "gated_linear") in bfloat16, without bias."""
+
+    op: str
+    sizes: tuple[int, int]
+    num_rows: int
+
+    @property
+    def read_bytes(self) -> int:
+        return 2 * self.sizes[0] * self.sizes[1]
+
+    @property
+    def baseline(self) -> Config:
+        """What serves the op where no kernel of skinny_linear does."""
+        return {"kernel": "unfused" if self.op == "gated_linear" else "cublas"}
+
+    def candidates(self) -> list[Config]:
+        """The configs to compare with the baseline, some ten at most."""
+        num_outputs, num_inputs = self.sizes
+        configs: list[Config] = []
+        if self.num_rows <= 4 and num_inputs <= MAX_GEMV_INPUTS:
+            configs += _gemv_configs(num_inputs)
+        if 1 < self.num_rows <= MAX_SKINNY_ROWS:
+            configs += _skinny_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
+        return configs
+
+    def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:
+        """Calls on `num_weights` weights in turn (by default as many as leave L2); with no config the op chooses."""
+        generator = torch.Generator("cuda").manual_seed(0)
+        num_outputs, num_inputs = self.sizes
+        x_MK = torch.randn(self.num_rows, num_inputs, device="cuda", generator=generator).bfloat16()
+        copies = num_weights or num_copies(self.read_bytes)
+        weights = torch.empty(copies, num_outputs, num_inputs, device="cuda", dtype=torch.bfloat16)
+        weights.normal_(0, num_inputs**-0.5, generator=generator)
+        times = 1 if num_weights else num_calls(self.read_bytes)
+        return [partial(self._run, config, x_MK, weights[i % copies]) for i in range(times)]
+
+    def _run(self, config: Config | None, x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        out_dtype = torch.float32 if self.op == "linear_float32" else x_MK.dtype
+        activation = "silu" if self.op == "gated_linear" else None
+        if config is None:
+            if activation:
+                return gated_linear(x_MK, weight_NK, activation=activation)
+            return linear(x_MK, weight_NK, out_dtype=out_dtype)
+        if config["kernel"] in ("gemv", "skinny"):
+            return skinny_linear(x_MK, weight_NK, None, config, out_dtype=out_dtype, activation=activation)
+        y_MN = cublas_linear(x_MK, weight_NK, None, out_dtype=out_dtype)
+        return gated_activation(y_MN, activation) if activation else y_MN
+
+
+def linear_cases(shapes: Iterable[str], sizes: Iterable[tuple[int, int]], rows: Iterable[int]) -> list[LinearCase]:
+    """Every op and size of the named models, and plain layers of `sizes` (N, K), for each number of rows; none twice."""
+    layers = [layer for name in shapes for layer in SHAPES[name]] + [("linear", *size) for size in sizes]
+    return [LinearCase(op, (n, k), num_rows) for op, n, k in dict.fromkeys(layers) for num_rows in rows]
+
+
+def _gemv_configs(num_inputs: int) -> Iterable[Config]:
+    """Tiles of 8 (16 bytes) to 32 weights a thread; one row for a program where rows are long."""
+    block_k = triton.next_power_of_2(num_inputs)
+    for block_n in (1, 2, 4):
+        for num_warps in (4, 8, 16):
+            weights_a_thread = block_n * block_k // (32 * num_warps)
+            if 8 <= weights_a_thread <= 32 or (block_n == 1 and weights_a_thread > 32 and num_warps > 4):
+                yield {"kernel": "gemv", "block_n": block_n, "num_warps": num_warps}
+
+
+def _skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> Iterable[Config]:
+    """A few tiles, each with K whole and, if that leaves multiprocessors without work, split."""
+    programs_outputs = num_outputs // 2 if gated else num_outputs
+    tiles = [(16, 256, 4), (32, 128, 4), (64, 128, 4)] if num_rows <= 16 else [(32, 128, 4), (64, 128, 3), (128, 64, 4)]
+    for block_n, block_k, num_stages in tiles:
+        programs = triton.cdiv(programs_outputs, block_n)
+        fill = min(triton.next_power_of_2(max(TARGET_PROGRAMS // programs, 1)), 8, max(num_inputs // (2 * block_k), 1))
+        for split_k in dict.fromkeys((1, fill)):
+            yield {
+                "kernel": "skinny",
+                "block_n": block_n,
+                "block_k": block_k,
+                "split_k": split_k,
+                "num_warps": 4,
+                "num_stages": num_stages - 1 if gated and block_n > 32 else num_stages,
+            }

@@ -1,0 +1,98 @@
+"""The tuner: which configs it tries, that it keeps the fastest right one, and, on a GPU, the table it writes."""
+
+import json
+
+import pytest
+import torch
+from pilotfish.kernels import tune
+from pilotfish.kernels.skinny_linear import fits
+from pilotfish.kernels.tune import chosen_cases, measure
+from pilotfish.kernels.tune_linear import ROWS, SHAPES, LinearCase, linear_cases
+from pilotfish.kernels.tuning import load_entries
+
+SHARED_MEMORY_BYTES = 227 * 1024  # what a program may have on an H100 or H200
+
+
+class Scripted:
+    """A case on the CPU whose configs name the time they take and the error they make."""
+
+    op, sizes, num_rows, read_bytes = "linear", (4, 2), 3, 16
+
+    def __init__(self, *configs):
+        self.baseline = {"kernel": "cublas", "time_us": 10.0, "error": 0.0}
+        self.configs = configs
+
+    def candidates(self):
+        return [{"kernel": "gemv", "time_us": time_us, "error": error} for time_us, error in self.configs]
+
+    def calls(self, config, *, num_weights=None):
+        call = lambda: torch.ones(3, 4, dtype=torch.bfloat16) * (1 + config["error"])  # noqa: E731
+        call.time_us = config["time_us"]
+        return [call]
+
+
+@pytest.fixture(autouse=True)
+def _scripted_times(request, monkeypatch):
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(tune, "time_in_graph", lambda calls: calls[0].time_us)
+
+
+@pytest.mark.parametrize(
+    ("configs", "best_us"),
+    [([(12.0, 0.0), (7.0, 0.0), (8.0, 0.0)], 7.0), ([(9.9, 0.0)], 10.0), ([], 10.0), ([(9.0, 4e-3)], 9.0)],
+)
+def test_the_fastest_is_kept_if_it_saves_enough(configs, best_us):
+    entry = measure(Scripted(*configs))
+    assert entry.config["time_us"] == entry.time_us == best_us
+    assert (entry.baseline_us, entry.num_rows, entry.dtype) == (10.0, 4, "bfloat16")
+
+
+@pytest.mark.parametrize("error", [0.1, float("nan")])
+def test_a_wrong_result_stops_the_tuner(error):
+    with pytest.raises(RuntimeError, match="is off by"):
+        measure(Scripted((1.0, error)))
+
+
+def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():
+    for case in linear_cases(SHAPES, [], ROWS):
+        configs = case.candidates()
+        assert configs
+        assert len({tuple(config.items()) for config in configs}) == len(configs)
+        for config in configs:
+            assert fits(config, case.num_rows, case.sizes[1])
+            if config["kernel"] == "skinny":
+                weight_rows = config["block_n"] * (2 if case.op == "gated_linear" else 1)
+                stage_bytes = 2 * config["block_k"] * (weight_rows + max(case.num_rows, 16))
+                assert stage_bytes * config["num_stages"] <= SHARED_MEMORY_BYTES
+
+
+def test_a_layer_that_models_share_is_measured_once():
+    cases = linear_cases(["qwen3-8b"], [(4096, 4096), (64, 32)], [1, 8])
+    assert len(set(cases)) == len(cases) == 2 * (len(SHAPES["qwen3-8b"]) + 1)
+    assert LinearCase("linear", (64, 32), 8) in cases
+
+
+def parse(*argv):
+    parser = tune.argparse.ArgumentParser()
+    tune.add_case_arguments(parser)
+    return chosen_cases(parser.parse_args(argv))
+
+
+def test_arguments(capsys):
+    assert parse("--nk", "64x32", "--rows", "1,8") == [LinearCase("linear", (64, 32), rows) for rows in (1, 8)]
+    assert parse("--shapes", "qwen3-8b", "--rows", "4") == linear_cases(["qwen3-8b"], [], [4])
+    assert parse() == linear_cases(SHAPES, [], ROWS)
+    for wrong in (["--nk", "64"], ["--shapes", "qwen9"]):
+        with pytest.raises(SystemExit):
+            parse(*wrong)
+        assert "is not" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_writes_a_table(tmp_path, capsys):
+    path = tmp_path / "table.json"
+    assert tune.main(["--nk", "512x256", "--rows", "1,8", "--out", str(path), "--processes", "2"]) == 0
+    entries = load_entries(path)
+    assert [(entry.op, entry.sizes, entry.num_rows) for entry in entries] == [("linear", (512, 256), rows) for rows in (1, 8)]
+    assert all(0 < entry.time_us <= entry.baseline_us for entry in entries)
+    assert [json.loads(line)["rows"] for line in capsys.readouterr().out.splitlines()] == [1, 8]
