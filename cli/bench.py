@@ -10,6 +10,9 @@ from collections.abc import Callable
 from ..models.dummy_shapes import SHAPES
 from . import bench_plot, bench_rows, config_flags
 
+# Of the engine, where they differ from its own. A first step that compiles kernels is no stall.
+BENCH_DEFAULTS = {"kv_memory_fraction": 0.9, "prefix_caching": False, "stall_timeout_s": 600.0}
+
 _WORKLOADS = {
     "latency": "time to first token and time per output token, by batch size, in this process",
     "throughput": "a workload submitted at once, in this process: tokens a second",
@@ -107,12 +110,7 @@ def _add_engine(parser: argparse.ArgumentParser, *, warmup: str, max_num_seqs: s
     config_flags.add_section(
         parser,
         "engine",
-        defaults={
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": "8192 on a GPU",
-            "kv_memory_fraction": 0.9,
-            "prefix_caching": False,
-        },
+        defaults={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": "8192 on a GPU", **BENCH_DEFAULTS},
     )
 
 

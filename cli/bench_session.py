@@ -19,6 +19,7 @@ from ..models.model_shape import ModelShape
 from ..models.registry import lookup
 from ..models.shape_reader import read_shape
 from . import config_flags
+from .bench import BENCH_DEFAULTS
 from .bench_engine import BenchEngine, seconds_since_process_start
 from .bench_machine import measure_machine
 from .bench_roofline import Roofline
@@ -70,7 +71,7 @@ def bench_session(args: argparse.Namespace, rows: Rows, *, max_num_seqs: int) ->
 
 def _engine_config(args: argparse.Namespace, max_num_seqs: int) -> EngineConfig:
     given = config_flags.section_values(args, "engine")
-    values = {"max_num_seqs": max_num_seqs, "kv_memory_fraction": 0.9, "prefix_caching": False, **given}
+    values = {"max_num_seqs": max_num_seqs, **BENCH_DEFAULTS, **given}
     config = parse(EngineConfig, values)
     if config.max_num_batched_tokens is None and config.device != "cpu" and torch.cuda.is_available():
         return replace(config, max_num_batched_tokens=max(8192, config.max_num_seqs))
