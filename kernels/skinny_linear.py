@@ -12,6 +12,9 @@ the same inputs give the same bits; a row's gemv sums do not depend on the rows 
 M rows, K inputs, N outputs, F = N / 2 outputs after a gated activation. A config (kernels/tuning.py) is
     {"kernel": "gemv", "block_n", "num_warps"}                                        K up to MAX_GEMV_INPUTS
     {"kernel": "skinny", "block_n", "block_k", "split_k", "num_warps", "num_stages"}  M up to MAX_SKINNY_ROWS
+and with "early_start": True (compute capability 9.0 or newer) the kernel starts while the one before it in the stream ends:
+it touches nothing but the weight, which the kernel before must not write, until that has finished (programmatic dependent
+launch).
 """
 
 import torch
@@ -57,6 +60,10 @@ def default_gemv_config(num_inputs: int) -> Config:
     return {"kernel": "gemv", "block_n": min(block_n, 4), "num_warps": min(max(block_k // 512, 4), 16)}
 
 
+def _launch_options(config: Config) -> dict[str, bool]:
+    return {"launch_pdl": True} if config.get("early_start") else {}
+
+
 @triton.jit(do_not_specialize_on_alignment=["num_rows"])
 def _gemv_kernel(
     x,
@@ -70,6 +77,7 @@ def _gemv_kernel(
     NUM_INPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY_START: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -79,17 +87,20 @@ def _gemv_kernel(
     inside_N, inside_K = n < num_outputs, k < NUM_INPUTS
     inside_NK = inside_N[:, None] & inside_K[None, :]
     weight_NK = weight + n.to(tl.int64)[:, None] * stride_w + k[None, :]
-    w_NK = tl.load(weight_NK, inside_NK, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    w_NK = tl.load(weight_NK, inside_NK, other=0.0, eviction_policy="evict_first")
     if ACTIVATION != "":
         up_NK = weight + (n + num_outputs).to(tl.int64)[:, None] * stride_w + k[None, :]
-        up_NK = tl.load(up_NK, inside_NK, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        up_NK = tl.load(up_NK, inside_NK, other=0.0, eviction_policy="evict_first")
+    if EARLY_START:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for _ in range(num_rows):
         x_K = tl.load(x + k, inside_K, other=0.0)
-        y_N = tl.sum(w_NK * x_K.to(tl.float32)[None, :], axis=1)
+        y_N = tl.sum(w_NK.to(tl.float32) * x_K.to(tl.float32)[None, :], axis=1)
         if HAS_BIAS:
             y_N += tl.load(bias + n, inside_N, other=0.0).to(tl.float32)
         if ACTIVATION != "":
-            up_N = tl.sum(up_NK * x_K.to(tl.float32)[None, :], axis=1)
+            up_N = tl.sum(up_NK.to(tl.float32) * x_K.to(tl.float32)[None, :], axis=1)
             if HAS_BIAS:
                 up_N += tl.load(bias + num_outputs + n, inside_N, other=0.0).to(tl.float32)
             y_N = activate(y_N.to(x_K.dtype).to(tl.float32), up_N.to(x_K.dtype).to(tl.float32), ACTIVATION)
@@ -114,9 +125,11 @@ def _launch_gemv(
         NUM_INPUTS=weight_NK.shape[1],
         ACTIVATION=activation,
         HAS_BIAS=bias_N is not None,
+        EARLY_START=config.get("early_start", False),
         BLOCK_N=config["block_n"],
         BLOCK_K=triton.next_power_of_2(weight_NK.shape[1]),
         num_warps=config["num_warps"],
+        **_launch_options(config),
     )
 
 
@@ -135,6 +148,7 @@ def _skinny_kernel(
     SPLIT_INPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY_START: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -153,6 +167,9 @@ def _skinny_kernel(
     sum_NM = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_NM = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_NK = weight + (n + num_outputs).to(tl.int64)[:, None] * stride_w + k[None, :]
+    if EARLY_START:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for start in range(0, SPLIT_INPUTS, BLOCK_K):
         inside_NK, inside_KM = inside_N[:, None], inside_M[None, :]
         if NUM_INPUTS % SPLIT_INPUTS != 0:
@@ -194,6 +211,7 @@ def _add_parts_kernel(
     NUM_SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY_START: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a row and a block of outputs: the sum over splits in their order, bias, activation. x gives its dtype."""
@@ -203,6 +221,9 @@ def _add_parts_kernel(
     row_len = num_outputs * 2 if ACTIVATION != "" else num_outputs
     y_N = tl.zeros([BLOCK], tl.float32)
     up_N = tl.zeros([BLOCK], tl.float32)
+    if EARLY_START:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for split in tl.static_range(NUM_SPLITS):
         part = parts + (split * num_rows + row) * row_len + n
         y_N += tl.load(part, inside, other=0.0)
@@ -241,11 +262,13 @@ def _launch_skinny(
         SPLIT_INPUTS=split_inputs,
         ACTIVATION=activation,
         HAS_BIAS=bias_N is not None,
+        EARLY_START=config.get("early_start", False),
         BLOCK_M=max(triton.next_power_of_2(num_rows), 16),
         BLOCK_N=config["block_n"],
         BLOCK_K=config["block_k"],
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+        **_launch_options(config),
     )
     if parts is not None:
         block = min(triton.next_power_of_2(num_outputs), 512)
@@ -259,6 +282,8 @@ def _launch_skinny(
             NUM_SPLITS=num_splits,
             ACTIVATION=activation,
             HAS_BIAS=bias_N is not None,
+            EARLY_START=config.get("early_start", False),
             BLOCK=block,
             num_warps=4,
+            **_launch_options(config),
         )

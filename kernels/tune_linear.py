@@ -64,13 +64,15 @@ class LinearCase:
         return {"kernel": "unfused" if self.op == "gated_linear" else "cublas"}
 
     def candidates(self) -> list[Config]:
-        """The configs to compare with the baseline, some ten at most."""
+        """The configs to compare with the baseline, each also with an early start where the GPU has it."""
         num_outputs, num_inputs = self.sizes
         configs: list[Config] = []
         if self.num_rows <= 4 and num_inputs <= MAX_GEMV_INPUTS:
             configs += _gemv_configs(num_inputs)
         if 1 < self.num_rows <= MAX_SKINNY_ROWS:
             configs += _skinny_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+            configs += [{**config, "early_start": True} for config in configs]
         return configs
 
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:

@@ -31,6 +31,7 @@ CONFIGS = {
     "skinny_wide": {"kernel": "skinny", "block_n": 64, "block_k": 128, "split_k": 1, "num_warps": 4, "num_stages": 2},
     "skinny_split": {"kernel": "skinny", "block_n": 32, "block_k": 32, "split_k": 3, "num_warps": 4, "num_stages": 2},
 }
+CONFIGS |= {f"{name}_early": {**CONFIGS[name], "early_start": True} for name in ("gemv_row", "skinny", "skinny_split")}
 # numpy, under the interpreter, warns where exp(-gate) overflows to the infinity that the sigmoid needs.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow")
 
@@ -46,6 +47,8 @@ def make(case, dtype, device):
 def skip_what_is_not_for(config, dtype, device, num_rows=1, num_inputs=1):
     if not fits(config, num_rows, num_inputs):
         pytest.skip("beyond the kernel's limits")
+    if "early_start" in config and device == "cpu":
+        pytest.skip("the interpreter has no streams")
     if config["kernel"] == "skinny" and dtype == torch.float32 and device == "cuda":
         pytest.skip("tensor cores take 16-bit numbers")
 
@@ -116,6 +119,32 @@ def test_nothing_is_written_outside_the_output(device, dtype, config, monkeypatc
         skinny_linear(x, weight, bias, config, out_dtype=dtype)
     assert_close(guarded[1:4], linear_ref(x, weight, bias), linear_module.TOLERANCE[dtype])
     assert bool((guarded[[0, 4]] == 7).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_chain_in_a_cuda_graph_equals_the_same_calls_one_by_one(config):
+    """An early start must wait for what it reads, and for the readers of the memory that it writes."""
+    weights = [torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) / 45 for _ in range(20)]
+    x = torch.randn(2, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def chain():
+        y = x
+        for weight in weights:
+            y = skinny_linear(y, weight, None, config, out_dtype=torch.bfloat16)
+        return y
+
+    expected = x
+    for weight in weights:
+        expected = skinny_linear(expected, weight, None, config, out_dtype=torch.bfloat16)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for _ in range(50):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 def test_limits():
