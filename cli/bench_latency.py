@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, rows: Rows) -> int:
         rows.say("Counting the experts that the last step of each batch touched")
         for batch, touched in zip(args.batch_sizes, count_experts(info, batches), strict=True):
             expected = roofline.experts_touched(batch)
-            rows.write({"batch": batch, "experts_touched": touched, "experts_expected": expected})
+            rows.write({"model": info.model_name, "batch": batch, "experts_touched": touched, "experts_expected": expected})
     return 0
 
 

@@ -139,6 +139,28 @@ def test_serve_measures_a_server_from_its_clients(protocol: str, tmp_path: Path)
         assert (row["completed"], row["goodput_req_s"], row["request_rate"]) == (6, 0, "inf")
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_serve_counts_what_a_full_server_refuses(protocol: str, tmp_path: Path) -> None:
+    if protocol == "http":
+        pytest.importorskip("openai")
+    with SmallServer(tmp_path, max_queued_requests=1, max_num_seqs=1, step_s=0.02) as server:
+        row = run_serve(server, protocol, tmp_path / "row")
+    assert row["completed"] >= 1
+    assert row["rejects"] >= 1
+    assert (row["completed"] + row["rejects"], row["errors"]) == (6, 0)
+
+
+def test_serve_exits_1_when_requests_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With seed 1 two of the four prompts are a token outside the server's vocabulary of 97."""
+    argv = ["bench", "serve", "--num-prompts", "4", "--input-len", "1", "--output-len", "8", "--vocab-size", "194"]
+    with SmallServer(tmp_path) as server:
+        assert cli.main([*argv, "--seed", "1", "--address", server.address]) == 1
+    captured = capsys.readouterr()
+    row = json.loads(captured.out)
+    assert (row["completed"], row["rejects"], row["errors"]) == (2, 0, 2)
+    assert "outside this model's vocabulary" in captured.err
+
+
 def run_serve(server: SmallServer, protocol: str, out: Path, *options: str) -> dict[str, Any]:
     address = server.address if protocol == "grpc" else server.http_address
     argv = ["bench", "serve", "--protocol", protocol, "--address", address, "--num-prompts", "6", "--input-len", "12"]

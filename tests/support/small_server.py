@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 from local_workers import LocalLauncher
 from pilotfish.common.config import GatewayConfig, ModelConfig, ServeConfig
@@ -16,7 +17,9 @@ from small_model import save_tokenizer
 class SmallServer:
     """Serves inside its `with` block; `address` is its gRPC door, `http_address` its HTTP one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, max_queued_requests: int = 1024, **engine_options: Any) -> None:
+        self._gateway = GatewayConfig(grpc_port=0, http_port=0, max_queued_requests=max_queued_requests)
+        self._launcher = LocalLauncher(engine_options=engine_options)
         self._path = save_tokenizer(path)
         self.tokenizer = Tokenizer.from_directory(self._path)
         self._loop = asyncio.new_event_loop()
@@ -34,8 +37,8 @@ class SmallServer:
         self._loop.close()
 
     async def _start(self) -> None:
-        config = ServeConfig(model=ModelConfig(model="tiny"), gateway=GatewayConfig(grpc_port=0, http_port=0))
-        self._controller = Controller(config, model_path=self._path, launcher=LocalLauncher(), controller_id="test")
+        config = ServeConfig(model=ModelConfig(model="tiny"), gateway=self._gateway)
+        self._controller = Controller(config, model_path=self._path, launcher=self._launcher, controller_id="test")
         addresses = await self._controller.start()
         self.address, self.http_address = addresses.grpc, addresses.http
         await self._controller.wait_ready()
