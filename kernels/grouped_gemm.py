@@ -4,7 +4,7 @@
     weighted_grouped_gemm:  y[pair] = weights[pair] * (h[pair] @ down[e].T)
 
 e is the expert of the pair. Sums are float32; gate, up and each result are rounded to the dtype of x once. Rows of pairs
-that belong to no expert stay unset. A program takes a block of one expert's outputs and every NUM_SLICES-th tile of its pairs,
+that belong to no expert stay unset. A program takes a block of one expert's outputs and every num_slices-th tile of its pairs,
 so the grid follows from shapes alone: nothing is read on the host, and an expert with no pairs costs an empty program.
 
 T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, U = 2 F (gate in the first half), K inputs
@@ -55,7 +55,6 @@ def _grouped_gemm_kernel(
     up_offset,
     PAIRS_PER_ROW: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    NUM_SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,7 +68,7 @@ def _grouped_gemm_kernel(
     weight_N = weight + expert.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wn
     weight_KN = weight_N[None, :] + k[:, None]
     in_outputs = (n < num_outputs)[None, :]
-    for tile_start in range(first + tl.program_id(1) * BLOCK_M, end, NUM_SLICES * BLOCK_M):
+    for tile_start in range(first + tl.program_id(1) * BLOCK_M, end, tl.num_programs(1) * BLOCK_M):
         m = tile_start + tl.arange(0, BLOCK_M)
         in_expert = (m < end)[:, None]
         pair = tl.load(pairs + m, m < end, other=0)
@@ -155,7 +154,6 @@ def _launch(
         y_PN.shape[1] * weight_ENK.stride(1),
         PAIRS_PER_ROW=y_PN.shape[0] // x_RK.shape[0],
         ACTIVATION=activation,
-        NUM_SLICES=config.num_slices,
         EVEN_K=num_inputs % config.block_k == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -4,7 +4,7 @@ The table's ops are "moe_gate_up" and "moe_down", its sizes (E, C, H, F), its ro
 "grouped") and the fields of GemvConfig or GroupedConfig. T tokens, C choices a token, E experts, H hidden, F intermediate.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,25 +25,31 @@ class MoeSizes:
     hidden: int
     intermediate: int
 
+    @property
+    def key(self) -> tuple[int, int, int, int]:
+        """Of the tuned table."""
+        return self.num_experts, self.num_choices, self.hidden, self.intermediate
 
-def gate_up_config(sizes: MoeSizes, x: torch.Tensor) -> GemvConfig | GroupedConfig:
-    """For x of its dtype and device."""
-    measured = _lookup("moe_gate_up", sizes, x)
-    if measured is not None:
-        return parse_config(measured)
-    if sizes.num_tokens <= MAX_GEMV_TOKENS:
+
+MoeConfig = GemvConfig | GroupedConfig
+
+
+def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor) -> MoeConfig:
+    """Of op "moe_gate_up" or "moe_down" for x of its dtype and device."""
+    if x.device.type == "cuda":  # the interpreter has no table
+        measured = tuning.lookup(op, x.dtype, sizes.key, sizes.num_tokens, x.device)
+        if measured is not None:
+            return parse_config(measured)
+    return rule(op, sizes, element_size=x.element_size())
+
+
+def rule(op: str, sizes: MoeSizes, *, element_size: int) -> MoeConfig:
+    """What serves shapes that the table has not."""
+    if sizes.num_tokens > MAX_GEMV_TOKENS:
+        return _grouped_rule(sizes, element_size, block_n=32 if op == "moe_gate_up" else 64)
+    if op == "moe_gate_up":
         return GemvConfig(block_n=2, block_k=gemv_block_k(sizes.hidden, most=1024), num_warps=4)
-    return _grouped_rule(sizes, x.element_size(), block_n=32)
-
-
-def down_config(sizes: MoeSizes, x: torch.Tensor) -> GemvConfig | GroupedConfig:
-    """For x of its dtype and device."""
-    measured = _lookup("moe_down", sizes, x)
-    if measured is not None:
-        return parse_config(measured)
-    if sizes.num_tokens <= MAX_GEMV_TOKENS:
-        return GemvConfig(block_n=4, block_k=gemv_block_k(sizes.intermediate, most=512), num_warps=4)
-    return _grouped_rule(sizes, x.element_size(), block_n=64)
+    return GemvConfig(block_n=4, block_k=gemv_block_k(sizes.intermediate, most=512), num_warps=4)
 
 
 def gemv_block_k(num_inputs: int, *, most: int) -> int:
@@ -60,7 +66,12 @@ def num_slices(sizes: MoeSizes, block_m: int) -> int:
     return min(triton.cdiv(pairs_an_expert, block_m) + 1, triton.cdiv(sizes.num_tokens, block_m))
 
 
-def parse_config(config: tuning.Config) -> GemvConfig | GroupedConfig:
+def table_config(config: MoeConfig) -> tuning.Config:
+    """The config as the tuned table keeps it; parse_config undoes it."""
+    return {"kernel": "gemv" if isinstance(config, GemvConfig) else "grouped", **asdict(config)}
+
+
+def parse_config(config: tuning.Config) -> MoeConfig:
     """ValueError where the config's kernel is not known."""
     fields: dict[str, Any] = dict(config)
     kernel = fields.pop("kernel", None)
@@ -69,13 +80,6 @@ def parse_config(config: tuning.Config) -> GemvConfig | GroupedConfig:
     if kernel == "grouped":
         return GroupedConfig(**fields)
     raise ValueError(f"moe: kernel {kernel!r} of the tuned table is not known: write it anew with pilotfish.kernels.tune")
-
-
-def _lookup(op: str, sizes: MoeSizes, x: torch.Tensor) -> tuning.Config | None:
-    if x.device.type != "cuda":  # the interpreter has no table
-        return None
-    key = (sizes.num_experts, sizes.num_choices, sizes.hidden, sizes.intermediate)
-    return tuning.lookup(op, x.dtype, key, sizes.num_tokens, x.device)
 
 
 def _grouped_rule(sizes: MoeSizes, element_size: int, *, block_n: int) -> GroupedConfig:

@@ -18,7 +18,7 @@ from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
 from .gated_activation import check_activation, gated_activation_ref
 from .grouped_gemm import gated_grouped_gemm, weighted_grouped_gemm
-from .moe_config import MoeSizes, down_config, gate_up_config
+from .moe_config import MoeConfig, MoeSizes, choose_config
 from .moe_gemv import GemvConfig, down_gemv, gated_gemv
 from .moe_sort import sort_pairs
 
@@ -105,15 +105,40 @@ def _moe_mlp_triton(
     sizes = MoeSizes(
         num_tokens=num_tokens, num_choices=num_choices, num_experts=num_experts, hidden=hidden, intermediate=intermediate
     )
-    gate_up, down = gate_up_config(sizes, x_TH), down_config(sizes, x_TH)
+    gate_up, down = choose_config("moe_gate_up", sizes, x_TH), choose_config("moe_down", sizes, x_TH)
     order = () if isinstance(gate_up, GemvConfig) and isinstance(down, GemvConfig) else sort_pairs(experts_TC, num_experts)
-    if isinstance(gate_up, GemvConfig):
-        h_PF = gated_gemv(x_TH, gate_up_weight_EUH, experts_TC, activation, config=gate_up)
-    else:
-        h_PF = gated_grouped_gemm(x_TH, gate_up_weight_EUH, *order, activation, config=gate_up)
-    if isinstance(down, GemvConfig):
-        return down_gemv(h_PF, down_weight_EHF, weights_TC, experts_TC, config=down)
-    return _combine(weighted_grouped_gemm(h_PF, down_weight_EHF, weights_TC, *order, config=down), experts_TC)
+    h_PF = run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, activation, config=gate_up)
+    return run_down(h_PF, down_weight_EHF, weights_TC, experts_TC, order, config=down)
+
+
+def run_gate_up(
+    x_TH: torch.Tensor,
+    gate_up_weight_EUH: torch.Tensor,
+    experts_TC: torch.Tensor,
+    order: tuple[torch.Tensor, ...],
+    activation: str,
+    *,
+    config: MoeConfig,
+) -> torch.Tensor:
+    """h [P, F]. `order` is that of sort_pairs where the config is of a grouped GEMM."""
+    if isinstance(config, GemvConfig):
+        return gated_gemv(x_TH, gate_up_weight_EUH, experts_TC, activation, config=config)
+    return gated_grouped_gemm(x_TH, gate_up_weight_EUH, *order, activation, config=config)
+
+
+def run_down(
+    h_PF: torch.Tensor,
+    down_weight_EHF: torch.Tensor,
+    weights_TC: torch.Tensor,
+    experts_TC: torch.Tensor,
+    order: tuple[torch.Tensor, ...],
+    *,
+    config: MoeConfig,
+) -> torch.Tensor:
+    """out [T, H]. `order` as in run_gate_up."""
+    if isinstance(config, GemvConfig):
+        return down_gemv(h_PF, down_weight_EHF, weights_TC, experts_TC, config=config)
+    return _combine(weighted_grouped_gemm(h_PF, down_weight_EHF, weights_TC, *order, config=config), experts_TC)
 
 
 def _check(

@@ -1,7 +1,10 @@
 import pytest
 import torch
-from pilotfish.kernels.moe_mlp import TOLERANCE, _moe_mlp_triton, moe_mlp, moe_mlp_ref
+from pilotfish.kernels.grouped_gemm import GroupedConfig
+from pilotfish.kernels.moe_gemv import GemvConfig
+from pilotfish.kernels.moe_mlp import TOLERANCE, _moe_mlp_triton, moe_mlp, moe_mlp_ref, run_down, run_gate_up
 from pilotfish.kernels.moe_routing import route_tokens_ref
+from pilotfish.kernels.moe_sort import sort_pairs
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -13,10 +16,15 @@ SMALL = {
     "one_expert": (20, 32, 16, 1, 1),
     "more_experts_than_tokens": (3, 32, 16, 12, 3),
     "two_tiles": (40, 16, 16, 2, 1),
+    "aligned": (3, 32, 64, 4, 2),
 }
 LARGE = {
     "mixtral_decode": (16, 4096, 1024, 8, 2),
+    "qwen3_single": (1, 2048, 768, 128, 8),
+    "qwen3_four": (4, 2048, 768, 128, 8),
     "qwen3_decode": (8, 2048, 768, 128, 8),
+    "qwen3_decode_128": (128, 2048, 768, 128, 8),
+    "qwen3_decode_300": (300, 2048, 768, 128, 8),
     "qwen3_prefill": (3000, 2048, 768, 128, 8),
     "odd_prefill": (1111, 1000, 520, 7, 3),
 }
@@ -52,6 +60,44 @@ def test_kernel_equals_reference(device, dtype, case):
     torch.testing.assert_close(out, moe_mlp_ref(*arguments, "silu"), rtol=rtol, atol=atol)
 
 
+CONFIGS = [
+    GemvConfig(block_n=8, block_k=64, num_warps=4),
+    GemvConfig(block_n=16, block_k=16, num_warps=2),
+    GroupedConfig(block_m=16, block_n=16, block_k=16, num_slices=1, num_warps=4, num_stages=2),
+    GroupedConfig(block_m=16, block_n=32, block_k=32, num_slices=3, num_warps=4, num_stages=3),
+    GroupedConfig(block_m=64, block_n=64, block_k=32, num_slices=2, num_warps=4, num_stages=2),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{type(config).__name__}-{config.block_n}")
+@pytest.mark.parametrize("sizes", [(7, 40, 24, 3, 2), (38, 32, 64, 2, 1)], ids=["odd", "even"])
+def test_every_kernel_serves_any_shape(device, dtype, sizes, config):
+    """Whatever a table says: each kernel computes both GEMMs, for any number of tokens, with some choices of other ranks."""
+    x, gate_up, down, weights, experts = make(sizes, device, dtype)
+    experts[1::3, 0] = -1
+    order = sort_pairs(experts, down.shape[0])
+    h = run_gate_up(x, gate_up, experts, order, "silu", config=config)
+    out = run_down(h, down, weights, experts, order, config=config)
+    rtol, atol = TOLERANCE[dtype]
+    torch.testing.assert_close(out, moe_mlp_ref(x, gate_up, down, weights, experts, "silu"), rtol=rtol, atol=atol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 8, 64])
+def test_a_captured_layer_follows_its_inputs(num_tokens):
+    arguments = make((num_tokens, 256, 128, 16, 4), "cuda", torch.bfloat16)
+    moe_mlp(*arguments, "silu")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = moe_mlp(*arguments, "silu")
+    for _ in range(3):
+        others = make((num_tokens, 256, 128, 16, 4), "cuda", torch.bfloat16)
+        for argument, other in zip(arguments, others, strict=True):
+            argument.copy_(other)
+        graph.replay()
+        assert torch.equal(out, moe_mlp(*others, "silu"))
+
+
 def test_the_other_activation(device):
     arguments = make(SMALL["few"], device)
     expected = moe_mlp_ref(*arguments, "gelu_tanh")
@@ -61,15 +107,16 @@ def test_the_other_activation(device):
 
 
 def test_runs_repeat_bit_by_bit(device, dtype):
-    arguments = make(SMALL["few"], device, dtype)
+    arguments = make((50, 40, 24, 5, 2), device, dtype)
     first = RUN[device](*arguments, "silu")
     assert torch.equal(first, RUN[device](*arguments, "silu"))
 
 
-def test_negative_experts_contribute_nothing(device, dtype):
-    x, gate_up, down, weights, experts = make((9, 32, 16, 4, 2), device, dtype)
+@pytest.mark.parametrize("num_tokens", [3, 9])
+def test_negative_experts_contribute_nothing(device, dtype, num_tokens):
+    x, gate_up, down, weights, experts = make((num_tokens, 32, 16, 4, 2), device, dtype)
     experts[0] = -1
-    experts[3:6, 1] = -1
+    experts[1:3, 1] = -1
     expected = moe_mlp_ref(x, gate_up, down, weights * (experts >= 0), experts.clamp(min=0), "silu")
     rtol, atol = TOLERANCE[dtype]
     for run in (RUN[device], moe_mlp_ref):
@@ -101,6 +148,16 @@ def test_views_of_wider_tensors(device, dtype):
     wide_x, wide_down = torch.cat([x, x], 1), torch.cat([down, down], 2)
     views = wide_x[:, : x.shape[1]], gate_up, wide_down[:, :, : down.shape[2]], weights, experts
     assert torch.equal(RUN[device](*views, "silu"), RUN[device](x, gate_up, down, weights, experts, "silu"))
+
+
+def test_padding_rows_change_nothing(device, dtype):
+    """A captured decode step has equal rows beyond the real ones."""
+    x, gate_up, down, weights, experts = make((5, 32, 16, 4, 2), device, dtype)
+    padded = [torch.cat([tensor, tensor[:1].expand(3, -1)]) for tensor in (x, weights, experts)]
+    out = RUN[device](padded[0], gate_up, down, padded[1], padded[2], "silu")
+    rtol, atol = TOLERANCE[dtype]
+    torch.testing.assert_close(out[:5], moe_mlp_ref(x, gate_up, down, weights, experts, "silu"), rtol=rtol, atol=atol)
+    assert torch.equal(out[5:], out[:1].expand(3, -1))
 
 
 @pytest.mark.parametrize(
