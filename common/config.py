@@ -18,6 +18,8 @@ from .errors import ConfigError
 
 T = TypeVar("T")
 
+DEFAULT_KV_MEMORY_FRACTION = {"cuda": 0.9, "cpu": 0.5}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -52,7 +54,8 @@ class EngineConfig:
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: token budget of one step; None is 2048 on a GPU and 512 on a CPU, where a step of more would
             keep running requests waiting for seconds (or max_num_seqs, where that is more).
-        kv_memory_fraction: share of the memory measured free after the profiling run that the KV cache takes.
+        kv_memory_fraction: share of the memory measured free after the profiling run that the KV cache takes; None is 0.9 of a
+            GPU's and 0.5 of a CPU's, which is not the worker's alone.
         num_kv_blocks: an exact number of blocks instead of the measured one.
         cuda_graphs: replay decode steps on a GPU as CUDA graphs; off saves their capture at the start and their memory.
         prefix_caching: reuse KV blocks between requests with equal prefixes.
@@ -64,7 +67,7 @@ class EngineConfig:
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
-    kv_memory_fraction: float = 0.5
+    kv_memory_fraction: float | None = None
     num_kv_blocks: int | None = None
     prefix_caching: bool = True
     cuda_graphs: bool = True
@@ -77,7 +80,7 @@ class EngineConfig:
         _require(self, "max_num_seqs", 1)
         if self.max_num_batched_tokens is not None:
             _require(self, "max_num_batched_tokens", self.max_num_seqs)
-        if not 0 < self.kv_memory_fraction <= 1:
+        if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
             raise ConfigError(f"kv_memory_fraction must be in (0, 1], not {self.kv_memory_fraction}")
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import ray
 
 from ..common import logs
-from ..common.config import EngineConfig, ModelConfig
+from ..common.config import DEFAULT_KV_MEMORY_FRACTION, EngineConfig, ModelConfig
 from ..common.errors import InternalError, PilotfishError
 from ..common.requests import ServingWorker
 from .engine_interface import FAILED_PHASE, EngineInterface
@@ -84,10 +84,11 @@ class WorkerActor:
         from .worker_service import ServerLimits
 
         if engine_config.device == "cpu":
+            fraction = engine_config.kv_memory_fraction or DEFAULT_KV_MEMORY_FRACTION["cpu"]
             engine_config = replace(
                 engine_config,
                 num_threads=engine_config.num_threads or max(1, usable_cores() // num_node_workers),
-                kv_memory_fraction=engine_config.kv_memory_fraction / num_node_workers,
+                kv_memory_fraction=fraction / num_node_workers,
             )
         server = WorkerServer(ServerLimits())
         engine = Engine(model_config, engine_config, on_step=server.on_step)

@@ -77,11 +77,11 @@ def cgroup_available_bytes(*, membership: Path = Path("/proc/self/cgroup"), root
 
 
 def num_kv_blocks(
-    *, config: EngineConfig, max_model_len: int, bytes_per_block: int, available: int, temporary_bytes: int
+    *, config: EngineConfig, fraction: float, max_model_len: int, bytes_per_block: int, available: int, temporary_bytes: int
 ) -> int:
     """Blocks of the KV cache.
 
-    `config.num_kv_blocks` where it is given; else kv_memory_fraction of (available - temporary_bytes), at most what
+    `config.num_kv_blocks` where it is given; else `fraction` of (available - temporary_bytes), at most what
     max_num_seqs sequences of max_model_len tokens can fill.
 
     Raises:
@@ -92,14 +92,14 @@ def num_kv_blocks(
         if config.num_kv_blocks < 1:
             raise ConfigError(f"num_kv_blocks must be at least 1, not {config.num_kv_blocks}")
         return config.num_kv_blocks
-    budget = int((available - temporary_bytes) * config.kv_memory_fraction)
+    budget = int((available - temporary_bytes) * fraction)
     fitting = max(0, budget) // bytes_per_block
     useful_tokens = min(max_model_len, SMALLEST_USEFUL_TOKENS)
     if fitting * config.block_size < useful_tokens:
         raise ConfigError(
             f"the KV cache would hold {fitting * config.block_size} tokens, fewer than {useful_tokens}: "
             f"{available / _GIB:.2f} GiB are available after loading, the largest step needs {temporary_bytes / _GIB:.2f} GiB "
-            f"of them, and kv_memory_fraction {config.kv_memory_fraction} of the rest is {max(0, budget) / _GIB:.2f} GiB. "
+            f"of them, and kv_memory_fraction {fraction} of the rest is {max(0, budget) / _GIB:.2f} GiB. "
             "Raise kv_memory_fraction, lower max_num_batched_tokens or max_model_len, or free memory on this machine"
         )
     blocks = min(fitting, config.max_num_seqs * blocks_per_sequence)

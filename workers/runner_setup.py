@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from ..common.config import EngineConfig, ModelConfig
+from ..common.config import DEFAULT_KV_MEMORY_FRACTION, EngineConfig, ModelConfig
 from ..common.errors import ConfigError
 from ..common.requests import WorkerInfo
 from ..kernels.dispatch import backend_report
@@ -120,6 +120,7 @@ def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_num_batched
         logger.info("the largest step takes %.0f MB; %.2f GiB are left", temporary_bytes / 1e6, available / 2**30)
     num_blocks = num_kv_blocks(
         config=config,
+        fraction=config.kv_memory_fraction or DEFAULT_KV_MEMORY_FRACTION[model.device.type],
         max_model_len=max_model_len,
         bytes_per_block=layout.bytes_per_block,
         available=available,

@@ -67,16 +67,20 @@ def test_the_memory_group_of_version_1_counts(tmp_path):
     assert max(left) == 2**63 - 4096 - 10
 
 
-def blocks(available: int, *, temporary: int = 0, max_model_len: int = 4096, **options) -> int:
-    config = EngineConfig(**{"max_num_seqs": 4, "kv_memory_fraction": 0.5, **options})
+def blocks(available: int, *, temporary: int = 0, max_model_len: int = 4096, fraction: float = 0.5, **options) -> int:
     return num_kv_blocks(
-        config=config, max_model_len=max_model_len, bytes_per_block=100, available=available, temporary_bytes=temporary
+        config=EngineConfig(**{"max_num_seqs": 4, **options}),
+        fraction=fraction,
+        max_model_len=max_model_len,
+        bytes_per_block=100,
+        available=available,
+        temporary_bytes=temporary,
     )
 
 
 def test_the_cache_takes_its_fraction_of_what_the_largest_step_leaves():
     assert blocks(100_000, temporary=20_000) == 400
-    assert blocks(100_000, temporary=20_000, kv_memory_fraction=0.25) == 200
+    assert blocks(100_000, temporary=20_000, fraction=0.25) == 200
 
 
 def test_the_cache_is_not_larger_than_all_sequences_can_fill():
