@@ -2,8 +2,9 @@
 
     python -m pilotfish.kernels.tune --shapes qwen3-8b,qwen3-0.6b --nk 6144x4096 --rows 1,8,32
 
-Prints one JSON row for each op, shape and number of rows. Every candidate's result is compared with the baseline's before it
-is timed. Candidates are compiled first, by several processes, into Triton's cache on disk.
+Prints one JSON row for each op, shape and number of rows, and keeps it at once. Every candidate's result is compared with the
+baseline's before it is timed: a wrong one is left out and named on stderr, and the exit status is 1. What this GPU has too
+little shared memory for is left out. Candidates are compiled first, by several processes, into Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from .graph_timing import time_in_graph
 from .tune_linear import ROWS, SHAPES, LinearCase, linear_cases
+from .tune_moe import MOE_ROWS, MoeCase, moe_cases
 from .tuning import Config, Entry, row_bucket, save_entries, table_path
 
 # A candidate must save this share of the baseline's time: less is noise, and another way to round.
 WORTHWHILE = 0.02
+# Largest |y - baseline| / |baseline|, in norms: two ways to round bfloat16 differ by a few 1e-3.
+TOLERATED_ERROR = 1e-2
 
 
 class Case(Protocol):
@@ -51,17 +57,32 @@ class Case(Protocol):
         ...
 
 
-def measure(case: Case) -> Entry:
-    """The fastest right config of a case. Its dtype is bfloat16."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The fastest right config of a case, and what is to be said of each wrong one."""
+
+    entry: Entry
+    faults: list[str]
+
+
+def measure(case: Case) -> Measured:
+    """Compares the candidates of a case, which are in bfloat16, with its baseline."""
     expected = case.calls(case.baseline, num_weights=1)[0]().float()
     baseline_us = time_in_graph(case.calls(case.baseline))
     best_us, best = baseline_us * (1 - WORTHWHILE), None
+    faults = []
     for config in case.candidates():
-        _check_agrees(case.calls(config, num_weights=1)[0]().float(), expected, case, config)
+        y = _run_once(case, config)
+        if y is None:
+            continue
+        error = ((y.float() - expected).norm() / expected.norm()).item()
+        if not error < TOLERATED_ERROR:
+            faults.append(f"{case.op} {case.sizes} of {case.num_rows} rows: {dict(config)} is off by {error:.1e}, relative")
+            continue
         time_us = time_in_graph(case.calls(config))
         if time_us < best_us:
             best_us, best = time_us, config
-    return Entry(
+    entry = Entry(
         op=case.op,
         dtype="bfloat16",
         sizes=case.sizes,
@@ -70,24 +91,32 @@ def measure(case: Case) -> Entry:
         time_us=round(best_us if best else baseline_us, 2),
         baseline_us=round(baseline_us, 2),
     )
-
-
-def _check_agrees(y: torch.Tensor, expected: torch.Tensor, case: Case, config: Config) -> None:
-    """RuntimeError where two ways to round bfloat16 do not explain the difference."""
-    error = ((y - expected).norm() / expected.norm()).item()
-    if not error < 1e-2:
-        raise RuntimeError(f"{case.op} {case.sizes} of {case.num_rows} rows: {dict(config)} is off by {error:.1e}, relative")
+    return Measured(entry=entry, faults=faults)
 
 
 def compile_all(cases: Sequence[Case], *, num_processes: int) -> None:
-    """Runs every candidate once in other processes, so that this one finds it in the cache."""
+    """Runs every candidate once in other processes, so that this one finds it in the cache.
+
+    One that cannot be compiled raises when it is measured, in this process.
+    """
     jobs = [(case, config) for case in cases for config in case.candidates()]
+    share = 1 + len(jobs) // (4 * num_processes)
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, *zip(*jobs, strict=True), chunksize=1 + len(jobs) // (4 * num_processes)))
+        for start in range(0, len(jobs), share):
+            pool.submit(_run_all, jobs[start : start + share])
 
 
-def _compile(case: Case, config: Config) -> None:
-    case.calls(config, num_weights=1)[0]()
+def _run_all(jobs: Sequence[tuple[Case, Config]]) -> None:
+    for case, config in jobs:
+        _run_once(case, config)
+
+
+def _run_once(case: Case, config: Config) -> torch.Tensor | None:
+    """The result; None where the config needs more shared memory or registers than this GPU has."""
+    try:
+        return case.calls(config, num_weights=1)[0]()
+    except OutOfResources:
+        return None
 
 
 def describe(case: Case, entry: Entry) -> str:
@@ -130,33 +159,56 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """What chooses the cases, here and in benchmarks."""
     parser.add_argument("--shapes", type=parse_shapes, help="models whose layers to measure; all, if there is no --nk")
     parser.add_argument("--nk", type=parse_sizes, nargs="*", default=[], help="more layers, OUTPUTSxINPUTS")
-    parser.add_argument("--rows", type=parse_rows, default=list(ROWS), help="numbers of rows, such as 1,8,32")
+    parser.add_argument("--rows", type=parse_rows, help="numbers of rows, such as 1,8,32; by default powers of two")
 
 
-def chosen_cases(args: argparse.Namespace) -> list[LinearCase]:
-    """The cases of add_case_arguments' arguments."""
-    shapes = args.shapes or ([] if args.nk else list(SHAPES))
-    return linear_cases(shapes, args.nk, args.rows)
+def chosen_linear_cases(args: argparse.Namespace) -> list[LinearCase]:
+    """The linear layers of add_case_arguments' arguments."""
+    return linear_cases(_shapes(args), args.nk, args.rows or ROWS)
+
+
+def chosen_moe_cases(args: argparse.Namespace) -> list[MoeCase]:
+    """The experts of add_case_arguments' arguments."""
+    return moe_cases(_shapes(args), args.rows or MOE_ROWS)
+
+
+def _shapes(args: argparse.Namespace) -> list[str]:
+    return args.shapes or ([] if args.nk else list(SHAPES))
+
+
+def parse_layers(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in LAYERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not known: use some of {','.join(LAYERS)}")
+    return names
+
+
+LAYERS: dict[str, Callable[[argparse.Namespace], Sequence[Case]]] = {"linear": chosen_linear_cases, "moe": chosen_moe_cases}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_arguments(parser)
+    parser.add_argument("--layers", type=parse_layers, default=list(LAYERS), help=f"kinds of layers, of {','.join(LAYERS)}")
     parser.add_argument("--out", type=Path, help="the table to write; by default this GPU's in the package")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="that compile")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("no CUDA device: a table is measured on the GPU it is for")
     gpu_name = torch.cuda.get_device_name()
-    cases = chosen_cases(args)
-    compile_all(cases, num_processes=args.processes)
-    entries = []
-    for case in cases:
-        entries.append(measure(case))
-        print(describe(case, entries[-1]), flush=True)
+    cases = [case for name in args.layers for case in LAYERS[name](args)]
     measured_on = {"gpu": gpu_name, "torch": torch.__version__, "triton": triton.__version__}
-    save_entries(args.out or table_path(gpu_name), entries, measured_on=measured_on)
-    return 0
+    compile_all(cases, num_processes=args.processes)
+    is_right = True
+    for case in cases:
+        measured = measure(case)
+        save_entries(args.out or table_path(gpu_name), [measured.entry], measured_on=measured_on)
+        print(describe(case, measured.entry), flush=True)
+        for fault in measured.faults:
+            print(fault, file=sys.stderr)
+        is_right &= not measured.faults
+    return 0 if is_right else 1
 
 
 if __name__ == "__main__":

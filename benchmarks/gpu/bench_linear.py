@@ -13,7 +13,7 @@ import argparse
 import json
 
 from pilotfish.kernels.graph_timing import time_in_graph
-from pilotfish.kernels.tune import add_case_arguments, chosen_cases
+from pilotfish.kernels.tune import add_case_arguments, chosen_linear_cases
 from pilotfish.kernels.tune_linear import LinearCase
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     add_case_arguments(parser)
     parser.add_argument("--bandwidth", type=float, default=4.28, help="TB/s this GPU reads; 4.28 was measured on an H200")
     args = parser.parse_args()
-    for case in chosen_cases(args):
+    for case in chosen_linear_cases(args):
         print(json.dumps(measure(case, args.bandwidth)), flush=True)
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from pilotfish.kernels import tune
 from pilotfish.kernels.skinny_linear import fits
-from pilotfish.kernels.tune import chosen_cases, measure
+from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, measure
 from pilotfish.kernels.tune_linear import ROWS, SHAPES, LinearCase, linear_cases
+from pilotfish.kernels.tune_moe import moe_cases
 from pilotfish.kernels.tuning import load_entries
+from triton.runtime.errors import OutOfResources
 
 SHARED_MEMORY_BYTES = 227 * 1024  # what a program may have on an H100 or H200
 
@@ -26,7 +28,11 @@ class Scripted:
         return [{"kernel": "gemv", "time_us": time_us, "error": error} for time_us, error in self.configs]
 
     def calls(self, config, *, num_weights=None):
-        call = lambda: torch.ones(3, 4, dtype=torch.bfloat16) * (1 + config["error"])  # noqa: E731
+        def call():
+            if config["error"] is None:
+                raise OutOfResources(200_000, 100_000, "shared memory")
+            return torch.ones(3, 4, dtype=torch.bfloat16) * (1 + config["error"])
+
         call.time_us = config["time_us"]
         return [call]
 
@@ -39,18 +45,22 @@ def _scripted_times(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("configs", "best_us"),
-    [([(12.0, 0.0), (7.0, 0.0), (8.0, 0.0)], 7.0), ([(9.9, 0.0)], 10.0), ([], 10.0), ([(9.0, 4e-3)], 9.0)],
+    [([(12.0, 0.0), (7.0, 0.0), (8.0, 0.0)], 7.0), ([(9.9, 0.0)], 10.0), ([], 10.0), ([(9.0, 4e-3), (1.0, None)], 9.0)],
 )
 def test_the_fastest_is_kept_if_it_saves_enough(configs, best_us):
-    entry = measure(Scripted(*configs))
+    measured = measure(Scripted(*configs))
+    entry = measured.entry
+    assert measured.faults == []
     assert entry.config["time_us"] == entry.time_us == best_us
     assert (entry.baseline_us, entry.num_rows, entry.dtype) == (10.0, 4, "bfloat16")
 
 
 @pytest.mark.parametrize("error", [0.1, float("nan")])
-def test_a_wrong_result_stops_the_tuner(error):
-    with pytest.raises(RuntimeError, match="is off by"):
-        measure(Scripted((1.0, error)))
+def test_a_wrong_result_is_named_and_never_kept(error):
+    measured = measure(Scripted((1.0, error), (8.0, 0.0)))
+    assert measured.entry.time_us == 8.0
+    assert len(measured.faults) == 1
+    assert "is off by" in measured.faults[0]
 
 
 def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():
@@ -75,13 +85,15 @@ def test_a_layer_that_models_share_is_measured_once():
 def parse(*argv):
     parser = tune.argparse.ArgumentParser()
     tune.add_case_arguments(parser)
-    return chosen_cases(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    return [*chosen_linear_cases(args), *chosen_moe_cases(args)]
 
 
 def test_arguments(capsys):
     assert parse("--nk", "64x32", "--rows", "1,8") == [LinearCase("linear", (64, 32), rows) for rows in (1, 8)]
     assert parse("--shapes", "qwen3-8b", "--rows", "4") == linear_cases(["qwen3-8b"], [], [4])
-    assert parse() == linear_cases(SHAPES, [], ROWS)
+    assert parse("--shapes", "qwen3-30b-a3b", "--rows", "4")[-2:] == moe_cases(["qwen3-30b-a3b"], [4])
+    assert parse() == [*linear_cases(SHAPES, [], ROWS), *moe_cases(SHAPES)]
     for wrong in (["--nk", "64"], ["--shapes", "qwen9"]):
         with pytest.raises(SystemExit):
             parse(*wrong)
