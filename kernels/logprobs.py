@@ -50,24 +50,29 @@ def gather_logprobs_ref(
 
 @triton.jit
 def _logsumexp_rank_kernel(logits, tokens, logsumexps, ranks, vocab, stride_logits, BLOCK: tl.constexpr):
-    """One program a row, one pass: log(sum exp(logits)) and the rank of its token."""
+    """One program a row, one pass: log(sum exp(logits)) and the rank of its token.
+
+    Each column of the block has a largest logit, sum and count of its own, which are put together once at the end.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = logits + program * stride_logits
     chosen = tl.load(row + tl.load(tokens + program))
-    largest = tl.full([], -float("inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    rank = tl.full([], 1, tl.int32)
+    largest = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    above = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
         values = tl.load(row + column, column < vocab, other=-float("inf"))
-        rank += tl.sum((values > chosen).to(tl.int32), axis=0)
-        new_largest = tl.maximum(largest, tl.max(values, axis=0))
+        above += (values > chosen).to(tl.int32)
+        new_largest = tl.maximum(largest, values)
         # While only -inf was seen, a finite offset: -inf minus -inf is not a number.
         offset = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        total = total * tl.exp(largest - offset) + tl.sum(tl.exp(values - offset), axis=0)
+        total = total * tl.exp(largest - offset) + tl.exp(values - offset)
         largest = new_largest
-    tl.store(logsumexps + program, largest + tl.log(total))
-    tl.store(ranks + program, rank.to(tl.int64))
+    row_largest = tl.max(largest, axis=0)
+    offset = tl.where(row_largest == -float("inf"), 0.0, row_largest)
+    tl.store(logsumexps + program, row_largest + tl.log(tl.sum(total * tl.exp(largest - offset), axis=0)))
+    tl.store(ranks + program, 1 + tl.sum(above, axis=0).to(tl.int64))
 
 
 def _gather_logprobs_triton(
@@ -84,7 +89,7 @@ def _gather_logprobs_triton(
             vocab,
             logits_SV.stride(0),
             BLOCK=min(triton.next_power_of_2(vocab), 8192),
-            num_warps=8,
+            num_warps=16,
         )
     chosen_S = logits_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1)
     top_SM, top_ids_SM = logits_SV.topk(num_top, dim=-1)

@@ -82,7 +82,11 @@ def _gumbel(uniform):
     return -tl.log(exponential)
 
 
-@triton.jit
+# Scalars only are read through these: a second compilation for another alignment would gain nothing.
+_PARAMETERS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_PARAMETERS)
 def _summarize_kernel(
     logits,
     temperatures,
@@ -137,7 +141,7 @@ def _race(values, tokens, num_values, has_tokens, threshold, temperature, seed, 
     return tl.min(tl.where(best == tl.max(best, axis=0), winner, vocab - 1), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PARAMETERS)
 def _draw_kernel(
     logits,
     temperatures,
