@@ -49,7 +49,7 @@ def rule(op: str, sizes: MoeSizes, *, element_size: int) -> MoeConfig:
         return _grouped_rule(sizes, element_size, block_n=32 if op == "moe_gate_up" else 64)
     if op == "moe_gate_up":
         return GemvConfig(block_n=2, block_k=gemv_block_k(sizes.hidden, most=1024), num_warps=4)
-    return GemvConfig(block_n=4, block_k=gemv_block_k(sizes.intermediate, most=512), num_warps=4)
+    return GemvConfig(block_n=8, block_k=gemv_block_k(sizes.intermediate, most=256), num_warps=8)
 
 
 def gemv_block_k(num_inputs: int, *, most: int) -> int:
