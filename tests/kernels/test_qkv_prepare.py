@@ -102,6 +102,24 @@ def test_padding_of_a_captured_batch_stores_nothing(device, dtype):
     assert qkv.isfinite().all()
 
 
+@pytest.mark.gpu
+def test_a_captured_call_follows_its_inputs():
+    qkv, cache, arguments = inputs(LARGE["decode_0.6b"], "cuda", torch.bfloat16)
+    tensors, options = arguments(qkv, cache), norms(128, "cuda", torch.bfloat16) | {"norm_eps": 1e-6}
+    prepare_qkv(*tensors, **options)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prepare_qkv(*tensors, **options)
+    for index in (5, 8):  # other positions and slots
+        qkv.normal_()
+        tensors[index].copy_(tensors[index].roll(1))
+        expected_qkv, expected_cache = qkv.clone(), cache.clone()
+        prepare_qkv(*arguments(expected_qkv, expected_cache), **options)
+        graph.replay()
+        assert torch.equal(qkv[:, :16], expected_qkv[:, :16])
+        assert torch.equal(cache, expected_cache)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_a_narrower_cache_and_a_wider_norm(device, index_dtype):
     qkv, cache, arguments = inputs(SMALL["plain"], device, torch.float32, cache_dtype=torch.float16, index_dtype=index_dtype)

@@ -129,6 +129,22 @@ def test_of_equal_logits_the_smallest_uniform_wins(device):
     assert torch.equal(tokens, uniform.argmin(-1))
 
 
+@pytest.mark.gpu
+def test_a_captured_draw_follows_its_inputs():
+    logits = torch.randn(10, 151936, device="cuda") * 4
+    tensors = mixed_options(10, "cuda")
+    sample(logits, **tensors)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = sample(logits, **tensors)
+    for _ in range(2):
+        logits.copy_(torch.randn_like(logits) * 4)
+        for value in tensors.values():
+            value.copy_(value.roll(1))
+        graph.replay()
+        assert torch.equal(tokens, sample(logits, **tensors))
+
+
 @pytest.mark.parametrize(
     ("change", "value"),
     [
