@@ -1,25 +1,12 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_case import Case, make
 from pilotfish.kernels.paged_attention import TOLERANCE, _paged_attention_triton, paged_attention, paged_attention_ref
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """rows: (query_len, context_len) of each."""
-
-    rows: tuple[tuple[int, int], ...]
-    heads: tuple[int, int] = (4, 2)
-    head_dim: int = 16
-    page_len: int = 16
-    window: int | None = None
-    soft_cap: float | None = None
-    sinks: bool = False
-
 
 MIXED = ((1, 40), (5, 5), (0, 7), (1, 1), (3, 19))
 SMALL = {
@@ -53,37 +40,6 @@ LARGE = {
     "head_dim_576": Case(rows=((100, 500), (1, 77)), heads=(16, 1), head_dim=576),
 }
 RUN = {"cpu": _paged_attention_triton, "cuda": paged_attention}
-
-
-def make(case: Case, device="cpu", dtype=torch.float32, *, spare_pages=2):
-    """Queries as a view of a packed qkv, caches as views of one tensor, pages in a random order."""
-    num_heads, num_kv_heads = case.heads
-    num_tokens = sum(query_len for query_len, _ in case.rows)
-    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, case.head_dim, device=device, dtype=dtype)
-    pages = [-(-context_len // case.page_len) for _, context_len in case.rows]
-    num_pages, width = sum(pages) + spare_pages, max(pages, default=0) + 1
-    cache = torch.randn(num_pages, 2, case.page_len, num_kv_heads, case.head_dim, device=device, dtype=dtype)
-    free = torch.randperm(num_pages).tolist()
-    tables = torch.zeros(len(case.rows), width, dtype=torch.int32)
-    for row, count in enumerate(pages):
-        tables[row, :count] = torch.tensor([free.pop() for _ in range(count)])
-    starts = torch.tensor([0] + [query_len for query_len, _ in case.rows]).cumsum(0)
-    tensors = (
-        qkv[:, :num_heads],
-        cache[:, 0],
-        cache[:, 1],
-        tables.to(device),
-        starts.to(device=device, dtype=torch.int32),
-        torch.tensor([context_len for _, context_len in case.rows], dtype=torch.int32, device=device),
-    )
-    options = {
-        "max_query_len": max((query_len for query_len, _ in case.rows), default=0),
-        "scale": case.head_dim**-0.5,
-        "window": case.window,
-        "soft_cap": case.soft_cap,
-        "sinks_N": torch.randn(num_heads, device=device) if case.sinks else None,
-    }
-    return tensors, options
 
 
 @pytest.mark.parametrize("name", ["mixed", "group_of_three", "window", "soft_cap", "sinks", "one_head_a_group"])
@@ -176,6 +132,7 @@ def test_large_scores_do_not_overflow(device):
         ({"tables": torch.zeros(2, 3, dtype=torch.int64)}, "int32"),
         ({"starts": torch.zeros(2, dtype=torch.int32)}, "query starts"),
         ({"sinks_N": torch.zeros(2)}, "sinks"),
+        ({"scale": 0.0}, "scale"),
         ({"window": 0}, "window"),
         ({"soft_cap": 0.0}, "soft_cap"),
     ],
