@@ -106,7 +106,7 @@ def _moe_mlp_triton(
         num_tokens=num_tokens, num_choices=num_choices, num_experts=num_experts, hidden=hidden, intermediate=intermediate
     )
     gate_up, down = choose_config("moe_gate_up", sizes, x_TH), choose_config("moe_down", sizes, x_TH)
-    order = () if isinstance(gate_up, GemvConfig) and isinstance(down, GemvConfig) else sort_pairs(experts_TC, num_experts)
+    order = None if isinstance(gate_up, GemvConfig) and isinstance(down, GemvConfig) else sort_pairs(experts_TC, num_experts)
     h_PF = run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, activation, config=gate_up)
     return run_down(h_PF, down_weight_EHF, weights_TC, experts_TC, order, config=down)
 
@@ -115,14 +115,15 @@ def run_gate_up(
     x_TH: torch.Tensor,
     gate_up_weight_EUH: torch.Tensor,
     experts_TC: torch.Tensor,
-    order: tuple[torch.Tensor, ...],
+    order: tuple[torch.Tensor, torch.Tensor] | None,
     activation: str,
     *,
     config: MoeConfig,
 ) -> torch.Tensor:
-    """h [P, F]. `order` is that of sort_pairs where the config is of a grouped GEMM."""
+    """h [P, F]. `order` is that of sort_pairs; a grouped GEMM needs it."""
     if isinstance(config, GemvConfig):
         return gated_gemv(x_TH, gate_up_weight_EUH, experts_TC, activation, config=config)
+    assert order is not None
     return gated_grouped_gemm(x_TH, gate_up_weight_EUH, *order, activation, config=config)
 
 
@@ -131,13 +132,14 @@ def run_down(
     down_weight_EHF: torch.Tensor,
     weights_TC: torch.Tensor,
     experts_TC: torch.Tensor,
-    order: tuple[torch.Tensor, ...],
+    order: tuple[torch.Tensor, torch.Tensor] | None,
     *,
     config: MoeConfig,
 ) -> torch.Tensor:
     """out [T, H]. `order` as in run_gate_up."""
     if isinstance(config, GemvConfig):
         return down_gemv(h_PF, down_weight_EHF, weights_TC, experts_TC, config=config)
+    assert order is not None
     return _combine(weighted_grouped_gemm(h_PF, down_weight_EHF, weights_TC, *order, config=config), experts_TC)
 
 

@@ -113,7 +113,7 @@ class MoeCase:
 def _sort_and_gate_up(
     x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, experts_TC: torch.Tensor, config: MoeConfig
 ) -> torch.Tensor:
-    order = () if isinstance(config, GemvConfig) else sort_pairs(experts_TC, gate_up_weight_EUH.shape[0])
+    order = None if isinstance(config, GemvConfig) else sort_pairs(experts_TC, gate_up_weight_EUH.shape[0])
     return run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, "silu", config=config)
 
 

@@ -85,7 +85,7 @@ class Layer:
         h = run_gate_up(self.x, gate_up_weight, experts, order, "silu", config=gate_up)
 
         def sort_and_gate_up() -> torch.Tensor:
-            order = () if isinstance(gate_up, GemvConfig) else sort_pairs(experts, NUM_EXPERTS)
+            order = None if isinstance(gate_up, GemvConfig) else sort_pairs(experts, NUM_EXPERTS)
             return run_gate_up(self.x, gate_up_weight, experts, order, "silu", config=gate_up)
 
         return {
