@@ -16,6 +16,8 @@ width), B blocks in the cache, L page length (a power of two, at least 16). Sour
 al. 2022, "FlashAttention" (online softmax); Gemma 2 (soft cap); gpt-oss (sinks).
 """
 
+from typing import Any
+
 import torch
 
 from .attention_config import decode_config, prefill_config
@@ -119,7 +121,7 @@ def _paged_attention_triton(
     if out_TND.numel() == 0 or num_rows == 0:
         return out_TND
     args = (out_TND, q_TND, k_cache_BLKD, v_cache_BLKD, block_tables_SM, query_starts_P, context_lens_S)
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks_N": sinks_N}
+    options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks_N": sinks_N}
     shape = {
         "group": q_TND.shape[1] // num_kv_heads,
         "head_dim": q_TND.shape[2],
