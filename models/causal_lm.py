@@ -64,7 +64,7 @@ class CausalLM(torch.nn.Module):
         assert residual_TH is not None  # a model has layers
         rows = batch.logits_rows_R
         if rows is not None:
-            x_TH, residual_TH = x_TH[rows], residual_TH[rows]
+            x_TH, residual_TH = x_TH.index_select(0, rows), residual_TH.index_select(0, rows)
         return self.final_norm.add_and_norm(x_TH, residual_TH)[0]
 
     def compute_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
