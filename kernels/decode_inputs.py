@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 
 
@@ -76,8 +77,11 @@ def _gather_kernel(
     num_blocks,
     PAGE_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY_START: tl.constexpr,
 ):
     """One program a row."""
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     row = tl.program_id(0).to(tl.int64)
     slot, position = tl.load(slots + row), tl.load(positions + row)
     tl.store(out_token_ids + row, tl.load(token_ids + slot * num_columns + position).to(tl.int64))
@@ -124,6 +128,7 @@ def _gather_decode_inputs_triton(
             PAGE_LEN=page_len,
             BLOCK=128,
             num_warps=1,
+            **launch_options(slots_S.device),
         )
     return inputs
 

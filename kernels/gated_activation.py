@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .cpu import ops as cpu_ops
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -62,10 +63,20 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _gated_activation_kernel(gate_up, y, num_columns, stride_row, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_activation_kernel(
+    gate_up,
+    y,
+    num_columns,
+    stride_row,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY_START: tl.constexpr,
+):
+    let_next_start(EARLY_START)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < num_columns
+    wait_for_previous(EARLY_START)
     gate = tl.load(gate_up + row * stride_row + column, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride_row + num_columns + column, inside, other=0.0).to(tl.float32)
     gated = activate(gate, up, ACTIVATION)
@@ -78,6 +89,12 @@ def _gated_activation_triton(gate_up_TU: torch.Tensor, activation: str) -> torch
     if y_TF.numel() > 0:
         block = min(triton.next_power_of_2(num_columns), 1024)
         _gated_activation_kernel[(num_rows, triton.cdiv(num_columns, block))](
-            gate_up_TU, y_TF, num_columns, gate_up_TU.stride(0), ACTIVATION=activation, BLOCK=block
+            gate_up_TU,
+            y_TF,
+            num_columns,
+            gate_up_TU.stride(0),
+            ACTIVATION=activation,
+            BLOCK=block,
+            **launch_options(gate_up_TU.device),
         )
     return y_TF

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 from .rms_norm import TOLERANCE, rms_norm, rms_norm_ref
 from .rotary import apply_rotary, apply_rotary_ref, check_rotary
@@ -222,8 +223,11 @@ def _prepare_qkv_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    EARLY_START: tl.constexpr,
 ):
     """One program a token and block of heads: first the blocks of q, then those of k, then those of v."""
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     num_q_blocks, num_k_blocks = tl.cdiv(num_q_heads, BLOCK_HEADS), tl.cdiv(num_k_heads, BLOCK_HEADS)
@@ -339,6 +343,7 @@ def _prepare_qkv_triton(
         BLOCK_DIM=triton.next_power_of_2(head_dim),
         num_warps=min(max(block_heads * block_half // 256, 1), 4),  # 16 bytes of each half a thread, in bfloat16
         enable_fp_fusion=False,  # a fused multiply-add would round otherwise than the reference
+        **launch_options(q_TND.device),
     )
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .cpu import ops as cpu_ops
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 
 # Largest |y - reference| for inputs of order one: (relative, absolute).
@@ -72,15 +73,18 @@ def _rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY_START: tl.constexpr,
 ):
     """One program a row; row (outer, inner) of x lies at outer * stride_outer + inner * stride_inner."""
+    let_next_start(EARLY_START)
     program = tl.program_id(0)
     outer, inner = (program // num_inner).to(tl.int64), (program % num_inner).to(tl.int64)  # divided as 32 bits: quicker
     row = program.to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
+    gain = tl.load(weight + column, inside, other=0.0).to(tl.float32)  # on its way while the kernel before ends
+    wait_for_previous(EARLY_START)
     values = tl.load(x + outer * stride_outer + inner * stride_inner + column, inside, other=0.0)
-    gain = tl.load(weight + column, inside, other=0.0).to(tl.float32)  # on its way while the squares are summed
     if HAS_RESIDUAL:
         added = tl.load(residual + row * stride_residual + column, inside, other=0.0)
         values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
@@ -116,6 +120,7 @@ def _rms_norm_triton(
             BLOCK=block,
             HAS_RESIDUAL=residual_TH is not None,
             num_warps=min(max(block // 256, 1), 16),  # 16 bytes of a row a thread, in bfloat16
+            **launch_options(x_TH.device),
         )
     return y_TH if new_residual_TH is None else (y_TH, new_residual_TH)
 

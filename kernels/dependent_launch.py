@@ -1,0 +1,39 @@
+"""Programmatic dependent launch: a kernel of a stream is launched while the one before it still runs, and waits inside.
+
+It hides what a launch costs between short kernels. On compute capability 9.0 or newer; elsewhere, and in Triton's
+interpreter, EARLY_START is False and nothing changes. A kernel takes part by three rules:
+
+1. It is launched with `**launch_options(device)` and takes EARLY_START: tl.constexpr.
+2. It calls `let_next_start` first: the next kernel may be launched once all programs have.
+3. Every program calls `wait_for_previous`, also one that leaves early, before it writes anything and before it reads what
+   a kernel of the stream may have written (activations, positions, slots, caches). Only what no kernel writes while the
+   model runs (weights, tables of cosines) may be read before.
+
+The wait lasts until the kernel before has finished, which waited for its own predecessor; so the stream keeps its order.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+
+@cache
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keyword arguments for the launch of a kernel that follows these rules. A CUDA `device` carries its index."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"EARLY_START": False}
+    return {"EARLY_START": True, "launch_pdl": True}
+
+
+@triton.jit
+def let_next_start(EARLY_START: tl.constexpr):
+    if EARLY_START:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(EARLY_START: tl.constexpr):
+    if EARLY_START:
+        tl.extra.cuda.gdc_wait()
