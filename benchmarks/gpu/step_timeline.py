@@ -1,9 +1,10 @@
-"""The time line of decode steps on a GPU: what each kernel takes, and how long the GPU waits within and between steps.
+"""The time line of steps on a GPU: what each kernel takes, and how long the GPU waits within and between steps.
 
-The engine's own loop runs (overlapped, CUDA graphs), on a dummy model; a window of its steps is traced by torch.profiler. One
-JSON row a batch size, then a row a kernel: launches and microseconds a step.
+The engine's own loop runs (overlapped, CUDA graphs), on a dummy model, and torch.profiler traces some of its steps: decode
+steps of a full batch, or with `--prefill` those that compute the batch's prompts. One JSON row a batch size, then a row a
+kernel: launches and microseconds a step. Gaps are counted from 5 us: below lie those between two kernels of one step.
 
-    python benchmarks/gpu/step_timeline.py --shape qwen3-0.6b [--batch-sizes 1,128] [--context 640] [--steps 20]
+    python benchmarks/gpu/step_timeline.py --shape qwen3-0.6b [--batch-sizes 1,128] [--context 640] [--steps 20] [--prefill]
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from pilotfish.common.config import EngineConfig, ModelConfig
@@ -29,6 +32,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="1,128", type=lambda text: [int(size) for size in text.split(",")])
     parser.add_argument("--context", type=int, default=640, help="prompt tokens of each sequence")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prefill", action="store_true", help="the prompts' steps instead, with 8192 tokens each")
     parser.add_argument("--kernels", type=int, default=25, help="rows of the longest kernels to print")
     args = parser.parse_args()
     loop, produced = make_loop(args)
@@ -37,7 +41,9 @@ def main() -> None:
 
 
 def make_loop(args: argparse.Namespace) -> tuple[StepLoop, Counter[str]]:
-    config = EngineConfig(max_num_seqs=max(args.batch_sizes), kv_memory_fraction=0.9, prefix_caching=False)
+    config = EngineConfig(
+        max_num_seqs=max(args.batch_sizes), max_num_batched_tokens=8192 if args.prefill else None, prefix_caching=False
+    )
     model = ModelConfig(model=f"dummy:{args.shape}", max_model_len=args.context + 256)
     runner, info = set_up_runner(model, config)
     scheduler = StepScheduler(
@@ -59,24 +65,53 @@ def make_loop(args: argparse.Namespace) -> tuple[StepLoop, Counter[str]]:
 
 
 def trace_steps(loop: StepLoop, produced: Counter[str], batch_size: int, args: argparse.Namespace) -> None:
-    produced.clear()
+    if args.prefill:
+        prefill_all(loop, produced, batch_size, args)  # warm
+        abort_all(loop, produced)
+        traced_ms = prefill_all(loop, produced, batch_size, args)
+        abort_all(loop, produced)
+        with traced() as trace:
+            prefill_all(loop, produced, batch_size, args)
+        num_steps = max(1, round(batch_size * args.context / 8192))
+        report(trace, batch_size, args, num_steps=num_steps, untraced_ms=traced_ms / num_steps)
+    else:
+        prefill_all(loop, produced, batch_size, args)
+        while min(produced.values()) < 8:  # nothing is new any more
+            loop.advance()
+        untraced_ms = run_steps(loop, args.steps)
+        with traced() as trace:
+            run_steps(loop, args.steps)
+        report(trace, batch_size, args, num_steps=args.steps, untraced_ms=untraced_ms)
+    abort_all(loop, produced)
+
+
+def prefill_all(loop: StepLoop, produced: Counter[str], batch_size: int, args: argparse.Namespace) -> float:
+    """Milliseconds until all of a new batch have their first token."""
+    start_s = time.perf_counter()
     sampling = TokenSampling(temperature=0.0, max_tokens=250, seed=0)
     for index in range(batch_size):
         prompt = tuple((7 * token + index) % 1000 for token in range(args.context))
-        loop.scheduler.add(EngineRequest(request_id=f"{batch_size}-{index}", prompt_token_ids=prompt, sampling=sampling))
-    while len(produced) < batch_size or min(produced.values()) < 8:  # all of them decode, and nothing is new any more
+        loop.scheduler.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling))
+    while len(produced) < batch_size:
         loop.advance()
-    untraced_ms = run_steps(loop, args.steps)
-    activities = [ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
-    with profile(activities=activities) as trace:
-        traced_ms = run_steps(loop, args.steps)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    report(trace, batch_size, args, untraced_ms=untraced_ms, traced_ms=traced_ms)
+    return (time.perf_counter() - start_s) * 1e3
+
+
+def abort_all(loop: StepLoop, produced: Counter[str]) -> None:
     for request_id in produced:
         loop.scheduler.abort(request_id)
     while loop.has_work:
         loop.advance()
+    loop.finish()
+    produced.clear()
+
+
+@contextmanager
+def traced() -> Iterator[profile]:
+    with profile(activities=[ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]) as trace:
+        yield trace
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
 
 def run_steps(loop: StepLoop, num_steps: int) -> float:
@@ -86,7 +121,7 @@ def run_steps(loop: StepLoop, num_steps: int) -> float:
     return (time.perf_counter() - start_s) * 1e3 / num_steps
 
 
-def report(trace: profile, batch_size: int, args: argparse.Namespace, *, untraced_ms: float, traced_ms: float) -> None:
+def report(trace: profile, batch_size: int, args: argparse.Namespace, *, num_steps: int, untraced_ms: float) -> None:
     events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     busy_us, end = 0.0, spans[0][0] if spans else 0.0
@@ -101,10 +136,11 @@ def report(trace: profile, batch_size: int, args: argparse.Namespace, *, untrace
         "shape": args.shape,
         "batch": batch_size,
         "step_ms": round(untraced_ms, 3),
-        "traced_step_ms": round(traced_ms, 3),
+        "traced_step_ms": round(total_us / 1e3 / num_steps, 3),
         "gpu_idle_share": round(1 - busy_us / total_us, 3) if total_us else None,
-        "longest_gap_us": round(max(gaps_us, default=0.0), 1),
-        "kernels_per_step": round(len(events) / args.steps, 1),
+        "idle_in_gaps_from_5_us": round(sum(gap for gap in gaps_us if gap >= 5) / total_us, 3) if total_us else None,
+        "longest_gaps_us": [round(gap, 1) for gap in sorted(gaps_us)[-3:]],
+        "kernels_per_step": round(len(events) / num_steps, 1),
     }
     print(json.dumps(row), flush=True)
     launches, spent_us = Counter[str](), Counter[str]()
@@ -112,7 +148,7 @@ def report(trace: profile, batch_size: int, args: argparse.Namespace, *, untrace
         launches[event.name] += 1
         spent_us[event.name] += event.time_range.elapsed_us()
     for name, us in spent_us.most_common(args.kernels):
-        per_step = {"us_per_step": round(us / args.steps, 1), "launches_per_step": round(launches[name] / args.steps, 1)}
+        per_step = {"us_per_step": round(us / num_steps, 1), "launches_per_step": round(launches[name] / num_steps, 1)}
         print(json.dumps({"kernel": name[:110], **per_step, "us_each": round(us / launches[name], 2)}), flush=True)
 
 

@@ -49,7 +49,7 @@ class Attention(torch.nn.Module):
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = self.qkv_proj(x_TH).view(x_TH.shape[0], sum(heads), self.head_dim)
-        q_TND, k_TKD, v_TKD = qkv.split(heads, dim=1)
+        q_TND, k_TKD, v_TKD = qkv.split_with_sizes(heads, dim=1)
         k_cache, v_cache = batch.kv_caches[self.layer]
         prepare_qkv(
             q_TND,
