@@ -162,11 +162,12 @@ def bench_sampling() -> None:
         "top_k 50, top_p 0.9, min_p 0.05": (1.0, 50, 0.9, 0.05),
     }.items():
         keywords = {
-            "temperature_S": torch.full((num_rows,), temperature),
-            "top_k_S": torch.full((num_rows,), top_k, dtype=torch.int32),
-            "top_p_S": torch.full((num_rows,), top_p),
-            "min_p_S": torch.full((num_rows,), min_p),
-            "seeds_S": torch.arange(num_rows),
+            "temperature_M": torch.full((num_rows,), temperature),
+            "top_k_M": torch.full((num_rows,), top_k, dtype=torch.int32),
+            "top_p_M": torch.full((num_rows,), top_p),
+            "min_p_M": torch.full((num_rows,), min_p),
+            "seeds_M": torch.arange(num_rows),
+            "slots_S": torch.arange(num_rows),
             "positions_S": torch.arange(num_rows),
         }
         report(

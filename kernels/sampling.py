@@ -8,44 +8,78 @@ The noise belongs to (seed, position, token id) alone: the draw does not depend 
 rounding, where two scores tie within float32), and a shard of the vocabulary can run its own part of the race.
 Of equal scores the lowest id wins.
 
-S rows, V vocabulary. Source: Gumbel 1954; Maddison et al. 2014, "A* Sampling".
+S rows, V vocabulary, M slots: the parameters lie in tables by slot. Source: Gumbel 1954; Maddison et al. 2014, "A* Sampling".
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
 from .cpu import ops as cpu_ops
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 from .philox import philox_uniform_ref, uniform_at, uniform_block
 from .sampling_filter import gather_candidates, is_filtered, keep_threshold, keep_threshold_ref, lower_bound
 
 _CHUNK = 1024  # tokens a program of the first kernel: small, so that one row fills a GPU and top_k has many chunks
 _CAPACITY = 8192  # candidates of a filtered row; where more are left, the whole row is searched
+_TABLES = ("temperature", "top_k", "top_p", "min_p", "seeds")
+_TABLE_DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64)
 
 
 def sample(
     logits_SV: torch.Tensor,
     *,
-    temperature_S: torch.Tensor,
-    top_k_S: torch.Tensor,
-    top_p_S: torch.Tensor,
-    min_p_S: torch.Tensor,
-    seeds_S: torch.Tensor,
+    temperature_M: torch.Tensor,
+    top_k_M: torch.Tensor,
+    top_p_M: torch.Tensor,
+    min_p_M: torch.Tensor,
+    seeds_M: torch.Tensor,
+    slots_S: torch.Tensor,
     positions_S: torch.Tensor,
-) -> torch.Tensor:
-    """tokens_S int64. Logits, temperature, top_p and min_p float32; top_k int32; seeds and positions int64.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens_S int64, their logits_S). Row s draws by the parameters in slots_S[s] of the tables, any of 0..M-1: not checked.
 
+    Logits, temperature, top_p and min_p are float32; top_k is int32; seeds, slots and positions are int64.
     Off: temperature 0 (greedy), top_k <= 0, top_p >= 1, min_p <= 0. A logit of -inf is not drawn while another
     is finite; a row of nothing but NaN or -inf draws some token of the vocabulary, and the other rows do not notice.
     ValueError where shapes or dtypes do not fit.
     """
-    _check(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, seeds_S, positions_S)
+    tables = (temperature_M, top_k_M, top_p_M, min_p_M, seeds_M)
+    _check(logits_SV, tables, slots_S, positions_S)
     backend = choose_backend("sample", logits_SV)
-    run = sample_ref
-    if backend != "reference":
-        run = cpu_ops.sample if backend == "cpp" else _sample_triton
-    return run(
+    if backend == "triton":
+        return draw_triton(logits_SV, tables, slots_S, positions_S)[:2]
+    return _draw_each(cpu_ops.sample if backend == "cpp" else _draw_ref, logits_SV, tables, slots_S, positions_S)
+
+
+def sample_ref(
+    logits_SV: torch.Tensor,
+    *,
+    temperature_M: torch.Tensor,
+    top_k_M: torch.Tensor,
+    top_p_M: torch.Tensor,
+    min_p_M: torch.Tensor,
+    seeds_M: torch.Tensor,
+    slots_S: torch.Tensor,
+    positions_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tables = (temperature_M, top_k_M, top_p_M, min_p_M, seeds_M)
+    return _draw_each(_draw_ref, logits_SV, tables, slots_S, positions_S)
+
+
+def _draw_each(
+    draw: Callable[..., torch.Tensor],
+    logits_SV: torch.Tensor,
+    tables: tuple[torch.Tensor, ...],
+    slots_S: torch.Tensor,
+    positions_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample` by a function that takes the parameters of each row."""
+    temperature_S, top_k_S, top_p_S, min_p_S, seeds_S = (table_M.index_select(0, slots_S) for table_M in tables)
+    tokens_S = draw(
         logits_SV,
         temperature_S=temperature_S,
         top_k_S=top_k_S,
@@ -54,9 +88,10 @@ def sample(
         seeds_S=seeds_S,
         positions_S=positions_S,
     )
+    return tokens_S, logits_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1)
 
 
-def sample_ref(
+def _draw_ref(
     logits_SV: torch.Tensor,
     *,
     temperature_S: torch.Tensor,
@@ -83,7 +118,7 @@ def _gumbel(uniform):
 
 
 # Scalars only are read through these: a second compilation for another alignment would gain nothing.
-_PARAMETERS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions"]
+_PARAMETERS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "slots", "positions"]
 
 
 @triton.jit(do_not_specialize_on_alignment=_PARAMETERS)
@@ -94,6 +129,7 @@ def _summarize_kernel(
     top_ps,
     min_ps,
     seeds,
+    slots,
     positions,
     chunk_scores,
     chunk_tokens,
@@ -101,19 +137,23 @@ def _summarize_kernel(
     vocab,
     stride_logits,
     CHUNK: tl.constexpr,
+    EARLY_START: tl.constexpr,
 ):
     """One program a row and a chunk of the vocabulary.
 
     Without a filter: the chunk's best score and the lowest token that has it. With one: its largest logit, and the mass
     sum exp((logit - largest) / temperature).
     """
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     scores = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
-    temperature = tl.load(temperatures + row)
-    filtered = is_filtered(temperature, tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row))
+    temperature = tl.load(temperatures + slot)
+    filtered = is_filtered(temperature, tl.load(top_ks + slot), tl.load(top_ps + slot), tl.load(min_ps + slot))
     if (temperature > 0) & (not filtered):
-        uniform = uniform_block(tl.load(seeds + row), tl.load(positions + row), chunk * CHUNK, CHUNK)
+        uniform = uniform_block(tl.load(seeds + slot), tl.load(positions + row), chunk * CHUNK, CHUNK)
         scores += temperature * _gumbel(uniform)
     best = tl.max(scores, axis=0)
     out = row * tl.num_programs(1) + chunk
@@ -149,6 +189,7 @@ def _draw_kernel(
     top_ps,
     min_ps,
     seeds,
+    slots,
     positions,
     chunk_scores,
     chunk_tokens,
@@ -156,6 +197,7 @@ def _draw_kernel(
     candidates,
     candidate_tokens,
     tokens,
+    token_logits,
     thresholds,
     vocab,
     stride_logits,
@@ -163,11 +205,16 @@ def _draw_kernel(
     BLOCK_CHUNKS: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY_START: tl.constexpr,
 ):
     """One program a row. Without a filter only the best chunk is left to find."""
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     program = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperatures + program)
-    top_k, top_p, min_p = tl.load(top_ks + program), tl.load(top_ps + program), tl.load(min_ps + program)
+    slot = tl.load(slots + program)
+    temperature = tl.load(temperatures + slot)
+    top_k, top_p, min_p = tl.load(top_ks + slot), tl.load(top_ps + slot), tl.load(min_ps + slot)
+    row = logits + program * stride_logits
     chunk = tl.arange(0, BLOCK_CHUNKS)
     in_row = program * num_chunks + chunk
     scores = tl.load(chunk_scores + in_row, chunk < num_chunks, other=-float("inf"))
@@ -188,49 +235,34 @@ def _draw_kernel(
             min_p,
             BLOCK_CHUNKS,
         )
-        row = logits + program * stride_logits
         values, value_tokens = candidates + program * CAPACITY, candidate_tokens + program * CAPACITY
         num_values = gather_candidates(row, vocab, bound, values, value_tokens, CAPACITY, BLOCK)
         all_fit = num_values <= CAPACITY
         if not all_fit:
             values, num_values = row, vocab
         threshold = keep_threshold(values, num_values, bound, largest, total, temperature, top_k, top_p, min_p, BLOCK)
-        seed, position = tl.load(seeds + program), tl.load(positions + program)
+        seed, position = tl.load(seeds + slot), tl.load(positions + program)
         winner = _race(values, value_tokens, num_values, all_fit, threshold, temperature, seed, position, vocab, BLOCK)
-        tl.store(tokens + program, winner.to(tl.int64))
     else:
         winners = tl.load(chunk_tokens + in_row, chunk < num_chunks, other=vocab - 1)
-        tl.store(tokens + program, tl.min(tl.where(scores == largest, winners, vocab - 1), axis=0).to(tl.int64))
+        winner = tl.min(tl.where(scores == largest, winners, vocab - 1), axis=0)
+    tl.store(tokens + program, winner.to(tl.int64))
+    tl.store(token_logits + program, tl.load(row + winner))
     tl.store(thresholds + program, threshold)
 
 
-def _sample_triton(
-    logits_SV: torch.Tensor,
-    *,
-    temperature_S: torch.Tensor,
-    top_k_S: torch.Tensor,
-    top_p_S: torch.Tensor,
-    min_p_S: torch.Tensor,
-    seeds_S: torch.Tensor,
-    positions_S: torch.Tensor,
-) -> torch.Tensor:
-    return draw_triton(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, seeds_S, positions_S)[0]
-
-
 def draw_triton(
-    logits_SV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    top_k_S: torch.Tensor,
-    top_p_S: torch.Tensor,
-    min_p_S: torch.Tensor,
-    seeds_S: torch.Tensor,
-    positions_S: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens_S, threshold_S), in two launches whatever the parameters; the device alone knows which rows have filters."""
+    logits_SV: torch.Tensor, tables: tuple[torch.Tensor, ...], slots_S: torch.Tensor, positions_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens_S, logits_S, threshold_S), in two launches; the device alone knows which rows have filters.
+
+    `tables` are temperature_M, top_k_M, top_p_M, min_p_M and seeds_M.
+    """
     num_rows, vocab = logits_SV.shape
-    tokens_S, threshold_S = torch.empty_like(seeds_S), torch.empty_like(temperature_S)
+    tokens_S = torch.empty_like(slots_S)
+    token_logits_S, threshold_S = logits_SV.new_empty(num_rows), logits_SV.new_empty(num_rows)
     if num_rows == 0:
-        return tokens_S, threshold_S
+        return tokens_S, token_logits_S, threshold_S
     chunk = min(max(triton.next_power_of_2(vocab), 16), _CHUNK)
     num_chunks = triton.cdiv(vocab, 4 * chunk) * 4  # a multiple of four keeps every part of the scratch aligned
     capacity = min(triton.next_power_of_2(vocab), _CAPACITY)
@@ -238,10 +270,11 @@ def draw_triton(
     scratch = logits_SV.new_empty(num_rows * (3 * num_chunks + 2 * capacity))
     sizes = [num_rows * num_chunks] * 3 + [num_rows * capacity] * 2
     chunk_scores, chunk_masses, chunk_tokens, candidates, candidate_tokens = scratch.split(sizes)
-    parameters = (temperature_S, top_k_S, top_p_S, min_p_S, seeds_S, positions_S)
+    parameters = (*tables, slots_S, positions_S)
+    early = launch_options(logits_SV.device)
     chunks = (chunk_scores, chunk_tokens.view(torch.int32), chunk_masses)
     _summarize_kernel[(num_rows, num_chunks)](
-        logits_SV, *parameters, *chunks, vocab, logits_SV.stride(0), CHUNK=chunk, num_warps=4
+        logits_SV, *parameters, *chunks, vocab, logits_SV.stride(0), CHUNK=chunk, num_warps=4, **early
     )
     _draw_kernel[(num_rows,)](
         logits_SV,
@@ -250,6 +283,7 @@ def draw_triton(
         candidates,
         candidate_tokens.view(torch.int32),
         tokens_S,
+        token_logits_S,
         threshold_S,
         vocab,
         logits_SV.stride(0),
@@ -258,31 +292,23 @@ def draw_triton(
         CAPACITY=capacity,
         BLOCK=min(triton.next_power_of_2(vocab), 4096),
         num_warps=16,
+        **early,
     )
-    return tokens_S, threshold_S
+    return tokens_S, token_logits_S, threshold_S
 
 
-def _check(
-    logits_SV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    top_k_S: torch.Tensor,
-    top_p_S: torch.Tensor,
-    min_p_S: torch.Tensor,
-    seeds_S: torch.Tensor,
-    positions_S: torch.Tensor,
-) -> None:
+def _check(logits_SV: torch.Tensor, tables: tuple[torch.Tensor, ...], slots_S: torch.Tensor, positions_S: torch.Tensor) -> None:
     if logits_SV.dim() != 2 or logits_SV.shape[1] == 0 or logits_SV.dtype != torch.float32 or logits_SV.stride(1) != 1:
         raise ValueError(f"sample: logits {tuple(logits_SV.shape)} {logits_SV.dtype} must be float32 [rows, vocabulary]")
-    for name, tensor, dtype in (
-        ("temperature", temperature_S, torch.float32),
-        ("top_k", top_k_S, torch.int32),
-        ("top_p", top_p_S, torch.float32),
-        ("min_p", min_p_S, torch.float32),
-        ("seeds", seeds_S, torch.int64),
-        ("positions", positions_S, torch.int64),
-    ):
-        if tensor.shape != logits_SV.shape[:1] or tensor.dtype != dtype or not tensor.is_contiguous():
+    for name, table_M, dtype in zip(_TABLES, tables, _TABLE_DTYPES, strict=True):
+        if table_M.dim() != 1 or len(table_M) != len(tables[0]) or table_M.dtype != dtype or not table_M.is_contiguous():
             raise ValueError(
-                f"sample: {name} {tuple(tensor.shape)} {tensor.dtype} must be contiguous {dtype}, one a row of logits "
-                f"{tuple(logits_SV.shape)}"
+                f"sample: {name} {tuple(table_M.shape)} {table_M.dtype} must be contiguous {dtype}, one number for each of "
+                f"{len(tables[0])} slots"
+            )
+    for name, tensor_S in (("slots", slots_S), ("positions", positions_S)):
+        if tensor_S.shape != logits_SV.shape[:1] or tensor_S.dtype != torch.int64 or not tensor_S.is_contiguous():
+            raise ValueError(
+                f"sample: {name} {tuple(tensor_S.shape)} {tensor_S.dtype} must be contiguous int64, one for each row of "
+                f"logits {tuple(logits_SV.shape)}"
             )

@@ -1,7 +1,7 @@
 """Draws the next token of every row that samples, each by its own sequence's parameters.
 
-The parameters of a sequence are written into its slot when it is admitted. In the common case a step costs a gather of
-them and one `sample`; rules (bias, penalties, bad words, min_tokens) and log probabilities run only when a row of
+The parameters of a sequence are written into its slot when it is admitted. In the common case a step costs one
+`sample`; rules (bias, penalties, bad words, min_tokens) and log probabilities run only when a row of
 the step asked for them. The order of the rules is Hugging Face's.
 
 Shape letters: R rows that sample, V vocabulary, M slots, N rows that want log probabilities, C tokens a sequence can have.
@@ -156,14 +156,14 @@ class Sampler:
     def draw_plain(self, logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
         """The draw alone, by uploaded parameters. Nothing in it depends on the host, so that a CUDA graph can hold it."""
         floats_3M, top_k_M, seeds_M = self._on_device
-        floats_3R = floats_3M.index_select(1, rows.slots_R)
-        tokens_R = sample(
+        tokens_R, drawn_logits_R = sample(
             logits_RV,
-            temperature_S=floats_3R[0],
-            top_k_S=top_k_M.index_select(0, rows.slots_R),
-            top_p_S=floats_3R[1],
-            min_p_S=floats_3R[2],
-            seeds_S=seeds_M.index_select(0, rows.slots_R),
+            temperature_M=floats_3M[0],
+            top_k_M=top_k_M,
+            top_p_M=floats_3M[1],
+            min_p_M=floats_3M[2],
+            seeds_M=seeds_M,
+            slots_S=rows.slots_R,
             positions_S=rows.output_positions_R,
         )
-        return Sampled(tokens_R, logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1), None)
+        return Sampled(tokens_R, drawn_logits_R, None)

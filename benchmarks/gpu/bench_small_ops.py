@@ -116,14 +116,15 @@ def sample_case(kind: str, rows: int) -> Case:
     )
     seeds = torch.arange(rows, device="cuda")
 
-    def run() -> torch.Tensor:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
         return sample(
             logits,
-            temperature_S=temperature,
-            top_k_S=top_k,
-            top_p_S=top_p,
-            min_p_S=min_p,
-            seeds_S=seeds,
+            temperature_M=temperature,
+            top_k_M=top_k,
+            top_p_M=top_p,
+            min_p_M=min_p,
+            seeds_M=seeds,
+            slots_S=seeds,
             positions_S=seeds,
         )
 

@@ -19,20 +19,22 @@ def parameters(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         return torch.tensor(value if isinstance(value, list) else [value] * rows, dtype=dtype)
 
     return {
-        "temperature_S": column(temperature, torch.float32),
-        "top_k_S": column(top_k, torch.int32),
-        "top_p_S": column(top_p, torch.float32),
-        "min_p_S": column(min_p, torch.float32),
-        "seeds_S": torch.randint(-(2**63), 2**63 - 1, (rows,)),
+        "temperature_M": column(temperature, torch.float32),
+        "top_k_M": column(top_k, torch.int32),
+        "top_p_M": column(top_p, torch.float32),
+        "min_p_M": column(min_p, torch.float32),
+        "seeds_M": torch.randint(-(2**63), 2**63 - 1, (rows,)),
+        "slots_S": torch.arange(rows),
         "positions_S": torch.randint(0, 2**40, (rows,)),
     }
 
 
 def assert_as_reference(logits, arguments):
     assert cpu_ops.supports("sample", logits.dtype)
-    tokens = sample(logits, **arguments)
+    tokens, drawn_logits = sample(logits, **arguments)
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, sample_ref(logits, **arguments))
+    assert torch.equal(tokens, sample_ref(logits, **arguments)[0])
+    assert torch.equal(drawn_logits, logits.gather(1, tokens[:, None])[:, 0])
     return tokens
 
 
@@ -81,7 +83,8 @@ def test_rows_with_different_parameters():
     )
     tokens = assert_as_reference(logits, arguments)
     for row in range(6):
-        alone = sample(logits[row : row + 1], **{name: value[row : row + 1] for name, value in arguments.items()})
+        of_row = {name: arguments[name][row : row + 1] for name in ("slots_S", "positions_S")}
+        alone, _ = sample(logits[row : row + 1], **(arguments | of_row))
         assert alone.item() == tokens[row]
 
 
@@ -94,7 +97,7 @@ def test_the_cut_falls_between_logits_that_hardly_differ(filters, num_kept):
     """Twenty tokens of nearly equal probability beside one far away: a coarse sort of the logits cannot tell them apart."""
     logits = torch.full((4000, 21), -1000.0)
     logits[:, :20] = torch.linspace(1e-3, 0, 20)
-    drawn = sample(logits, **parameters(4000, **filters))
+    drawn, _ = sample(logits, **parameters(4000, **filters))
     assert set(drawn.tolist()) == set(range(num_kept))
 
 
@@ -105,14 +108,14 @@ SMALLEST_NOISE, LARGEST_NOISE = (4696, 376), (13259, 6387)
 @pytest.mark.parametrize(("seed", "token"), [SMALLEST_NOISE, LARGEST_NOISE])
 @pytest.mark.parametrize("advantage", [-1e-4, 1e-4])
 def test_extreme_noise_is_exact(seed, token, advantage):
-    arguments = {**parameters(1), "seeds_S": torch.tensor([seed]), "positions_S": torch.tensor([0])}
-    uniform = philox_uniform_ref(arguments["seeds_S"], arguments["positions_S"], token + 1)[0].double()
+    arguments = {**parameters(1), "seeds_M": torch.tensor([seed]), "positions_S": torch.tensor([0])}
+    uniform = philox_uniform_ref(arguments["seeds_M"], arguments["positions_S"], token + 1)[0].double()
     gumbel = -torch.log(-torch.log1p(-uniform))
     logits = torch.full((1, token + 1), -INFINITY)
     logits[0, token] = 0.0
     logits[0, 3] = gumbel[token] - gumbel[3] - advantage
     assert_as_reference(logits, arguments)
-    assert sample(logits, **arguments).item() == (token if advantage > 0 else 3)
+    assert sample(logits, **arguments)[0].item() == (token if advantage > 0 else 3)
 
 
 def test_equal_logits_are_kept_or_dropped_together():
@@ -120,7 +123,7 @@ def test_equal_logits_are_kept_or_dropped_together():
     logits[:, 6:] = -9.0
     drawn = assert_as_reference(logits, parameters(2000, top_k=2))
     assert set(drawn.tolist()) == set(range(6))
-    assert set(sample(logits, **parameters(2000, top_p=0.4)).tolist()) == set(range(6))
+    assert set(sample(logits, **parameters(2000, top_p=0.4))[0].tolist()) == set(range(6))
 
 
 def test_tokens_at_minus_infinity_are_never_drawn():
@@ -138,22 +141,22 @@ def test_broken_rows_draw_some_token(broken, vocab):
     for temperature in (0.0, 1.0):
         for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 2, "top_p": 0.5, "min_p": 0.5}):
             arguments = parameters(6, temperature=temperature, **filters)
-            tokens, expected = sample(logits, **arguments), sample_ref(logits, **arguments)
+            (tokens, _), (expected, _) = sample(logits, **arguments), sample_ref(logits, **arguments)
             assert bool(((tokens >= 0) & (tokens < vocab)).all())
             assert torch.equal(tokens[[0, 2, 4]], expected[[0, 2, 4]])
 
 
 def test_draws_follow_the_softmax():
     logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5]).repeat(40_000, 1)
-    counts = torch.bincount(sample(logits, **parameters(40_000, temperature=0.8)), minlength=5)
+    counts = torch.bincount(sample(logits, **parameters(40_000, temperature=0.8))[0], minlength=5)
     torch.testing.assert_close(counts / 40_000, (logits[0] / 0.8).softmax(-1), rtol=0, atol=0.012)
 
 
 def test_the_noise_is_that_of_philox():
     """Flat logits: the winner is the token with the largest Gumbel noise, the one with the smallest uniform number."""
     arguments = parameters(200)
-    uniform = philox_uniform_ref(arguments["seeds_S"], arguments["positions_S"], 777)
-    assert torch.equal(sample(torch.zeros(200, 777), **arguments), uniform.argmin(-1))
+    uniform = philox_uniform_ref(arguments["seeds_M"], arguments["positions_S"], 777)
+    assert torch.equal(sample(torch.zeros(200, 777), **arguments)[0], uniform.argmin(-1))
 
 
 def test_views_of_logits():

@@ -1,30 +1,44 @@
 import pytest
 import torch
 from pilotfish.kernels.philox import philox_uniform_ref
-from pilotfish.kernels.sampling import _sample_triton, sample, sample_ref
+from pilotfish.kernels.sampling import draw_triton, sample, sample_ref
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # (rows, vocabulary)
 SMALL = {"one": (1, 20), "odd": (15, 77), "empty": (0, 64), "three_chunks": (3, 9001)}
 LARGE = {"batch": (64, 151936), "one_row": (1, 32000), "many_rows": (3000, 1000)}
-RUN = {"cpu": _sample_triton, "cuda": sample}
+NUM_SPARE_SLOTS = 3
+
+
+def sample_triton(logits, **tensors):
+    slots, positions = tensors.pop("slots_S"), tensors.pop("positions_S")
+    return draw_triton(logits, tuple(tensors.values()), slots, positions)[:2]
+
+
+RUN = {"cpu": sample_triton, "cuda": sample}
 
 
 def options(num_rows, device="cpu", **values):
-    """Sampling tensors; a value is one for all rows or a list."""
+    """Tables of random slots that hold the rows' parameters; a value is one for all rows or a list."""
     kinds = {
         "temperature": (torch.float32, 1.0),
         "top_k": (torch.int32, 0),
         "top_p": (torch.float32, 1.0),
         "min_p": (torch.float32, 0.0),
         "seeds": (torch.int64, list(range(num_rows))),
-        "positions": (torch.int64, [11] * num_rows),
     }
+    num_slots = num_rows + NUM_SPARE_SLOTS
+    slots = torch.randperm(num_slots)[:num_rows]
     tensors = {}
     for name, (dtype, default) in kinds.items():
-        value = torch.tensor(values.get(name, default), dtype=dtype, device=device)
-        tensors[f"{name}_S"] = value.expand(num_rows).contiguous()
-    return tensors
+        tensors[f"{name}_M"] = torch.randint(1, 5, (num_slots,)).to(dtype)
+        tensors[f"{name}_M"][slots] = torch.tensor(values.get(name, default), dtype=dtype)
+    positions = torch.tensor(values.get("positions", 11)).expand(num_rows).contiguous()
+    return {name: tensor.to(device) for name, tensor in (tensors | {"slots_S": slots, "positions_S": positions}).items()}
+
+
+def rows_of(tensors, rows):
+    return tensors | {name: tensors[name][rows] for name in ("slots_S", "positions_S")}
 
 
 def mixed_options(num_rows, device):
@@ -42,8 +56,9 @@ def test_kernel_equals_reference(device, case):
     num_rows, vocab = case
     logits = torch.randn(num_rows, vocab + 5, device=device)[:, 5:]
     tensors = mixed_options(num_rows, device)
-    tokens, expected = RUN[device](logits, **tensors), sample_ref(logits, **tensors)
+    (tokens, drawn_logits), (expected, _) = RUN[device](logits, **tensors), sample_ref(logits, **tensors)
     assert tokens.dtype == torch.int64
+    assert torch.equal(drawn_logits, logits.gather(1, tokens[:, None])[:, 0])
     # Scores that tie within float32 rounding may fall either way: at most one draw in a thousand.
     assert (tokens != expected).sum() <= num_rows // 1000
 
@@ -53,13 +68,13 @@ def test_greedy_takes_the_lowest_of_the_largest(device):
     logits[0, [7, 4500]] = 2.0
     logits[1, [4097, 4999]] = 2.0
     for run in (RUN[device], sample_ref):
-        assert run(logits, **options(3, device, temperature=0.0)).tolist() == [7, 4097, 0]
+        assert run(logits, **options(3, device, temperature=0.0))[0].tolist() == [7, 4097, 0]
 
 
 def test_forbidden_tokens_are_never_drawn(device):
     logits = torch.full((12, 40), -float("inf"), device=device)
     logits[:, [3, 17]] = torch.tensor([0.0, 0.0], device=device)
-    tokens = RUN[device](logits, **options(12, device, temperature=[0.0, 5.0, 5.0] * 4, top_k=[0, 0, 20] * 4))
+    tokens, _ = RUN[device](logits, **options(12, device, temperature=[0.0, 5.0, 5.0] * 4, top_k=[0, 0, 20] * 4))
     assert set(tokens.tolist()) == {3, 17}
 
 
@@ -70,8 +85,9 @@ def test_a_broken_row_draws_a_token_and_spoils_no_other(device):
     broken = logits.clone()
     broken[1], broken[2], broken[4, ::2] = float("nan"), -float("inf"), float("nan")
     for run in (RUN[device], sample_ref, sample):
-        tokens = run(broken, **tensors)
-        assert torch.equal(tokens[[0, 3, 5]], run(logits, **tensors)[[0, 3, 5]])
+        tokens, drawn_logits = run(broken, **tensors)
+        assert torch.equal(tokens[[0, 3, 5]], run(logits, **tensors)[0][[0, 3, 5]])
+        assert not drawn_logits[[1, 2]].isfinite().any()
         assert tokens.min() >= 0
         assert tokens.max() < 40
 
@@ -79,12 +95,11 @@ def test_a_broken_row_draws_a_token_and_spoils_no_other(device):
 def test_a_row_draws_the_same_in_every_batch(device):
     logits = torch.randn(4, 300, device=device)
     tensors = mixed_options(4, device)
-    together = RUN[device](logits, **tensors)
-    backwards = RUN[device](logits.flip(0), **{name: value.flip(0) for name, value in tensors.items()})
+    together, _ = RUN[device](logits, **tensors)
+    backwards, _ = RUN[device](logits.flip(0), **rows_of(tensors, [3, 2, 1, 0]))
     assert torch.equal(backwards.flip(0), together)
     for row in range(4):
-        alone = {name: value[row : row + 1] for name, value in tensors.items()}
-        assert RUN[device](logits[row : row + 1], **alone) == together[row]
+        assert RUN[device](logits[row : row + 1], **rows_of(tensors, [row]))[0] == together[row]
 
 
 def test_a_shard_of_the_vocabulary_keeps_its_noise(device):
@@ -93,7 +108,7 @@ def test_a_shard_of_the_vocabulary_keeps_its_noise(device):
     masked = logits.clone()
     masked[:, 100:] = -float("inf")
     tensors = options(8, device)
-    assert torch.equal(RUN[device](masked, **tensors), RUN[device](logits[:, :100], **tensors))
+    assert torch.equal(RUN[device](masked, **tensors)[0], RUN[device](logits[:, :100], **tensors)[0])
 
 
 @pytest.mark.parametrize("over", ["seeds", "positions"])
@@ -111,7 +126,7 @@ def test_draws_follow_the_filtered_distribution(device, over, temperature, top_k
     expected = scores.double().softmax(-1)[0] * num_draws
     counted = {"seeds": [1234] * num_draws, "positions": [77] * num_draws, over: list(range(num_draws))}
     tensors = options(num_draws, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **counted)
-    tokens = sample(logits.to(device).expand(num_draws, -1), **tensors).cpu()
+    tokens = sample(logits.to(device).expand(num_draws, -1), **tensors)[0].cpu()
     counts = tokens.bincount(minlength=30).double()
     kept = expected > 0
     assert not counts[~kept].any()
@@ -124,8 +139,8 @@ def test_draws_follow_the_filtered_distribution(device, over, temperature, top_k
 
 def test_of_equal_logits_the_smallest_uniform_wins(device):
     tensors = options(20, device)
-    tokens = RUN[device](torch.zeros(20, 900, device=device), **tensors)
-    uniform = philox_uniform_ref(tensors["seeds_S"], tensors["positions_S"], 900)
+    tokens, _ = RUN[device](torch.zeros(20, 900, device=device), **tensors)
+    uniform = philox_uniform_ref(tensors["seeds_M"][tensors["slots_S"]], tensors["positions_S"], 900)
     assert torch.equal(tokens, uniform.argmin(-1))
 
 
@@ -136,22 +151,25 @@ def test_a_captured_draw_follows_its_inputs():
     sample(logits, **tensors)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens = sample(logits, **tensors)
+        captured = sample(logits, **tensors)
     for _ in range(2):
         logits.copy_(torch.randn_like(logits) * 4)
         for value in tensors.values():
             value.copy_(value.roll(1))
         graph.replay()
-        assert torch.equal(tokens, sample(logits, **tensors))
+        for ours, expected in zip(captured, sample(logits, **tensors), strict=True):
+            assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize(
     ("change", "value"),
     [
-        ("temperature_S", torch.ones(2)),
-        ("top_k_S", torch.ones(3)),
-        ("top_p_S", torch.ones(3, dtype=torch.float64)),
-        ("seeds_S", torch.ones(3, dtype=torch.int32)),
+        ("top_k_M", torch.ones(5, dtype=torch.int32)),
+        ("top_k_M", torch.ones(6)),
+        ("top_p_M", torch.ones(6, dtype=torch.float64)),
+        ("min_p_M", torch.ones(12)[::2]),
+        ("seeds_M", torch.ones(6, dtype=torch.int32)),
+        ("slots_S", torch.ones(2, dtype=torch.int64)),
         ("positions_S", torch.ones(6, dtype=torch.int64)[::2]),
     ],
 )

@@ -29,7 +29,8 @@ def arguments(options, num_rows, device="cpu"):
 
 def keep_threshold_triton(logits, *parameters):
     zeros = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    return draw_triton(logits, *parameters, zeros, zeros)[1]
+    slots = torch.arange(len(logits), device=logits.device)
+    return draw_triton(logits, (*parameters, zeros), slots, zeros)[2]
 
 
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
