@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .gated_activation import activate
 
 
@@ -52,48 +53,54 @@ def _grouped_gemm_kernel(
     stride_x,
     stride_we,
     stride_wn,
-    up_offset,
     PAIRS_PER_ROW: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EARLY_START: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gated where ACTIVATION is named: the weight holds num_outputs gate rows, then as many up rows. Else scaled by pair."""
+    """Gated where ACTIVATION is named: the weight holds num_outputs gate rows, then as many up rows. Else scaled by pair.
+
+    A gated tile's columns are gate, up, gate, up...: one product serves both, and each gate lies in one thread with its up.
+    Rows and columns outside read others' values instead of a mask, and are not stored.
+    """
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     expert = tl.program_id(2)
     first, end = tl.load(expert_starts + expert), tl.load(expert_starts + expert + 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    weight_N = weight + expert.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wn
+    COLUMNS: tl.constexpr = BLOCK_N if ACTIVATION is None else 2 * BLOCK_N
+    column = tl.arange(0, COLUMNS)
+    if ACTIVATION is None:
+        weight_row = tl.minimum(tl.program_id(0) * BLOCK_N + column, num_outputs - 1)
+    else:
+        weight_row = tl.minimum(tl.program_id(0) * BLOCK_N + column // 2, num_outputs - 1) + (column % 2) * num_outputs
+    weight_N = weight + expert.to(tl.int64) * stride_we + weight_row.to(tl.int64) * stride_wn
     weight_KN = weight_N[None, :] + k[:, None]
-    in_outputs = (n < num_outputs)[None, :]
     for tile_start in range(first + tl.program_id(1) * BLOCK_M, end, tl.num_programs(1) * BLOCK_M):
         m = tile_start + tl.arange(0, BLOCK_M)
-        in_expert = (m < end)[:, None]
         pair = tl.load(pairs + m, m < end, other=0)
         x_MK = x + ((pair // PAIRS_PER_ROW).to(tl.int64) * stride_x)[:, None] + k[None, :]
-        sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        up_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        sum_MN = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
         for start in range(0, num_inputs, BLOCK_K):
             if EVEN_K:
-                inputs = tl.load(x_MK + start, in_expert, other=0.0)
-                in_block = in_outputs
+                inputs = tl.load(x_MK + start)
+                outputs = tl.load(weight_KN + start)
             else:
-                inputs = tl.load(x_MK + start, in_expert & (start + k < num_inputs)[None, :], other=0.0)
-                in_block = in_outputs & (start + k < num_inputs)[:, None]
-            outputs = tl.load(weight_KN + start, in_block, other=0.0).to(inputs.dtype)
-            sum_MN = tl.dot(inputs, outputs, sum_MN, input_precision="ieee")
-            if ACTIVATION is not None:
-                outputs = tl.load(weight_KN + up_offset + start, in_block, other=0.0).to(inputs.dtype)
-                up_MN = tl.dot(inputs, outputs, up_MN, input_precision="ieee")
+                inputs = tl.load(x_MK + start, (start + k < num_inputs)[None, :], other=0.0)
+                outputs = tl.load(weight_KN + start, (start + k < num_inputs)[:, None], other=0.0)
+            sum_MN = tl.dot(inputs, outputs.to(inputs.dtype), sum_MN, input_precision="ieee")
+        dtype = y.dtype.element_ty
         if ACTIVATION is not None:
-            dtype = y.dtype.element_ty
-            sum_MN = activate(sum_MN.to(dtype).to(tl.float32), up_MN.to(dtype).to(tl.float32), ACTIVATION)
+            gate_MN, up_MN = tl.split(sum_MN.to(dtype).reshape(BLOCK_M, BLOCK_N, 2))
+            y_tile = activate(gate_MN.to(tl.float32), up_MN.to(tl.float32), ACTIVATION).to(dtype)
         else:
-            sum_MN *= tl.load(scales + pair, m < end, other=0.0)[:, None]
+            y_tile = (sum_MN * tl.load(scales + pair, m < end, other=0.0)[:, None]).to(dtype)
         y_MN = y + (pair.to(tl.int64) * num_outputs)[:, None] + n[None, :]
-        tl.store(y_MN, sum_MN.to(y.dtype.element_ty), in_expert & in_outputs)
+        tl.store(y_MN, y_tile, (m < end)[:, None] & (n < num_outputs)[None, :])
 
 
 def gated_grouped_gemm(
@@ -151,7 +158,6 @@ def _launch(
         x_RK.stride(0),
         weight_ENK.stride(0),
         weight_ENK.stride(1),
-        y_PN.shape[1] * weight_ENK.stride(1),
         PAIRS_PER_ROW=y_PN.shape[0] // x_RK.shape[0],
         ACTIVATION=activation,
         EVEN_K=num_inputs % config.block_k == 0,
@@ -160,4 +166,5 @@ def _launch(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch_options(x_RK.device),
     )

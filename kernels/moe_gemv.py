@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .gated_activation import activate
 
 
@@ -43,9 +44,12 @@ def _gated_gemv_kernel(
     NUM_CHOICES: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EARLY_START: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     pair = tl.program_id(1)
     expert = tl.load(experts + pair)
     if expert < 0:
@@ -58,14 +62,10 @@ def _gated_gemv_kernel(
     up_NK = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.static_range(0, NUM_INPUTS, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if NUM_INPUTS % BLOCK_K == 0:
-            x_K = tl.load(x_row + k).to(tl.float32)
-            in_block = in_outputs
-        else:
-            x_K = tl.load(x_row + k, k < NUM_INPUTS, other=0.0).to(tl.float32)
-            in_block = in_outputs & (k < NUM_INPUTS)[None, :]
+        in_block = in_outputs if NUM_INPUTS % BLOCK_K == 0 else in_outputs & (k < NUM_INPUTS)[None, :]
         gate = tl.load(gate_N[:, None] + k[None, :], in_block, other=0.0, eviction_policy="evict_first")
         up = tl.load(gate_N[:, None] + up_offset + k[None, :], in_block, other=0.0, eviction_policy="evict_first")
+        x_K = tl.load(x_row + k, k < NUM_INPUTS, other=0.0).to(tl.float32)
         gate_NK += gate.to(tl.float32) * x_K[None, :]
         up_NK += up.to(tl.float32) * x_K[None, :]
     dtype = h.dtype.element_ty
@@ -87,29 +87,37 @@ def _down_gemv_kernel(
     stride_wn,
     NUM_CHOICES: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
+    EARLY_START: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """A tile spans all choices: their experts are one load, and no choice's weights wait for another's expert."""
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     token = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_outputs = (n < num_outputs)[:, None]
-    weight_N = weight + n.to(tl.int64) * stride_wn
-    sum_NK = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for choice in tl.static_range(NUM_CHOICES):
-        # Masks rather than branches: the loads of all choices are in flight together.
-        pair = token * NUM_CHOICES + choice
-        expert = tl.load(experts + pair)
-        scale = tl.load(scales + pair)
-        here = tl.broadcast_to(expert, [BLOCK_K]) >= 0
-        for start in tl.static_range(0, NUM_INPUTS, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            in_inputs = here & (k < NUM_INPUTS)
-            h_K = tl.load(h + pair * NUM_INPUTS + k, in_inputs, other=0.0).to(tl.float32) * scale
-            weight_NK = weight_N[:, None] + expert.to(tl.int64) * stride_we + k[None, :]
-            down = tl.load(weight_NK, in_outputs & in_inputs[None, :], other=0.0, eviction_policy="evict_first")
-            sum_NK += down.to(tl.float32) * h_K[None, :]
+    c = tl.arange(0, BLOCK_C)
+    pair_C = token * NUM_CHOICES + c
+    expert_C = tl.load(experts + pair_C, c < NUM_CHOICES, other=-1)
+    scale_C = tl.load(scales + pair_C, c < NUM_CHOICES, other=0.0)
+    here_C = expert_C >= 0
+    weight_CN = weight + (expert_C.to(tl.int64) * stride_we)[:, None] + (n.to(tl.int64) * stride_wn)[None, :]
+    here_CN = here_C[:, None] & (n < num_outputs)[None, :]
+    sum_CNK = tl.zeros([BLOCK_C, BLOCK_N, BLOCK_K], tl.float32)
+    for start in tl.static_range(0, NUM_INPUTS, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        in_inputs = k < NUM_INPUTS
+        down = tl.load(
+            weight_CN[:, :, None] + k[None, None, :],
+            here_CN[:, :, None] & in_inputs[None, None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        h_CK = tl.load(h + (pair_C * NUM_INPUTS)[:, None] + k[None, :], here_C[:, None] & in_inputs[None, :], other=0.0)
+        sum_CNK += down.to(tl.float32) * (h_CK.to(tl.float32) * scale_C[:, None])[:, None, :]
     out_N = out + token.to(tl.int64) * num_outputs + n
-    tl.store(out_N, tl.sum(sum_NK, axis=1).to(out.dtype.element_ty), n < num_outputs)
+    tl.store(out_N, tl.sum(tl.sum(sum_CNK, axis=2), axis=0).to(out.dtype.element_ty), n < num_outputs)
 
 
 def gated_gemv(
@@ -134,6 +142,7 @@ def gated_gemv(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
+        **launch_options(x_TH.device),
     )
     return h_PF
 
@@ -155,8 +164,10 @@ def down_gemv(
         down_weight_EHF.stride(1),
         NUM_CHOICES=num_choices,
         NUM_INPUTS=h_PF.shape[1],
+        BLOCK_C=triton.next_power_of_2(num_choices),
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
+        **launch_options(h_PF.device),
     )
     return out_TH

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .cpu import ops as cpu_ops
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 from .gated_activation import check_activation, gated_activation_ref
 from .grouped_gemm import gated_grouped_gemm, weighted_grouped_gemm
@@ -68,8 +69,10 @@ def moe_mlp_ref(
 
 
 @triton.jit
-def _combine_kernel(y, experts, out, num_columns, NUM_CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(y, experts, out, num_columns, NUM_CHOICES: tl.constexpr, EARLY_START: tl.constexpr, BLOCK: tl.constexpr):
     """One program a token and block of H: the sum of its choices, weighted already, in their order."""
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -86,7 +89,13 @@ def _combine(y_PH: torch.Tensor, experts_TC: torch.Tensor) -> torch.Tensor:
     out_TH = y_PH.new_empty(num_tokens, num_columns)
     block = min(triton.next_power_of_2(num_columns), 1024)
     _combine_kernel[(num_tokens, triton.cdiv(num_columns, block))](
-        y_PH, experts_TC, out_TH, num_columns, NUM_CHOICES=num_choices, BLOCK=block
+        y_PH,
+        experts_TC,
+        out_TH,
+        num_columns,
+        NUM_CHOICES=num_choices,
+        BLOCK=block,
+        **launch_options(y_PH.device),
     )
     return out_TH
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .cpu import ops as cpu_ops
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 
 # Largest |weight - reference|: (relative, absolute). The logits' dtype does not matter: all arithmetic is float32.
@@ -52,10 +53,13 @@ def _route_tokens_kernel(
     stride_logits,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    EARLY_START: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program a token: takes the largest logit left TOP_K times."""
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     inside = expert < num_experts
@@ -94,5 +98,6 @@ def _route_tokens_triton(logits_TE: torch.Tensor, top_k: int, *, renormalize: bo
             BLOCK_E=triton.next_power_of_2(num_experts),
             BLOCK_C=triton.next_power_of_2(top_k),
             num_warps=1,
+            **launch_options(logits_TE.device),
         )
     return weights_TC, experts_TC

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
+
 
 def sort_pairs(experts_TC: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(pairs [P] int32, expert_starts [E + 1] int32). What lies in `pairs` beyond expert_starts[E] is unset.
@@ -23,7 +25,14 @@ def sort_pairs(experts_TC: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
     expert_starts = torch.empty(num_experts + 1, dtype=torch.int32, device=experts_TC.device)
     block = min(max(triton.next_power_of_2(num_pairs), 32), 4096)
     _sort_pairs_kernel[(num_experts + 1,)](
-        experts_TC, pairs_P, expert_starts, num_pairs, num_experts, BLOCK=block, num_warps=min(max(block // 128, 1), 8)
+        experts_TC,
+        pairs_P,
+        expert_starts,
+        num_pairs,
+        num_experts,
+        BLOCK=block,
+        num_warps=min(max(block // 128, 1), 8),
+        **launch_options(experts_TC.device),
     )
     return pairs_P, expert_starts
 
@@ -37,11 +46,13 @@ def sort_pairs_ref(experts_TC: torch.Tensor, num_experts: int) -> tuple[torch.Te
 
 
 @triton.jit
-def _sort_pairs_kernel(experts, pairs, expert_starts, num_pairs, num_experts, BLOCK: tl.constexpr):
+def _sort_pairs_kernel(experts, pairs, expert_starts, num_pairs, num_experts, EARLY_START: tl.constexpr, BLOCK: tl.constexpr):
     """One program an expert, and one for the end: each counts the pairs before its own and then writes its own in order.
 
     All read all ids: they lie in L2, and no program waits for another.
     """
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     num_before = tl.zeros([BLOCK], tl.int32)

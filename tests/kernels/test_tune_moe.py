@@ -57,7 +57,9 @@ def test_an_unknown_kernel_in_a_table_is_named():
 def test_every_candidate_agrees_and_the_best_is_kept(op, num_tokens):
     sizes = MoeSizes(num_tokens=num_tokens, num_choices=4, num_experts=16, hidden=512, intermediate=256)
     case = MoeCase(op, sizes)
-    entry = measure(case)
+    measured = measure(case)
+    assert measured.faults == []
+    entry = measured.entry
     assert dict(entry.config) in [dict(config) for config in (*case.candidates(), case.baseline)]
     assert 0 < entry.time_us <= entry.baseline_us
     assert torch.isfinite(case.calls(entry.config, num_weights=1)[0]()).all()
