@@ -17,5 +17,5 @@ MAX_COUNTERS = 1 << 16
 
 @cache
 def arrival_counters(device: torch.device) -> torch.Tensor:
-    """int32 zeros [MAX_COUNTERS], the same at every call, so that a CUDA graph may hold them: the first call must precede it."""
+    """int32 zeros [MAX_COUNTERS], the same at every call, so that a CUDA graph may hold them. The first call comes before."""
     return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)

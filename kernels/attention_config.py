@@ -9,22 +9,19 @@ import triton
 
 KEY_TILE_BYTES = 16 * 1024  # a tile of keys: several fit in shared memory, for loads to run ahead of the arithmetic
 NUM_MULTIPROCESSORS = 132  # of an H100 or H200
-DECODE_PROGRAMS_PER_MULTIPROCESSOR = 2
-MAX_SPLITS = 128
+DECODE_PROGRAMS_PER_MULTIPROCESSOR = 8
+MAX_SPLITS = 64  # one program reads the parts of all
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """num_splits: programs that share the keys of one row and kv head. block_j: keys a step.
-
-    dependent_launch: the kernels start while the one before still drains (programmatic dependent launch).
-    """
+    """num_splits: programs that share a row and kv head, at least `min_split_keys` each. block_j: keys of a step."""
 
     num_splits: int
+    min_split_keys: int
     block_j: int
     num_warps: int
     num_stages: int
-    dependent_launch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +43,18 @@ def decode_config(
 ) -> DecodeConfig:
     """`max_keys` is what the widest row could hold: the width of the block table times the page length."""
     row_bytes = padded_head_dim(head_dim) * element_bytes
-    block_j = _keys_a_step(row_bytes)
+    block_j = _keys_a_step(row_bytes, element_bytes)
     wanted_programs = NUM_MULTIPROCESSORS * DECODE_PROGRAMS_PER_MULTIPROCESSOR
-    wanted_splits = max(wanted_programs // (num_rows * num_kv_heads), 1)
+    num_results = num_rows * num_kv_heads
+    # A few results leave multiprocessors idle: shorter shares. Many fill them, and need fewer loads ahead in each program.
+    min_split_keys = block_j if num_results * 8 <= NUM_MULTIPROCESSORS else 2 * block_j
+    stages_of_short_rows = 5 if num_results < NUM_MULTIPROCESSORS else 3  # the block table's loads take some of them
     return DecodeConfig(
-        num_splits=max(min(wanted_splits, triton.cdiv(max_keys, block_j), MAX_SPLITS), 1),
+        num_splits=max(min(wanted_programs // num_results, triton.cdiv(max_keys, min_split_keys), MAX_SPLITS), 1),
+        min_split_keys=min_split_keys,
         block_j=block_j,
         num_warps=8 if group > 64 or row_bytes > 2048 else 4,
-        num_stages=5 if row_bytes <= 512 else _stages(row_bytes),  # the block table's loads take two of them
+        num_stages=stages_of_short_rows if row_bytes <= 512 and element_bytes == 2 else _stages(row_bytes, element_bytes),
     )
 
 
@@ -61,22 +62,24 @@ def prefill_config(*, group: int, head_dim: int, element_bytes: int) -> PrefillC
     """As many rows as the accumulator, float32 [block_m, head_dim], leaves registers for; Hopper's tensor cores want 64."""
     width = padded_head_dim(head_dim)
     row_bytes = width * element_bytes
+    rows = 16
     if element_bytes == 2:
         rows = 128 if width <= 256 else 64 if width <= 512 else 32
-    else:
-        rows = 128 if width <= 64 else 32 if width <= 512 else 16
     block_m = max(triton.next_power_of_2(group), rows)
     return PrefillConfig(
         block_m=block_m,
-        block_j=_keys_a_step(row_bytes),
+        block_j=_keys_a_step(row_bytes, element_bytes),
         num_warps=8 if block_m * width >= 128 * 64 else 4,
-        num_stages=_stages(row_bytes),
+        num_stages=_stages(row_bytes, element_bytes),
     )
 
 
-def _keys_a_step(row_bytes: int) -> int:
-    return min(max(KEY_TILE_BYTES // row_bytes, 16), 128)
+def _keys_a_step(row_bytes: int, element_bytes: int) -> int:
+    """float32 does without tensor cores: a thread holds whole rows of its operands, so that tiles must be small."""
+    return min(max(KEY_TILE_BYTES // row_bytes, 16), 128) if element_bytes == 2 else 16
 
 
-def _stages(row_bytes: int) -> int:
+def _stages(row_bytes: int, element_bytes: int) -> int:
+    if element_bytes != 2:
+        return 1
     return 3 if row_bytes <= 256 else 2 if row_bytes <= 2048 else 1

@@ -141,17 +141,17 @@ def default_config(inputs: Inputs) -> DecodeConfig | PrefillConfig:
 
 
 def swept_configs(default: DecodeConfig | PrefillConfig) -> Iterator[DecodeConfig | PrefillConfig]:
-    """First the number of splits with everything else as it is, then the tiles."""
+    """Decode: the number of splits and their shortest share, then the loads ahead and the tile. Prefill: the tile."""
     if isinstance(default, DecodeConfig):
-        for num_splits in {1, 2, 4, 8, 16, 32, 64, default.num_splits}:
-            yield dataclasses.replace(default, num_splits=num_splits)
-        for block_j, num_warps, num_stages in itertools.product((32, 64, 128), (4, 8), (1, 3, 5)):
+        counts = {default.num_splits * 2, default.num_splits, -(-default.num_splits // 2), -(-default.num_splits // 4)}
+        for num_splits, min_split_keys in itertools.product(sorted(counts), (64, 128, 256)):
+            yield dataclasses.replace(default, num_splits=num_splits, min_split_keys=min_split_keys)
+        for block_j, num_warps, num_stages in ((64, 4, 3), (64, 4, 4), (64, 4, 5), (32, 4, 5), (64, 8, 5), (128, 4, 3)):
             yield dataclasses.replace(default, block_j=block_j, num_warps=num_warps, num_stages=num_stages)
-        yield dataclasses.replace(default, dependent_launch=True)
         return
-    for block_m, block_j, num_stages in itertools.product((64, 128), (64, 128), (3, 5)):
-        for num_warps in (4,) if block_m == 64 else (4, 8):
-            yield PrefillConfig(block_m=block_m, block_j=block_j, num_warps=num_warps, num_stages=num_stages)
+    tiles = ((128, 128, 8), (128, 64, 8), (128, 128, 4), (128, 64, 4), (64, 64, 4), (64, 128, 4))
+    for (block_m, block_j, num_warps), num_stages in itertools.product(tiles, (2, 3, 4)):
+        yield PrefillConfig(block_m=block_m, block_j=block_j, num_warps=num_warps, num_stages=num_stages)
 
 
 def sweep(inputs: Inputs, limits: argparse.Namespace, keep: int) -> None:
@@ -174,6 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", choices=HEADS, action="append", help="default: all")
     parser.add_argument("--only", choices=["decode", "prefill"])
+    parser.add_argument("--batch", type=int, action="append", help="only shapes of so many rows")
+    parser.add_argument("--context", type=int, action="append", help="only shapes of so many keys a row")
     parser.add_argument("--table-width", type=int, default=2560, help="columns of decode block tables, as in a CUDA graph")
     parser.add_argument("--bandwidth", type=float, default=4.28, help="the machine's measured read bandwidth, TB/s")
     parser.add_argument("--flops", type=float, default=790.0, help="the machine's measured bf16 matrix rate, TFLOP/s")
@@ -183,6 +185,8 @@ def main() -> None:
     prefill = [(num_rows, length, length) for num_rows, length in PREFILL_SHAPES] if arguments.only != "decode" else []
     for model in arguments.heads or HEADS:
         for num_rows, query_len, context_len in decode + prefill:
+            if num_rows not in (arguments.batch or [num_rows]) or context_len not in (arguments.context or [context_len]):
+                continue
             shape = Shape(model=model, num_rows=num_rows, query_len=query_len, context_len=context_len)
             inputs = Inputs(shape, table_width=arguments.table_width if query_len == 1 else 0)
             if arguments.sweep:

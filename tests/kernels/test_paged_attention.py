@@ -39,6 +39,7 @@ LARGE = {
     "head_dim_192": Case(rows=((300, 500), (1, 77)), heads=(16, 4), head_dim=192, page_len=32),
     "head_dim_576": Case(rows=((100, 500), (1, 77)), heads=(16, 1), head_dim=576),
 }
+CUDA_CASES = {torch.float32: ("everything",), torch.float16: tuple(SMALL), torch.bfloat16: (*LARGE, "everything")}
 RUN = {"cpu": _paged_attention_triton, "cuda": paged_attention}
 
 
