@@ -30,6 +30,7 @@ class GroupedConfig:
         block_n: outputs a program; a gated GEMM computes both the gate and the up of each.
         block_k: inputs a step.
         num_slices: programs that share the tiles of one expert and block of outputs.
+        overlap_tiles: a program that has several tiles loads the next one's inputs while it ends this one.
     """
 
     block_m: int
@@ -38,6 +39,7 @@ class GroupedConfig:
     num_slices: int
     num_warps: int
     num_stages: int
+    overlap_tiles: bool = False
 
 
 @triton.jit
@@ -56,6 +58,7 @@ def _grouped_gemm_kernel(
     PAIRS_PER_ROW: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    OVERLAP_TILES: tl.constexpr,
     EARLY_START: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,7 +83,8 @@ def _grouped_gemm_kernel(
         weight_row = tl.minimum(tl.program_id(0) * BLOCK_N + column // 2, num_outputs - 1) + (column % 2) * num_outputs
     weight_N = weight + expert.to(tl.int64) * stride_we + weight_row.to(tl.int64) * stride_wn
     weight_KN = weight_N[None, :] + k[:, None]
-    for tile_start in range(first + tl.program_id(1) * BLOCK_M, end, tl.num_programs(1) * BLOCK_M):
+    first_tile, stride_tile = first + tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
+    for tile_start in tl.range(first_tile, end, stride_tile, flatten=OVERLAP_TILES):
         m = tile_start + tl.arange(0, BLOCK_M)
         pair = tl.load(pairs + m, m < end, other=0)
         x_MK = x + ((pair // PAIRS_PER_ROW).to(tl.int64) * stride_x)[:, None] + k[None, :]
@@ -161,6 +165,7 @@ def _launch(
         PAIRS_PER_ROW=y_PN.shape[0] // x_RK.shape[0],
         ACTIVATION=activation,
         EVEN_K=num_inputs % config.block_k == 0,
+        OVERLAP_TILES=config.overlap_tiles,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

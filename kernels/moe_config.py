@@ -48,8 +48,8 @@ def rule(op: str, sizes: MoeSizes, *, element_size: int) -> MoeConfig:
     if sizes.num_tokens > MAX_GEMV_TOKENS:
         return _grouped_rule(sizes, element_size, block_n=32 if op == "moe_gate_up" else 64)
     if op == "moe_gate_up":
-        return GemvConfig(block_n=2, block_k=gemv_block_k(sizes.hidden, most=1024), num_warps=4)
-    return GemvConfig(block_n=8, block_k=gemv_block_k(sizes.intermediate, most=256), num_warps=8)
+        return GemvConfig(block_n=2, block_k=gemv_block_k(sizes.hidden, most=2048), num_warps=8)
+    return GemvConfig(block_n=2, block_k=gemv_block_k(sizes.intermediate, most=256), num_warps=8)
 
 
 def gemv_block_k(num_inputs: int, *, most: int) -> int:
@@ -99,5 +99,5 @@ def _grouped_rule(sizes: MoeSizes, element_size: int, *, block_n: int) -> Groupe
     elif block_m == 64:
         shape = {"block_n": 2 * block_n, "block_k": 64, "num_warps": 4, "num_stages": 4}
     else:
-        shape = {"block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 3}
+        shape = {"block_n": 4 * block_n, "block_k": 64, "num_warps": 8, "num_stages": 3}
     return GroupedConfig(block_m=block_m, num_slices=num_slices(sizes, block_m), **shape)

@@ -22,16 +22,39 @@ MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
 MAX_GEMV_ROWS = 8  # beyond, two tokens share an expert too often
-# (block_m, block_n, block_k, num_warps, num_stages): tall tiles, for the two GEMMs. A gated tile is twice as wide.
+# (block_m, block_n, block_k, num_warps, num_stages) of tall tiles. A gated tile is twice as wide. Two tiles of 4 warps and at
+# most 113 KB (stages of (block_m + width) * block_k) fit a multiprocessor: one computes while the other fills or stores.
 TALL_TILES = {
-    "moe_gate_up": [(64, 64, 64, 4, 4), (64, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)],
-    "moe_down": [(64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 256, 64, 8, 3)],
+    "moe_gate_up": [
+        (64, 64, 64, 4, 4),
+        (64, 128, 64, 8, 4),
+        (128, 64, 64, 4, 3),
+        (128, 64, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+    ],
+    "moe_down": [
+        (64, 128, 64, 4, 4),
+        (64, 256, 64, 8, 4),
+        (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+    ],
+}
+# Tall tiles for programs that go through all tiles of an expert.
+OVERLAPPED_TILES = {
+    "moe_gate_up": [(64, 128, 64, 8, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)],
+    "moe_down": [(64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)],
 }
 # (block_n, block_k, num_warps, num_stages): short ones, of 16 or 32 pairs.
-SHORT_TILES = [(32, 128, 4, 4), (32, 256, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 8, 4), (128, 64, 4, 4)]
+SHORT_TILES = {
+    "moe_gate_up": [(16, 128, 4, 4), (16, 256, 4, 4), (32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3), (64, 64, 4, 4)],
+    "moe_down": [(32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 5), (64, 256, 4, 3), (128, 64, 4, 4)],
+}
 GEMV_TILES = {
-    "moe_gate_up": [(1, 1024, 4), (1, 2048, 4), (2, 1024, 4), (2, 2048, 8), (4, 512, 4), (4, 1024, 8)],
-    "moe_down": [(2, 512, 2), (2, 512, 4), (4, 512, 2), (4, 512, 4), (8, 512, 4), (8, 512, 8)],
+    "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (1, 2048, 8), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
+    "moe_down": [(1, 256, 4), (1, 256, 8), (2, 256, 4), (2, 256, 8), (4, 256, 8), (4, 256, 16)],
 }
 
 
@@ -92,21 +115,25 @@ class MoeCase:
         if moe.num_tokens <= MAX_GEMV_ROWS:
             for block_n, most, num_warps in GEMV_TILES[self.op]:
                 yield GemvConfig(block_n=block_n, block_k=gemv_block_k(num_inputs, most=most), num_warps=num_warps)
-        tiles = []
         average = triton.cdiv(moe.num_tokens * moe.num_choices, moe.num_experts)
         if moe.num_tokens > 1 and average <= 32:
-            heights = (16,) if average <= 4 else (16, 32)
-            tiles += [(block_m, *tile) for tile in SHORT_TILES for block_m in heights]
+            for block_m in (16,) if average <= 4 else (16, 32):
+                yield from self._grouped(((block_m, *tile) for tile in SHORT_TILES[self.op]), overlap_tiles=False)
         if average >= 16:
-            tiles += TALL_TILES[self.op]
+            yield from self._grouped(TALL_TILES[self.op], overlap_tiles=False)
+        if average >= 256:
+            yield from self._grouped(OVERLAPPED_TILES[self.op], overlap_tiles=True)
+
+    def _grouped(self, tiles: Iterable[tuple[int, ...]], *, overlap_tiles: bool) -> Iterable[GroupedConfig]:
         for block_m, block_n, block_k, num_warps, num_stages in tiles:
             yield GroupedConfig(
                 block_m=block_m,
                 block_n=block_n,
                 block_k=block_k,
-                num_slices=num_slices(moe, block_m),
+                num_slices=1 if overlap_tiles else num_slices(self.moe, block_m),
                 num_warps=num_warps,
                 num_stages=num_stages,
+                overlap_tiles=overlap_tiles,
             )
 
 

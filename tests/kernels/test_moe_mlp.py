@@ -66,6 +66,7 @@ CONFIGS = [
     GroupedConfig(block_m=16, block_n=16, block_k=16, num_slices=1, num_warps=4, num_stages=2),
     GroupedConfig(block_m=16, block_n=32, block_k=32, num_slices=3, num_warps=4, num_stages=3),
     GroupedConfig(block_m=64, block_n=64, block_k=32, num_slices=2, num_warps=4, num_stages=2),
+    GroupedConfig(block_m=16, block_n=64, block_k=16, num_slices=1, num_warps=4, num_stages=3, overlap_tiles=True),
 ]
 
 

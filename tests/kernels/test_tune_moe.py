@@ -53,7 +53,7 @@ def test_an_unknown_kernel_in_a_table_is_named():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["moe_gate_up", "moe_down"])
-@pytest.mark.parametrize("num_tokens", [2, 64, 512])
+@pytest.mark.parametrize("num_tokens", [2, 64, 1024])
 def test_every_candidate_agrees_and_the_best_is_kept(op, num_tokens):
     sizes = MoeSizes(num_tokens=num_tokens, num_choices=4, num_experts=16, hidden=512, intermediate=256)
     case = MoeCase(op, sizes)
