@@ -21,10 +21,18 @@ from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 from .philox import philox_uniform_ref, uniform_at, uniform_block
-from .sampling_filter import gather_candidates, is_filtered, keep_threshold, keep_threshold_ref, lower_bound
+from .sampling_filter import (
+    NUM_RUNGS,
+    gather_candidates,
+    is_filtered,
+    keep_threshold,
+    keep_threshold_ref,
+    lower_bound,
+    store_ladder,
+)
 
 _CHUNK = 1024  # tokens a program of the first kernel: small, so that one row fills a GPU and top_k has many chunks
-_CAPACITY = 8192  # candidates of a filtered row; where more are left, the whole row is searched
+_CAPACITY = 32768  # candidates of a filtered row; where more are left, the whole row is searched
 _TABLES = ("temperature", "top_k", "top_p", "min_p", "seeds")
 _TABLE_DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64)
 
@@ -134,6 +142,7 @@ def _summarize_kernel(
     chunk_scores,
     chunk_tokens,
     chunk_masses,
+    ladders,
     vocab,
     stride_logits,
     CHUNK: tl.constexpr,
@@ -142,7 +151,7 @@ def _summarize_kernel(
     """One program a row and a chunk of the vocabulary.
 
     Without a filter: the chunk's best score and the lowest token that has it. With one: its largest logit, and the mass
-    sum exp((logit - largest) / temperature).
+    sum exp((logit - largest) / temperature); for top_p alone also the ladder of its masses.
     """
     let_next_start(EARLY_START)
     wait_for_previous(EARLY_START)
@@ -151,7 +160,8 @@ def _summarize_kernel(
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     scores = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
     temperature = tl.load(temperatures + slot)
-    filtered = is_filtered(temperature, tl.load(top_ks + slot), tl.load(top_ps + slot), tl.load(min_ps + slot))
+    top_k, top_p = tl.load(top_ks + slot), tl.load(top_ps + slot)
+    filtered = is_filtered(temperature, top_k, top_p, tl.load(min_ps + slot))
     if (temperature > 0) & (not filtered):
         uniform = uniform_block(tl.load(seeds + slot), tl.load(positions + row), chunk * CHUNK, CHUNK)
         scores += temperature * _gumbel(uniform)
@@ -160,7 +170,10 @@ def _summarize_kernel(
     tl.store(chunk_scores + out, best)
     if filtered:
         offset = tl.where(best == -float("inf"), 0.0, best)  # -inf minus -inf is not a number
-        tl.store(chunk_masses + out, tl.sum(tl.exp((scores - offset) / temperature), axis=0))
+        masses = tl.exp((scores - offset) / temperature)
+        tl.store(chunk_masses + out, tl.sum(masses, axis=0))
+        if (top_k <= 0) & (top_p < 1):
+            store_ladder(ladders + out * NUM_RUNGS, scores, masses, offset, temperature)
     else:
         tl.store(chunk_tokens + out, tl.min(tl.where(scores == best, token, vocab - 1), axis=0))
 
@@ -194,6 +207,7 @@ def _draw_kernel(
     chunk_scores,
     chunk_tokens,
     chunk_masses,
+    ladders,
     candidates,
     candidate_tokens,
     tokens,
@@ -225,6 +239,7 @@ def _draw_kernel(
         total = tl.sum(masses * tl.exp((scores - largest) / temperature), axis=0)
         bound = lower_bound(
             chunk_scores + program * num_chunks,
+            ladders + program * num_chunks * NUM_RUNGS,
             num_chunks,
             vocab,
             largest,
@@ -242,7 +257,8 @@ def _draw_kernel(
             values, num_values = row, vocab
         threshold = keep_threshold(values, num_values, bound, largest, total, temperature, top_k, top_p, min_p, BLOCK)
         seed, position = tl.load(seeds + slot), tl.load(positions + program)
-        winner = _race(values, value_tokens, num_values, all_fit, threshold, temperature, seed, position, vocab, BLOCK)
+        BLOCK_RACE: tl.constexpr = min(BLOCK, 4096)  # random numbers take many registers
+        winner = _race(values, value_tokens, num_values, all_fit, threshold, temperature, seed, position, vocab, BLOCK_RACE)
     else:
         winners = tl.load(chunk_tokens + in_row, chunk < num_chunks, other=vocab - 1)
         winner = tl.min(tl.where(scores == largest, winners, vocab - 1), axis=0)
@@ -266,13 +282,13 @@ def draw_triton(
     chunk = min(max(triton.next_power_of_2(vocab), 16), _CHUNK)
     num_chunks = triton.cdiv(vocab, 4 * chunk) * 4  # a multiple of four keeps every part of the scratch aligned
     capacity = min(triton.next_power_of_2(vocab), _CAPACITY)
-    # All 4-byte scratch in one allocation: largest logits, masses and tokens of chunks; values and tokens of candidates.
-    scratch = logits_SV.new_empty(num_rows * (3 * num_chunks + 2 * capacity))
-    sizes = [num_rows * num_chunks] * 3 + [num_rows * capacity] * 2
-    chunk_scores, chunk_masses, chunk_tokens, candidates, candidate_tokens = scratch.split(sizes)
+    # All 4-byte scratch in one allocation: logits, masses, tokens and ladders of chunks; values and tokens of candidates.
+    sizes = [num_rows * num_chunks * width for width in (1, 1, 1, NUM_RUNGS.value)] + [num_rows * capacity] * 2
+    scratch = logits_SV.new_empty(sum(sizes))
+    chunk_scores, chunk_masses, chunk_tokens, ladders, candidates, candidate_tokens = scratch.split(sizes)
     parameters = (*tables, slots_S, positions_S)
     early = launch_options(logits_SV.device)
-    chunks = (chunk_scores, chunk_tokens.view(torch.int32), chunk_masses)
+    chunks = (chunk_scores, chunk_tokens.view(torch.int32), chunk_masses, ladders)
     _summarize_kernel[(num_rows, num_chunks)](
         logits_SV, *parameters, *chunks, vocab, logits_SV.stride(0), CHUNK=chunk, num_warps=4, **early
     )
@@ -290,7 +306,7 @@ def draw_triton(
         num_chunks,
         BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
         CAPACITY=capacity,
-        BLOCK=min(triton.next_power_of_2(vocab), 4096),
+        BLOCK=min(triton.next_power_of_2(vocab), 8192),
         num_warps=16,
         **early,
     )

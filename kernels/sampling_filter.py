@@ -19,6 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+# A chunk's ladder is its masses from `largest - rung * _RUNG * temperature` up, for each rung.
+NUM_RUNGS = tl.constexpr(24)
+_RUNG = tl.constexpr(0.5)
+
 
 def keep_threshold_ref(
     logits_SV: torch.Tensor,
@@ -107,17 +111,54 @@ def min_p_threshold(largest, temperature, min_p):
 
 
 @triton.jit
-def lower_bound(chunk_largest, num_chunks, vocab, largest, total, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr):
+def store_ladder(ladder, logits, masses, largest, temperature):
+    for rung in range(NUM_RUNGS):
+        above = logits >= largest - rung * _RUNG * temperature
+        tl.store(ladder + rung, tl.sum(tl.where(above, masses, 0.0), axis=0))
+
+
+@triton.jit
+def _ladder_bound(scores, ladder_rows, largest, target, temperature):
+    """The largest of a grid of numbers that surely has a mass of `target` at or above it; -inf if none of the grid has.
+
+    Of each chunk counts what its ladder has down to the last rung that is not below the number.
+    """
+    grid_step = temperature * (_RUNG / 4)
+    first, end = tl.full([], 0, tl.int32), tl.full([], 4 * NUM_RUNGS, tl.int32)
+    while first < end:  # the first number that has the mass
+        middle = (first + end) // 2
+        number = largest - middle * grid_step
+        reaches = scores >= number
+        rung = tl.where(reaches, (scores - number) / (temperature * _RUNG), 0.0).to(tl.int32)
+        rung = tl.minimum(tl.maximum(rung, 0), NUM_RUNGS - 1)
+        mass = tl.load(ladder_rows + rung, reaches, other=0.0) * tl.exp((scores - largest) / temperature)
+        if tl.sum(tl.where(reaches, mass, 0.0), axis=0) >= target:
+            end = middle
+        else:
+            first = middle + 1
+    number = largest - first * grid_step
+    rounding = 0.01 * grid_step + 1e-6 * (tl.abs(number) + tl.abs(largest))
+    return tl.where(first < 4 * NUM_RUNGS, number - rounding, -float("inf"))
+
+
+@triton.jit
+def lower_bound(
+    chunk_largest, ladders, num_chunks, vocab, largest, total, temperature, top_k, top_p, min_p, BLOCK: tl.constexpr
+):
     """A number that no threshold of this row is below, from its chunks' largest logits and its `total` mass.
 
-    top_k: k of the chunks' largest logits are k of the row's. top_p: were all tokens below the bound as likely as it,
-    they had the mass 1 - top_p together.
+    top_k: k of the chunks' largest logits are k of the row's. top_p: the chunks' ladders; or, were all tokens
+    below the bound as likely as it, they had the mass 1 - top_p together.
     """
     bound = tl.full([], -float("inf"), tl.float32)
     if top_k > 0:
         bound = _largest_with_mass(chunk_largest, num_chunks, top_k.to(tl.float32), bound, largest, temperature, True, BLOCK)
     elif top_p < 1:
         bound = tl.minimum(largest + temperature * tl.log((1 - top_p) * total / vocab), largest)
+        chunk = tl.arange(0, BLOCK)
+        scores = tl.load(chunk_largest + chunk, chunk < num_chunks, other=-float("inf"))
+        target = top_p * total * 1.00001  # sums in another order may be this much smaller
+        bound = tl.maximum(bound, _ladder_bound(scores, ladders + chunk * NUM_RUNGS, largest, target, temperature))
     else:
         bound = min_p_threshold(largest, temperature, min_p)
     return bound
@@ -127,9 +168,11 @@ def lower_bound(chunk_largest, num_chunks, vocab, largest, total, temperature, t
 def gather_candidates(row, vocab, bound, candidates, candidate_tokens, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the logits from `bound` up and their tokens, in the order of the row, as far as they fit; returns their number."""
     num_found = tl.full([], 0, tl.int32)
+    token = tl.arange(0, BLOCK)
+    following = tl.load(row + token, token < vocab, other=-float("inf"))
     for start in range(0, vocab, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        values = tl.load(row + token, token < vocab, other=-float("inf"))
+        token, values = start + tl.arange(0, BLOCK), following
+        following = tl.load(row + token + BLOCK, token + BLOCK < vocab, other=-float("inf"))  # on its way meanwhile
         kept = (token < vocab) & (values >= bound)
         num_kept = tl.sum(kept.to(tl.int32), axis=0)
         if (num_kept > 0) & (num_found < CAPACITY):

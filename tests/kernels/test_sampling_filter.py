@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pilotfish.kernels import sampling
 from pilotfish.kernels.sampling import draw_triton
 from pilotfish.kernels.sampling_filter import keep_threshold_ref
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -18,7 +19,12 @@ FILTERS = {
     "cold": (0.01, 50, 0.99, 0.001),
     "hot": (50.0, 50, 0.9, 0.5),
 }
-SMALL = {name: (60, options) for name, options in FILTERS.items()} | {"two_blocks": (300, FILTERS["all"])}
+SMALL = {name: (60, options) for name, options in FILTERS.items()} | {
+    "two_blocks": (300, FILTERS["all"]),
+    "top_p_of_chunks": (5001, FILTERS["top_p"]),
+    "cold_top_p_of_chunks": (5001, (0.01, 0, 0.9, 0.0)),
+    "hot_top_p_of_chunks": (5001, (50.0, 0, 0.9, 0.0)),
+}
 LARGE = {name: (151936, options) for name, options in FILTERS.items()}
 
 
@@ -62,6 +68,15 @@ def test_kernel_keeps_what_the_reference_keeps(device, case):
     )
     assert not (below & ~kept).any()
     assert not (kept & ~above).any()
+
+
+@pytest.mark.parametrize("options", [FILTERS["top_k"], FILTERS["top_p"], FILTERS["all"]])
+def test_where_candidates_do_not_fit_the_whole_row_is_searched(device, options, monkeypatch):
+    logits = torch.randn(4, 3000, device=device)
+    parameters = arguments(options, 4, device)
+    monkeypatch.setattr(sampling, "_CAPACITY", 4)
+    kept = logits >= keep_threshold_triton(logits, *parameters)[:, None]
+    assert torch.equal(kept, logits >= keep_threshold_ref(logits, *parameters)[:, None])
 
 
 def test_a_greedy_row_and_a_row_without_filters_have_no_threshold(device):
