@@ -23,7 +23,7 @@ def sort_pairs(experts_TC: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
     num_pairs = experts_TC.numel()
     pairs_P = torch.empty(num_pairs, dtype=torch.int32, device=experts_TC.device)
     expert_starts = torch.empty(num_experts + 1, dtype=torch.int32, device=experts_TC.device)
-    block = min(max(triton.next_power_of_2(num_pairs), 32), 4096)
+    block = min(max(triton.next_power_of_2(num_pairs), 32), 8192)
     _sort_pairs_kernel[(num_experts + 1,)](
         experts_TC,
         pairs_P,
@@ -31,7 +31,7 @@ def sort_pairs(experts_TC: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
         num_pairs,
         num_experts,
         BLOCK=block,
-        num_warps=min(max(block // 128, 1), 8),
+        num_warps=min(max(block // 128, 1), 32),
         **launch_options(experts_TC.device),
     )
     return pairs_P, expert_starts

@@ -3,7 +3,7 @@ import torch
 from pilotfish.kernels.grouped_gemm import GroupedConfig
 from pilotfish.kernels.moe_gemv import GemvConfig
 from pilotfish.kernels.moe_mlp import TOLERANCE, _moe_mlp_triton, moe_mlp, moe_mlp_ref, run_down, run_gate_up
-from pilotfish.kernels.moe_routing import route_tokens_ref
+from pilotfish.kernels.moe_routing import route_tokens, route_tokens_ref
 from pilotfish.kernels.moe_sort import sort_pairs
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -97,6 +97,31 @@ def test_a_captured_layer_follows_its_inputs(num_tokens):
             argument.copy_(other)
         graph.replay()
         assert torch.equal(out, moe_mlp(*others, "silu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 8, 300])
+def test_captured_layers_wait_for_each_other(num_tokens):
+    """Kernels start while the one before ends: a chain of layers gives the bits of layers run one by one."""
+    x, gate_up, down, _, _ = make((num_tokens, 512, 256, 16, 4), "cuda", torch.bfloat16)
+
+    def run_layers(pause):
+        y = x
+        for _ in range(8):
+            weights, experts = route_tokens(y[:, :16], 4, renormalize=True)
+            pause()
+            y = y + moe_mlp(y, gate_up, down, weights, experts, "silu")
+            pause()
+        return y
+
+    expected = run_layers(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run_layers(lambda: None)
+    for _ in range(5):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
 
 
 def test_the_other_activation(device):

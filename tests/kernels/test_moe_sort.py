@@ -3,7 +3,7 @@ import torch
 from pilotfish.kernels.moe_sort import sort_pairs, sort_pairs_ref
 
 # (tokens, choices, experts)
-SMALL = {"one": (1, 1, 1), "few": (7, 2, 5), "decode": (16, 8, 20), "blocks": (2100, 2, 6)}
+SMALL = {"one": (1, 1, 1), "few": (7, 2, 5), "decode": (16, 8, 20), "blocks": (8200, 2, 3)}
 LARGE = {"qwen3": (128, 8, 128), "prefill": (8192, 8, 128), "odd": (3001, 3, 60)}
 
 
