@@ -219,6 +219,7 @@ def _draw_kernel(
     BLOCK_CHUNKS: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_RACE: tl.constexpr,
     EARLY_START: tl.constexpr,
 ):
     """One program a row. Without a filter only the best chunk is left to find."""
@@ -257,7 +258,6 @@ def _draw_kernel(
             values, num_values = row, vocab
         threshold = keep_threshold(values, num_values, bound, largest, total, temperature, top_k, top_p, min_p, BLOCK)
         seed, position = tl.load(seeds + slot), tl.load(positions + program)
-        BLOCK_RACE: tl.constexpr = min(BLOCK, 4096)  # random numbers take many registers
         winner = _race(values, value_tokens, num_values, all_fit, threshold, temperature, seed, position, vocab, BLOCK_RACE)
     else:
         winners = tl.load(chunk_tokens + in_row, chunk < num_chunks, other=vocab - 1)
@@ -307,6 +307,7 @@ def draw_triton(
         BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
         CAPACITY=capacity,
         BLOCK=min(triton.next_power_of_2(vocab), 8192),
+        BLOCK_RACE=min(triton.next_power_of_2(vocab), 4096),  # random numbers take many registers
         num_warps=16,
         **early,
     )
