@@ -92,9 +92,6 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one function
     stride_kb,
     stride_kl,
     stride_kk,
-    stride_vb,
-    stride_vl,
-    stride_vk,
     stride_table,
     WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
@@ -138,7 +135,7 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one function
 
     table = block_tables + row.to(tl.int64) * stride_table
     k_head = k_cache + kv_head * stride_kk
-    v_head = v_cache + kv_head * stride_vk
+    v_head = v_cache + kv_head * stride_kk
     for start in range(first, tl.minimum(first + keys_a_split, context_len), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         seen_J = j < context_len
@@ -148,8 +145,9 @@ def _decode_kernel(  # noqa: PLR0915 - a kernel is one function
         needed = seen_J[:, None]
         if HEAD_DIM < BLOCK_D:
             needed = needed & (d < HEAD_DIM)[None, :]
-        k_JD = tl.load(k_head + (page * stride_kb + (j % PAGE_LEN) * stride_kl)[:, None] + d[None, :], needed, other=0.0)
-        v_JD = tl.load(v_head + (page * stride_vb + (j % PAGE_LEN) * stride_vl)[:, None] + d[None, :], needed, other=0.0)
+        offset_JD = (page * stride_kb + (j % PAGE_LEN) * stride_kl)[:, None] + d[None, :]
+        k_JD = tl.load(k_head + offset_JD, needed, other=0.0)
+        v_JD = tl.load(v_head + offset_JD, needed, other=0.0)
         largest_M, total_M, out_MD = attend(
             q_MD, k_JD, v_JD, seen_J[None, :], scale, soft_cap, largest_M, total_M, out_MD, True, HAS_SOFT_CAP
         )
@@ -218,7 +216,6 @@ def decode_attention(
         soft_cap if soft_cap is not None else 0.0,
         *q_TND.stride()[:2],
         *k_cache_BLKD.stride()[:3],
-        *v_cache_BLKD.stride()[:3],
         block_tables_SM.stride(0),
         HAS_SOFT_CAP=soft_cap is not None,
         HAS_SINKS=sinks_N is not None,

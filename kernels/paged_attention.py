@@ -156,6 +156,11 @@ def _check_tensors(
         raise ValueError(f"paged_attention: {num_heads} heads are not a multiple of {num_kv_heads} kv heads")
     if page_len < 16 or page_len & (page_len - 1):
         raise ValueError(f"paged_attention: page length {page_len} must be a power of two, at least 16")
+    if k_cache_BLKD.stride() != v_cache_BLKD.stride():
+        raise ValueError(
+            f"paged_attention: the caches differ in strides: {k_cache_BLKD.stride()} and {v_cache_BLKD.stride()}; "
+            "allocate both alike"
+        )
     if q_TND.stride()[2] != 1 or k_cache_BLKD.stride()[3] != 1 or v_cache_BLKD.stride()[3] != 1:
         raise ValueError("paged_attention: the last dimension of q and of the caches must be contiguous")
     if sinks_N is not None and sinks_N.shape != (num_heads,):

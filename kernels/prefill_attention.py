@@ -63,9 +63,6 @@ def _prefill_kernel(  # noqa: PLR0915 - a kernel is one function
     stride_kb,
     stride_kl,
     stride_kk,
-    stride_vb,
-    stride_vl,
-    stride_vk,
     stride_table,
     WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
@@ -109,8 +106,9 @@ def _prefill_kernel(  # noqa: PLR0915 - a kernel is one function
     first_needed, full_begin, full_end, end = _key_ranges(first_position, context_len, WINDOW, BLOCK_Q, BLOCK_J)
     table = block_tables + row.to(tl.int64) * stride_table
     k_head = k_cache + kv_head * stride_kk
-    v_head = v_cache + kv_head * stride_vk
-    for part in tl.static_range(3):
+    v_head = v_cache + kv_head * stride_kk
+    FIRST_PART: tl.constexpr = 0 if WINDOW > 0 else 1
+    for part in tl.static_range(FIRST_PART, 3):
         if part == 0:
             low, high = first_needed // BLOCK_J * BLOCK_J, tl.minimum(full_begin, end)
         elif part == 1:
@@ -127,15 +125,14 @@ def _prefill_kernel(  # noqa: PLR0915 - a kernel is one function
                 page = tl.load(table + j // PAGE_LEN).to(tl.int64)
             else:
                 page = tl.load(table + j // PAGE_LEN, needed, other=0).to(tl.int64)
-            k_pointers = k_head + (page * stride_kb + (j % PAGE_LEN) * stride_kl)[:, None] + d[None, :]
-            v_pointers = v_head + (page * stride_vb + (j % PAGE_LEN) * stride_vl)[:, None] + d[None, :]
+            offset_JD = (page * stride_kb + (j % PAGE_LEN) * stride_kl)[:, None] + d[None, :]
             if part == 1 and HEAD_DIM == BLOCK_D:
-                k_JD = tl.load(k_pointers)
-                v_JD = tl.load(v_pointers)
+                k_JD = tl.load(k_head + offset_JD)
+                v_JD = tl.load(v_head + offset_JD)
             else:
                 in_cache = needed[:, None] & (d < HEAD_DIM)[None, :]
-                k_JD = tl.load(k_pointers, in_cache, other=0.0)
-                v_JD = tl.load(v_pointers, in_cache, other=0.0)
+                k_JD = tl.load(k_head + offset_JD, in_cache, other=0.0)
+                v_JD = tl.load(v_head + offset_JD, in_cache, other=0.0)
             largest_M, total_M, out_MD = attend(
                 q_MD, k_JD, v_JD, seen_MJ, scale, soft_cap, largest_M, total_M, out_MD, part != 1, HAS_SOFT_CAP
             )
@@ -180,7 +177,6 @@ def prefill_attention(
         soft_cap if soft_cap is not None else 0.0,
         *q_TND.stride()[:2],
         *k_cache_BLKD.stride()[:3],
-        *v_cache_BLKD.stride()[:3],
         block_tables_SM.stride(0),
         WINDOW=window or 0,
         HAS_SOFT_CAP=soft_cap is not None,
