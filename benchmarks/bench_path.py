@@ -107,7 +107,9 @@ async def path_rate(client: AsyncClient) -> float:
 def pipeline_ttft_ms(pipeline: Pipeline) -> float:
     """Read to the end, so that no step is left running beside what is measured next."""
     start = time.perf_counter()
-    arrived = [time.perf_counter() for _ in pipeline.stream(PROMPT, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))]
+    arrived = [
+        time.perf_counter() for _ in pipeline.stream(PROMPT, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    ]
     return (arrived[0] - start) * 1000
 
 

@@ -9,16 +9,15 @@ import triton
 
 KEY_TILE_BYTES = 16 * 1024  # a tile of keys: several fit in shared memory, for loads to run ahead of the arithmetic
 NUM_MULTIPROCESSORS = 132  # of an H100 or H200
-DECODE_PROGRAMS_PER_MULTIPROCESSOR = 8
-MAX_SPLITS = 64  # one program reads the parts of all
+DECODE_PROGRAMS_PER_MULTIPROCESSOR = 2
+MAX_SPLITS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """num_splits: programs that share a row and kv head, at least `min_split_keys` each. block_j: keys of a step."""
+    """num_splits: programs that share the keys of one row and kv head. block_j: keys a step."""
 
     num_splits: int
-    min_split_keys: int
     block_j: int
     num_warps: int
     num_stages: int
@@ -46,12 +45,10 @@ def decode_config(
     block_j = _keys_a_step(row_bytes, element_bytes)
     wanted_programs = NUM_MULTIPROCESSORS * DECODE_PROGRAMS_PER_MULTIPROCESSOR
     num_results = num_rows * num_kv_heads
-    # A few results leave multiprocessors idle: shorter shares. Many fill them, and need fewer loads ahead in each program.
-    min_split_keys = block_j if num_results * 8 <= NUM_MULTIPROCESSORS else 2 * block_j
-    stages_of_short_rows = 5 if num_results < NUM_MULTIPROCESSORS else 3  # the block table's loads take some of them
+    # The block table's loads take some stages; many programs need fewer loads ahead in each.
+    stages_of_short_rows = 5 if num_results < 4 * NUM_MULTIPROCESSORS else 3
     return DecodeConfig(
-        num_splits=max(min(wanted_programs // num_results, triton.cdiv(max_keys, min_split_keys), MAX_SPLITS), 1),
-        min_split_keys=min_split_keys,
+        num_splits=max(min(wanted_programs // num_results, triton.cdiv(max_keys, block_j), MAX_SPLITS), 1),
         block_j=block_j,
         num_warps=8 if group > 64 or row_bytes > 2048 else 4,
         num_stages=stages_of_short_rows if row_bytes <= 512 and element_bytes == 2 else _stages(row_bytes, element_bytes),

@@ -141,11 +141,10 @@ def default_config(inputs: Inputs) -> DecodeConfig | PrefillConfig:
 
 
 def swept_configs(default: DecodeConfig | PrefillConfig) -> Iterator[DecodeConfig | PrefillConfig]:
-    """Decode: the number of splits and their shortest share, then the loads ahead and the tile. Prefill: the tile."""
+    """Decode: the number of splits, then the loads ahead and the tile. Prefill: the tile."""
     if isinstance(default, DecodeConfig):
-        counts = {default.num_splits * 2, default.num_splits, -(-default.num_splits // 2), -(-default.num_splits // 4)}
-        for num_splits, min_split_keys in itertools.product(sorted(counts), (64, 128, 256)):
-            yield dataclasses.replace(default, num_splits=num_splits, min_split_keys=min_split_keys)
+        for num_splits in sorted({1, 2, 3, 4, 8, 16, 32, 64, default.num_splits}):
+            yield dataclasses.replace(default, num_splits=num_splits)
         for block_j, num_warps, num_stages in ((64, 4, 3), (64, 4, 4), (64, 4, 5), (32, 4, 5), (64, 8, 5), (128, 4, 3)):
             yield dataclasses.replace(default, block_j=block_j, num_warps=num_warps, num_stages=num_stages)
         return
