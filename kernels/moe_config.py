@@ -94,6 +94,7 @@ def _grouped_rule(sizes: MoeSizes, element_size: int, *, block_n: int) -> Groupe
             block_m=block_m, block_n=32, block_k=32, num_slices=num_slices(sizes, block_m), num_warps=4, num_stages=3
         )
     block_m = min(max(triton.next_power_of_2(average), 16), 128)
+    shape: dict[str, Any]
     if block_m <= 32:
         shape = {"block_n": block_n, "block_k": 128, "num_warps": 4, "num_stages": 4}
     elif block_m == 64:

@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_case_arguments(parser)
     parser.add_argument("--layers", type=parse_layers, default=list(LAYERS), help=f"kinds of layers, of {','.join(LAYERS)}")
     parser.add_argument("--out", type=Path, help="the table to write; by default this GPU's in the package")
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 16), help="that compile")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="that compile")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("no CUDA device: a table is measured on the GPU it is for")

@@ -14,11 +14,9 @@ import triton
 
 from .gated_activation import gated_activation
 from .gated_linear import gated_linear
-from .gemv_linear import MAX_GEMV_INPUTS
 from .graph_timing import num_calls, num_copies
 from .linear import cublas_linear, linear
-from .rms_norm import rms_norm
-from .skinny_linear import MAX_SKINNY_ROWS, skinny_linear
+from .skinny_linear import MAX_GEMV_INPUTS, MAX_SKINNY_ROWS, skinny_linear
 from .tuning import Config
 
 # (op, N, K) of every linear layer of a model on one GPU: q k v together, attention output, gate and up, down, router, head.
@@ -44,9 +42,8 @@ SHAPES: dict[str, list[tuple[str, int, int]]] = {
         ("linear_float32", 151936, 2048),
     ],
 }
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-TARGET_PROGRAMS = (132, 264)  # one and two for each multiprocessor of an H100 or H200
-SHARED_MEMORY_BYTES = 220_000  # for the stages of a program on these, which have 227 KB
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 
 
 @dataclass(frozen=True)
@@ -67,27 +64,19 @@ class LinearCase:
         return {"kernel": "unfused" if self.op == "gated_linear" else "cublas"}
 
     def candidates(self) -> list[Config]:
-        """The configs to compare with the baseline, with and without an early start where the GPU has it.
-
-        From 16 rows on only with: that won at nearly all sizes on an H200.
-        """
+        """The configs to compare with the baseline, each also with an early start where the GPU has it."""
         num_outputs, num_inputs = self.sizes
         configs: list[Config] = []
         if self.num_rows <= 4 and num_inputs <= MAX_GEMV_INPUTS:
             configs += _gemv_configs(num_inputs)
         if 1 < self.num_rows <= MAX_SKINNY_ROWS:
             configs += _skinny_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
-        if not _is_hopper_or_newer():
-            return configs
-        early = [{**config, "early_start": True} for config in configs]
-        return early if self.num_rows >= 16 else configs + early
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+            configs += [{**config, "early_start": True} for config in configs]
+        return configs
 
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:
-        """Calls on `num_weights` weights in turn (by default as many as leave L2); with no config the op chooses.
-
-        Each call first normalizes x, as the layers of a step do: the op's inputs come from the kernel before it, and an early
-        start gains what it gains behind a short kernel that reads no weights. So times include that norm, about 1.5 us.
-        """
+        """Calls on `num_weights` weights in turn (by default as many as leave L2); with no config the op chooses."""
         generator = torch.Generator("cuda").manual_seed(0)
         num_outputs, num_inputs = self.sizes
         x_MK = torch.randn(self.num_rows, num_inputs, device="cuda", generator=generator).bfloat16()
@@ -95,11 +84,9 @@ class LinearCase:
         weights = torch.empty(copies, num_outputs, num_inputs, device="cuda", dtype=torch.bfloat16)
         weights.normal_(0, num_inputs**-0.5, generator=generator)
         times = 1 if num_weights else num_calls(self.read_bytes)
-        norm_K = torch.ones(num_inputs, device="cuda", dtype=torch.bfloat16)
-        return [partial(self._run, config, x_MK, norm_K, weights[i % copies]) for i in range(times)]
+        return [partial(self._run, config, x_MK, weights[i % copies]) for i in range(times)]
 
-    def _run(self, config: Config | None, x_MK: torch.Tensor, norm_K: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-        x_MK = rms_norm(x_MK, norm_K, 1e-6)
+    def _run(self, config: Config | None, x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         out_dtype = torch.float32 if self.op == "linear_float32" else x_MK.dtype
         activation = "silu" if self.op == "gated_linear" else None
         if config is None:
@@ -118,10 +105,6 @@ def linear_cases(shapes: Iterable[str], sizes: Iterable[tuple[int, int]], rows: 
     return [LinearCase(op, (n, k), num_rows) for op, n, k in dict.fromkeys(layers) for num_rows in rows]
 
 
-def _is_hopper_or_newer() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-
-
 def _gemv_configs(num_inputs: int) -> Iterable[Config]:
     """Tiles of 8 (16 bytes) to 32 weights a thread; one row for a program where rows are long."""
     block_k = triton.next_power_of_2(num_inputs)
@@ -133,34 +116,18 @@ def _gemv_configs(num_inputs: int) -> Iterable[Config]:
 
 
 def _skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> Iterable[Config]:
-    """Tiles that read 16 to 64 KB of the weight at a time, each with K split for one and for two programs a multiprocessor.
-
-    The largest tiles also with the tensor memory accelerator, which spares them the registers of the addresses.
-    """
+    """A few tiles, each with K whole and, if that leaves multiprocessors without work, split."""
     programs_outputs = num_outputs // 2 if gated else num_outputs
-    for block_n, block_k, num_stages, num_warps in _skinny_tiles(num_rows):
-        stage_bytes = 2 * block_k * (block_n * (2 if gated else 1) + max(num_rows, 16))
-        num_blocks = triton.cdiv(programs_outputs, block_n)
-        longest = max(num_inputs // (2 * block_k), 1)
-        splits = [min(max(round(target / num_blocks), 1), 8, longest) for target in TARGET_PROGRAMS]
-        for split_k in dict.fromkeys(splits):
-            config = {
+    tiles = [(16, 256, 4), (32, 128, 4), (64, 128, 4)] if num_rows <= 16 else [(32, 128, 4), (64, 128, 3), (128, 64, 4)]
+    for block_n, block_k, num_stages in tiles:
+        programs = triton.cdiv(programs_outputs, block_n)
+        fill = min(triton.next_power_of_2(max(TARGET_PROGRAMS // programs, 1)), 8, max(num_inputs // (2 * block_k), 1))
+        for split_k in dict.fromkeys((1, fill)):
+            yield {
                 "kernel": "skinny",
                 "block_n": block_n,
                 "block_k": block_k,
                 "split_k": split_k,
-                "num_warps": num_warps,
-                "num_stages": min(num_stages, SHARED_MEMORY_BYTES // stage_bytes),
+                "num_warps": 4,
+                "num_stages": num_stages - 1 if gated and block_n > 32 else num_stages,
             }
-            yield config
-            if block_n >= 64 and num_rows >= 16 and _is_hopper_or_newer():
-                yield {**config, "tma": True}
-
-
-def _skinny_tiles(num_rows: int) -> list[tuple[int, int, int, int]]:
-    """(block_n, block_k, num_stages, num_warps): fewer, longer steps for few rows; x takes its share of the stages of many."""
-    if num_rows < 16:
-        return [(16, 256, 4, 4), (32, 128, 4, 4), (64, 128, 4, 4)]
-    if num_rows <= 32:
-        return [(32, 256, 4, 4), (64, 64, 6, 4), (64, 128, 4, 4), (128, 64, 5, 4)]
-    return [(32, 128, 4, 4), (64, 64, 5, 4), (64, 128, 4, 4), (128, 64, 4, 8)]

@@ -3,8 +3,7 @@
     python benchmarks/gpu/bench_linear.py --shapes qwen3-8b --rows 1,8,32
 
 One JSON row for each op, shape and number of rows. Calls run one after the other in a CUDA graph, over as many weights as leave
-the L2 cache, and each follows a norm of its input, as in a step: times include that norm, about 1.5 us. The baseline is cuBLAS,
-followed by the activation's kernel where the op has one. Bytes are those of the weight.
+the L2 cache. The baseline is cuBLAS, followed by the activation's kernel where the op has one. Bytes are those of the weight.
 To measure every candidate and keep the best: python -m pilotfish.kernels.tune, which takes the same arguments.
 """
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pilotfish.kernels import tune, tune_linear
+from pilotfish.kernels import tune
 from pilotfish.kernels.skinny_linear import fits
 from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, measure
 from pilotfish.kernels.tune_linear import ROWS, SHAPES, LinearCase, linear_cases
@@ -63,14 +63,11 @@ def test_a_wrong_result_is_named_and_never_kept(error):
     assert "is off by" in measured.faults[0]
 
 
-@pytest.mark.parametrize("is_hopper", [False, True])
-def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory(is_hopper, monkeypatch):
-    monkeypatch.setattr(tune_linear, "_is_hopper_or_newer", lambda: is_hopper)
+def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():
     for case in linear_cases(SHAPES, [], ROWS):
         configs = case.candidates()
         assert configs
         assert len({tuple(config.items()) for config in configs}) == len(configs)
-        assert any(config.get("early_start") for config in configs) == is_hopper
         for config in configs:
             assert fits(config, case.num_rows, case.sizes[1])
             if config["kernel"] == "skinny":
