@@ -14,8 +14,8 @@ from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
 from .skinny_linear import default_gemv_config, fits, skinny_linear
 
-# Largest |y - reference| for x of order one and weights of order 1 / sqrt(K): (relative, absolute). float32 sums of thousands of
-# terms differ by a few 1e-5 between two orders of adding.
+# Largest |y - reference| for x of order one and weights of order 1 / sqrt(K): (relative, absolute). float32: a
+# sum of thousands of terms differs by a few 1e-5 between two orders of adding.
 TOLERANCE = {torch.float32: (1e-4, 3e-5), torch.float16: (4e-3, 2e-3), torch.bfloat16: (3e-2, 1.6e-2)}
 
 
