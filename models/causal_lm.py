@@ -60,7 +60,7 @@ class CausalLM(torch.nn.Module):
         x_TH = self.embedding.embed(batch.token_ids_T)
         residual_TH: torch.Tensor | None = None
         for layer in self.decoder_layers:
-            x_TH, residual_TH = layer(x_TH, residual_TH, batch)
+            x_TH, residual_TH = layer.forward(x_TH, residual_TH, batch)  # no hooks: the detour costs
         assert residual_TH is not None  # a model has layers
         rows = batch.logits_rows_R
         if rows is not None:

@@ -11,6 +11,7 @@ import torch
 from ..common.config import DEFAULT_KV_MEMORY_FRACTION, EngineConfig, ModelConfig
 from ..common.errors import ConfigError
 from ..common.requests import WorkerInfo
+from ..kernels.cpu.threads import use_threads
 from ..kernels.dispatch import backend_report
 from ..models.build import load_model
 from ..models.causal_lm import CausalLM
@@ -36,9 +37,9 @@ def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tup
     """
     start_s = time.perf_counter()
     device = _choose_device(engine_config)
-    if device.type == "cpu":
-        torch.set_num_threads(engine_config.num_threads or usable_cores())
     model, path = _load(model_config, device)
+    if device.type == "cpu":
+        use_threads(engine_config.num_threads or usable_cores())
     max_model_len = _choose_max_model_len(model_config, model.config.max_position)
     num_tokens = _choose_max_num_batched_tokens(engine_config, device)
     kv_cache = _allocate_measured(model, engine_config, max_num_batched_tokens=num_tokens, max_model_len=max_model_len)

@@ -14,6 +14,7 @@ import torch
 from . import library
 from .library import kernels
 from .sampling_ops import apply_penalties, gather_logprobs, sample
+from .threads import num_threads
 
 __all__ = [
     "apply_penalties",
@@ -68,7 +69,7 @@ def embedding(ids_T: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
         x_TH.data_ptr(),
         num_tokens,
         size,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return x_TH
 
@@ -89,7 +90,7 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
         num_rows,
         num_columns,
         size,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return y_MN
 
@@ -121,7 +122,7 @@ def rms_norm(
         y_TH.data_ptr(),
         None if new_residual_TH is None else new_residual_TH.data_ptr(),
         hidden,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return y_TH if new_residual_TH is None else (y_TH, new_residual_TH)
 
@@ -149,7 +150,7 @@ def apply_rotary(
         positions_T.itemsize,
         num_tokens,
         cos_PC.shape[1],
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
@@ -163,7 +164,7 @@ def gated_activation(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:
         num_rows,
         size,
         _ACTIVATION_NUMBERS[activation],
-        torch.get_num_threads(),
+        num_threads(),
     )
     return y_TF
 
@@ -190,7 +191,7 @@ def store_kv(
         k_cache_BLKD.shape[1],
         num_heads,
         head_dim,
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
@@ -233,7 +234,7 @@ def paged_attention(
         scale,
         window or 0,
         soft_cap or 0.0,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out_TND
 
@@ -251,7 +252,7 @@ def route_tokens(logits_TE: torch.Tensor, top_k: int, *, renormalize: bool) -> t
         num_experts,
         top_k,
         renormalize,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return weights_TC, experts_TC
 
@@ -285,6 +286,6 @@ def moe_mlp(
         hidden,
         intermediate,
         _ACTIVATION_NUMBERS[activation],
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out_TH

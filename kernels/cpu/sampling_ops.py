@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .library import kernels
+from .threads import num_threads
 
 
 def sample(
@@ -27,7 +28,7 @@ def sample(
         tokens_S.data_ptr(),
         num_rows,
         vocab,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return tokens_S
 
@@ -54,7 +55,7 @@ def apply_penalties(
         *(x.data_ptr() for x in parameters),
         num_rows,
         vocab,
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
@@ -76,6 +77,6 @@ def gather_logprobs(
         num_rows,
         vocab,
         num_top,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return logprob_S, top_ids_SM, top_logprobs_SM, rank_S

@@ -48,7 +48,7 @@ class Attention(torch.nn.Module):
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        qkv = self.qkv_proj(x_TH).view(x_TH.shape[0], sum(heads), self.head_dim)
+        qkv = self.qkv_proj.forward(x_TH).view(x_TH.shape[0], sum(heads), self.head_dim)
         q_TND, k_TKD, v_TKD = qkv.split_with_sizes(heads, dim=1)
         k_cache, v_cache = batch.kv_caches[self.layer]
         prepare_qkv(
@@ -77,7 +77,7 @@ class Attention(torch.nn.Module):
             window=self.window,
             soft_cap=self.soft_cap,
         )
-        return self.o_proj(out_TND.view(x_TH.shape[0], -1))
+        return self.o_proj.forward(out_TND.view(x_TH.shape[0], -1))
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         for part in (self.qkv_proj, self.o_proj, self.q_norm, self.k_norm):

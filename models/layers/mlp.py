@@ -26,7 +26,7 @@ class Mlp(torch.nn.Module):
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         gate_up = self.gate_up_proj
-        return self.down_proj(gated_linear(x_TH, gate_up.weight, gate_up.bias, activation=self.activation))
+        return self.down_proj.forward(gated_linear(x_TH, gate_up.weight, gate_up.bias, activation=self.activation))
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         yield from self.gate_up_proj.weight_sources(f"{prefix}mlp.")

@@ -65,7 +65,7 @@ class SparseMlp(torch.nn.Module):
         self.down_weight = placement.matrix(moe.num_experts, shape.hidden_size, self.intermediate.size)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        weights_TC, experts_TC = route_tokens(self.router(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
+        weights_TC, experts_TC = route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
         out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
         return self.parallel.sum(out_TH)
 
