@@ -34,7 +34,7 @@ class DecoderLayer(torch.nn.Module):
         x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
         x_TH = self.attention.forward(x_TH, batch)
         x_TH, residual_TH = self.post_attention_norm.add_and_norm(x_TH, residual_TH)
-        return self.mlp.forward(x_TH), residual_TH
+        return self.mlp(x_TH), residual_TH
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         yield from self.input_norm.weight_sources(prefix)
