@@ -63,14 +63,15 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
 ):
     let_next_start(EARLY_START)
-    wait_for_previous(EARLY_START)
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     query_start = tl.load(query_starts + row)
     query_end = tl.load(query_starts + row + 1)
     context_len = tl.load(context_lens + row)
     begin, keys_a_split = _split_keys(context_len, num_splits, WINDOW, BLOCK_J)
     first = begin + split * keys_a_split
-    if (query_end - query_start != 1) | (first >= context_len):
+    is_mine = (query_end - query_start == 1) & (first < context_len)
+    wait_for_previous(EARLY_START)
+    if not is_mine:
         return
 
     m = tl.arange(0, BLOCK_M)
@@ -134,11 +135,11 @@ def _combine_kernel(
 ):
     """One program a row and a query head: the mean of the splits' outputs, weighted by their sums."""
     let_next_start(EARLY_START)
-    wait_for_previous(EARLY_START)
     head, row = tl.program_id(0), tl.program_id(1)
     query_start = tl.load(query_starts + row)
     query_end = tl.load(query_starts + row + 1)
     context_len = tl.load(context_lens + row)
+    wait_for_previous(EARLY_START)
     if query_end - query_start != 1:
         return
     begin, keys_a_split = _split_keys(context_len, num_splits, WINDOW, BLOCK_J)

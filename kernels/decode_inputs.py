@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dependent_launch import launch_options, let_next_start, wait_for_previous
+from .dependent_launch import launch_options, wait_for_previous
 from .dispatch import choose_backend
 
 
@@ -80,7 +80,7 @@ def _gather_kernel(
     EARLY_START: tl.constexpr,
 ):
     """One program a row."""
-    let_next_start(EARLY_START)
+    # The next kernel starts at this one's end: all later ones of the step may read what is written here before they wait.
     wait_for_previous(EARLY_START)
     row = tl.program_id(0).to(tl.int64)
     slot, position = tl.load(slots + row), tl.load(positions + row)
