@@ -2,7 +2,8 @@
 
 On the CPU x is float32 and the weight stays in the checkpoint's dtype: a bfloat16 weight is widened exactly as it is read,
 so the result is that of float32 at half the memory traffic. On CUDA x, weight and bias have one dtype, and cuBLAS or a
-kernel for few rows (skinny_linear.py) does the work: whichever was measured to be faster, see `choose_skinny_config`.
+kernel for few rows (skinny_linear.py, streaming_linear.py) does the work: whichever was measured to be faster, see
+`choose_skinny_config`.
 Sums are float32, rounded once. M rows (tokens), K inputs, N outputs.
 """
 
@@ -13,6 +14,7 @@ from . import tuning
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
 from .skinny_linear import default_gemv_config, fits, skinny_linear
+from .streaming_linear import serves
 
 # Largest |y - reference| for x of order one and weights of order 1 / sqrt(K): (relative, absolute). float32: a
 # sum of thousands of terms differs by a few 1e-5 between two orders of adding.
@@ -57,7 +59,11 @@ def choose_skinny_config(op: str, weight_NK: torch.Tensor, num_rows: int) -> tun
     config = tuning.lookup(op, weight_NK.dtype, (num_outputs, num_inputs), num_rows, weight_NK.device)
     if config is None and num_rows == 1 and weight_NK.element_size() == 2:
         config = default_gemv_config(num_inputs)
-    return config if config is not None and fits(config, num_rows, num_inputs) else None
+    if config is None or not fits(config, num_rows, num_inputs):
+        return None
+    if config["kernel"] == "streaming" and not serves(config, weight_NK, num_rows, gated=op == "gated_linear"):
+        return None
+    return config
 
 
 def _linear_cuda(x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ the same inputs give the same bits; a row's gemv sums do not depend on the rows 
 M rows, K inputs, N outputs, F = N / 2 outputs after a gated activation. A config (kernels/tuning.py) is
     {"kernel": "gemv", "block_n", "num_warps"}                                        K up to MAX_GEMV_INPUTS
     {"kernel": "skinny", "block_n", "block_k", "split_k", "num_warps", "num_stages"}  M up to MAX_SKINNY_ROWS
+or one of streaming_linear.py, a CUDA C++ kernel for compute capability 9.0, which is launched from here too;
 and with "early_start": True (compute capability 9.0 or newer) the kernel starts while the one before it in the stream ends:
 it touches nothing but the weight, which the kernel before must not write, until that has finished (programmatic dependent
 launch).
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .gated_activation import activate
+from .streaming_linear import launch_streaming, unfit_sizes
 from .tuning import Config
 
 MAX_SKINNY_ROWS = 64
@@ -41,15 +43,17 @@ def skinny_linear(
     num_rows, num_outputs = x_MK.shape[0], weight_NK.shape[0]
     y = torch.empty(num_rows, num_outputs // (1 if activation is None else 2), dtype=out_dtype, device=x_MK.device)
     if y.numel() > 0:
-        launch = _launch_gemv if config["kernel"] == "gemv" else _launch_skinny
-        launch(x_MK, weight_NK, bias_N, y, activation or "", config)
+        launchers = {"gemv": _launch_gemv, "skinny": _launch_skinny, "streaming": launch_streaming}
+        launchers[config["kernel"]](x_MK, weight_NK, bias_N, y, activation or "", config)
     return y
 
 
 def fits(config: Config, num_rows: int, num_inputs: int) -> bool:
-    """Whether `config` is of a kernel of this file, and these sizes are within its limits."""
+    """Whether `skinny_linear` takes the kernel of `config`, and these sizes are within its limits."""
     if config["kernel"] == "gemv":
         return 0 < num_inputs <= MAX_GEMV_INPUTS
+    if config["kernel"] == "streaming":
+        return unfit_sizes(config, num_rows, num_inputs) is None
     return config["kernel"] == "skinny" and num_rows <= MAX_SKINNY_ROWS
 
 

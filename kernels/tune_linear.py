@@ -17,6 +17,7 @@ from .gated_linear import gated_linear
 from .graph_timing import num_calls, num_copies
 from .linear import cublas_linear, linear
 from .skinny_linear import MAX_GEMV_INPUTS, MAX_SKINNY_ROWS, skinny_linear
+from .streaming_linear import MAX_STREAMING_ROWS, STEP_INPUTS, TILES, stages_within
 from .tuning import Config
 
 # (op, N, K) of every linear layer of a model on one GPU: q k v together, attention output, gate and up, down, router, head.
@@ -42,8 +43,10 @@ SHAPES: dict[str, list[tuple[str, int, int]]] = {
         ("linear_float32", 151936, 2048),
     ],
 }
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+MULTIPROCESSORS = 132  # of an H100 or H200
+TARGET_PROGRAMS = 2 * MULTIPROCESSORS
+HALF_SHARED_BYTES, WHOLE_SHARED_BYTES = 114_000, 228_000  # two CTAs on a multiprocessor, or one
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,11 @@ class LinearCase:
             configs += _gemv_configs(num_inputs)
         if 1 < self.num_rows <= MAX_SKINNY_ROWS:
             configs += _skinny_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+        if capability >= (9, 0):
             configs += [{**config, "early_start": True} for config in configs]
+        if capability == (9, 0) and 1 < self.num_rows <= MAX_STREAMING_ROWS:
+            configs += streaming_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
         return configs
 
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:
@@ -93,7 +99,7 @@ class LinearCase:
             if activation:
                 return gated_linear(x_MK, weight_NK, activation=activation)
             return linear(x_MK, weight_NK, out_dtype=out_dtype)
-        if config["kernel"] in ("gemv", "skinny"):
+        if config["kernel"] in ("gemv", "skinny", "streaming"):
             return skinny_linear(x_MK, weight_NK, None, config, out_dtype=out_dtype, activation=activation)
         y_MN = cublas_linear(x_MK, weight_NK, None, out_dtype=out_dtype)
         return gated_activation(y_MN, activation) if activation else y_MN
@@ -131,3 +137,40 @@ def _skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: 
                 "num_warps": 4,
                 "num_stages": num_stages - 1 if gated and block_n > 32 else num_stages,
             }
+
+
+def streaming_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> list[Config]:
+    """At most six: tiles and splits whose CTAs fill the multiprocessors once or twice; of many tiles, tiles of three sizes.
+
+    What counts is the bytes in flight, less whether every multiprocessor has as many: two CTAs of half the shared memory, or
+    one and room for the next kernel to start early in, or one with all of it. num_outputs: rows of the weight.
+    """
+    if triton.cdiv(num_outputs, TILES[-1]) > TARGET_PROGRAMS:
+        chosen = [(tile_n, 1, HALF_SHARED_BYTES) for tile_n in (64, 128, 256)] + [(128, 1, 2 * HALF_SHARED_BYTES // 3)]
+    else:
+        splits = [split for split in (1, 2, 3, 4, 6, 8) if split == 1 or split * 2 * STEP_INPUTS <= num_inputs]
+        choices = [(triton.cdiv(num_outputs, tile_n) * split, tile_n, split) for tile_n in TILES for split in splits]
+        once = _fullest(choices, MULTIPROCESSORS, 0.85)
+        twice = [choice for choice in _fullest(choices, TARGET_PROGRAMS, 0.7) if choice not in once[:3]]
+        chosen = [(*choice, HALF_SHARED_BYTES) for choice in once[:3] + twice[:2]] + [(*once[0], WHOLE_SHARED_BYTES)]
+    configs = [
+        {
+            "kernel": "streaming",
+            "tile_n": tile_n,
+            "split_k": split_k,
+            "num_stages": min(
+                stages_within(shared_bytes, tile_n, split_k, num_rows, gated=gated),
+                max(triton.cdiv(triton.cdiv(num_inputs, STEP_INPUTS), split_k), 2),
+            ),
+            "early_start": True,
+        }
+        for tile_n, split_k, shared_bytes in chosen
+    ]
+    return [config for i, config in enumerate(configs) if config not in configs[:i]]
+
+
+def _fullest(choices: list[tuple[int, int, int]], places: int, share: float) -> list[tuple[int, int]]:
+    """(tile_n, split_k) of (number of CTAs, tile_n, split_k), the less split first: those with `share` of the most CTAs."""
+    fitting = [choice for choice in choices if choice[0] <= places] or [min(choices)]
+    enough = share * max(choice[0] for choice in fitting)
+    return [choice[1:] for choice in sorted(fitting, key=lambda choice: choice[2]) if choice[0] >= enough]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from pilotfish.kernels import tune
-from pilotfish.kernels.skinny_linear import fits
+from pilotfish.kernels.skinny_linear import MAX_SKINNY_ROWS, fits
 from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, measure
 from pilotfish.kernels.tune_linear import ROWS, SHAPES, LinearCase, linear_cases
 from pilotfish.kernels.tune_moe import moe_cases
@@ -66,7 +66,7 @@ def test_a_wrong_result_is_named_and_never_kept(error):
 def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():
     for case in linear_cases(SHAPES, [], ROWS):
         configs = case.candidates()
-        assert configs
+        assert configs or case.num_rows > MAX_SKINNY_ROWS
         assert len({tuple(config.items()) for config in configs}) == len(configs)
         for config in configs:
             assert fits(config, case.num_rows, case.sizes[1])

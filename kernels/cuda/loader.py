@@ -1,0 +1,268 @@
+"""CUDA C++ kernels for compute capability 9.0: compiled at first use, launched through the CUDA driver.
+
+Life cycle: the first `load` of a source with some macros compiles it with NVRTC into the cache of the C++ kernels
+(cpu/library.py), under a name that hashes source and flags, and loads it for the life of the process; later processes only
+load it. Where there is no NVRTC or it fails, `load` logs one warning with the reason and returns None, then and from then
+on, for what is not in the cache; whoever asked uses another kernel.
+
+NVRTC is called through `cuda.bindings`, which finds it, the driver through ctypes: a CUtensorMap must lie at a multiple of
+64 bytes, and the bindings' own does not; besides, building their launch configurations takes longer than a short kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..cpu.library import cache_dir
+
+logger = logging.getLogger(__name__)
+
+SOURCE_DIR = Path(__file__).parent
+CAPABILITY = (9, 0)
+MAX_SHARED_BYTES = 226 * 1024  # dynamic; a CTA may have 227 KiB together with its static ones
+INSTALL_HINT = (
+    "install NVRTC and its bindings (`pip install 'cuda-bindings[all]'`), of the CUDA version that torch was built for"
+)
+_FLAGS = ("--gpu-architecture=sm_90a", "-std=c++17")
+
+Macros = tuple[tuple[str, int], ...]
+
+# Numbers of cuda.h.
+_MAX_DYNAMIC_SHARED_SIZE, _PREFERRED_SHARED_CARVEOUT = 8, 9
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+_DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+_NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES, _FILL_WITH_ZEROS = 0, 3, 3, 0
+
+
+class BuildError(Exception):
+    """A CUDA C++ kernel could not be compiled here; the message says why and what to do."""
+
+
+class CudaError(RuntimeError):
+    """The CUDA driver refused a call; the message has its reason."""
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint32 * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function on one device, for `launch`."""
+
+    function: int
+    device_index: int
+
+
+class TensorMap:
+    """128 bytes that describe a matrix in device memory to the copy engine; an argument of `launch`."""
+
+    def __init__(self) -> None:
+        self._memory = (ctypes.c_uint8 * 192)()
+        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
+
+
+_lock = threading.Lock()
+_failure: str | None = None  # why nothing can be compiled in this process, once that was tried in vain
+
+
+def unavailable_reason() -> str | None:
+    """Why `load` compiles nothing more, or None where it has not failed yet."""
+    return _failure
+
+
+@functools.cache
+def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
+    """The function of the name of `source`.cu, compiled with `macros`; None where it cannot be had."""
+    global _failure  # noqa: PLW0603 - one compiler a process, so one failure
+    with _lock:
+        path = cubin_path(source, macros)
+        if not path.exists():
+            if _failure is not None:
+                return None
+            try:
+                build(source, macros, path)
+            except BuildError as error:
+                logger.warning("no CUDA C++ kernels, slower ones serve in their place: %s", error)
+                _failure = str(error)
+                return None
+        return _load_function(path, source, device_index)
+
+
+def cubin_path(source: str, macros: Macros) -> Path:
+    """Where the compiled kernel lies or will lie."""
+    code = (SOURCE_DIR / f"{source}.cu").read_bytes()
+    digest = hashlib.sha256(code + "\0".join(_compile_options(macros)).encode())
+    return cache_dir() / f"{source}-{digest.hexdigest()[:24]}.cubin"
+
+
+def build(source: str, macros: Macros, path: Path) -> None:
+    """Compiles into `path`, which appears complete or not at all. BuildError where that is impossible."""
+    logger.info("compiling the CUDA C++ kernel %s into %s", source, path)
+    cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
+            written = Path(scratch) / path.name
+            written.write_bytes(cubin)
+            os.replace(written, path)
+    except OSError as error:
+        raise BuildError(f"cannot write a compiled kernel to {path.parent}: {error}; set PILOTFISH_CACHE") from error
+
+
+def compile_source(code: bytes, name: str, options: Sequence[str]) -> bytes:
+    """The cubin. BuildError with the compiler's own words where it has not come about."""
+    nvrtc = _import_nvrtc()
+    words = [option.encode() for option in options]
+    try:
+        status, program = nvrtc.nvrtcCreateProgram(code, name.encode(), 0, [], [])
+    except RuntimeError as error:  # the bindings are there, the library is not
+        raise BuildError(f"NVRTC does not load ({' '.join(str(error).split())}): {INSTALL_HINT}") from error
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise BuildError(f"NVRTC does not start ({status.name}): {INSTALL_HINT}")
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(words), words)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = _nvrtc_bytes(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+        lines = "\n".join(log.decode(errors="replace").strip("\0 \n").splitlines()[:20])
+        raise BuildError(f"NVRTC cannot compile {name} ({status.name}): {INSTALL_HINT}\n{lines}")
+    cubin = _nvrtc_bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+@functools.lru_cache(maxsize=8192)
+def tensor_map(address: int, dtype: torch.dtype, shape: tuple[int, int], row_stride: int, box: tuple[int, int]) -> TensorMap:
+    """That of a matrix [rows, columns] of 16-bit numbers at `address`, read in boxes of `box`, of 128 bytes a row, swizzled.
+
+    `row_stride` in numbers; the address and the rows lie at multiples of 16 bytes. Outside of the matrix zeros are read.
+    The map follows from the arguments alone, so one is kept for each.
+    """
+    target = TensorMap()
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(target.address),
+        ctypes.c_int(_DATA_TYPES[dtype]),
+        ctypes.c_uint32(2),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(shape[1], shape[0]),
+        (ctypes.c_uint64 * 1)(row_stride * dtype.itemsize),
+        (ctypes.c_uint32 * 2)(box[1], box[0]),
+        (ctypes.c_uint32 * 2)(1, 1),
+        ctypes.c_int(_NO_INTERLEAVE),
+        ctypes.c_int(_SWIZZLE_128_BYTES),
+        ctypes.c_int(_PROMOTE_TO_256_BYTES),
+        ctypes.c_int(_FILL_WITH_ZEROS),
+    )
+    _check(status, f"cuTensorMapEncodeTiled of {shape} {dtype}, stride {row_stride}, box {box}")
+    return target
+
+
+def launch(
+    kernel: Kernel,
+    arguments: Sequence[TensorMap | ctypes.c_int | ctypes.c_void_p],
+    *,
+    grid: tuple[int, int],
+    num_threads: int,
+    shared_bytes: int,
+    cluster_size: int = 1,
+    early_start: bool = False,
+) -> None:
+    """Launches on torch's current stream, also while that is captured. `cluster_size` CTAs along x form a cluster.
+
+    With `early_start` it starts while the kernel before it ends, by the rules of dependent_launch.py.
+    """
+    _ensure_context(kernel.device_index)
+    addresses = [argument.address if isinstance(argument, TensorMap) else ctypes.addressof(argument) for argument in arguments]
+    attributes, num_attributes = _attributes(cluster_size, early_start)
+    config = _LaunchConfig(
+        (*grid, 1), (num_threads, 1, 1), shared_bytes, torch.cuda.current_stream().cuda_stream, attributes, num_attributes
+    )
+    parameters = (ctypes.c_void_p * len(addresses))(*addresses)
+    status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel.function), parameters, None)
+    if status:
+        _check(
+            status, f"cuLaunchKernelEx of grid {grid}, {num_threads} threads, {shared_bytes} bytes, clusters of {cluster_size}"
+        )
+
+
+def _compile_options(macros: Macros) -> tuple[str, ...]:
+    return (*_FLAGS, *(f"-D{name}={value}" for name, value in macros))
+
+
+def _import_nvrtc() -> ModuleType:
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise BuildError(f"no NVRTC ({error}): {INSTALL_HINT}") from error
+    return nvrtc
+
+
+def _nvrtc_bytes(get_size, get_bytes, program) -> bytes:
+    _, size = get_size(program)
+    content = b" " * size
+    get_bytes(program, content)
+    return content
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise CudaError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")
+
+
+def _ensure_context(device_index: int) -> None:
+    """A thread that has not called CUDA itself yet has no current context: gives it torch's."""
+    driver, context = _driver(), ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if context.value is None:
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device_index), "cuDevicePrimaryCtxRetain")
+        _check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+def _load_function(path: Path, name: str, device_index: int) -> Kernel:
+    _ensure_context(device_index)
+    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    _check(driver.cuModuleLoadData(ctypes.byref(module), path.read_bytes()), f"cuModuleLoadData of {path}; remove it")
+    _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"cuModuleGetFunction of {name}")
+    for attribute, value in ((_MAX_DYNAMIC_SHARED_SIZE, MAX_SHARED_BYTES), (_PREFERRED_SHARED_CARVEOUT, 100)):
+        _check(driver.cuFuncSetAttribute(function, attribute, value), f"cuFuncSetAttribute {attribute} = {value}")
+    assert function.value is not None
+    return Kernel(function.value, device_index)
+
+
+@functools.cache
+def _attributes(cluster_size: int, early_start: bool) -> tuple[ctypes.Array[_LaunchAttribute], int]:
+    attributes = []
+    if cluster_size > 1:
+        attributes.append(_LaunchAttribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint32 * 16)(cluster_size, 1, 1)))
+    if early_start:
+        attributes.append(_LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_uint32 * 16)(1)))
+    return (_LaunchAttribute * 2)(*attributes), len(attributes)
