@@ -30,6 +30,7 @@ from ..cpu.library import cache_dir
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
+HEADER = "streaming.cuh"  # of all sources
 CAPABILITY = (9, 0)
 MAX_SHARED_BYTES = 226 * 1024  # dynamic; a CTA may have 227 KiB together with its static ones
 INSTALL_HINT = (
@@ -114,7 +115,7 @@ def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
 
 def cubin_path(source: str, macros: Macros) -> Path:
     """Where the compiled kernel lies or will lie."""
-    code = (SOURCE_DIR / f"{source}.cu").read_bytes()
+    code = (SOURCE_DIR / f"{source}.cu").read_bytes() + (SOURCE_DIR / HEADER).read_bytes()
     digest = hashlib.sha256(code + "\0".join(_compile_options(macros)).encode())
     return cache_dir() / f"{source}-{digest.hexdigest()[:24]}.cubin"
 
@@ -122,7 +123,8 @@ def cubin_path(source: str, macros: Macros) -> Path:
 def build(source: str, macros: Macros, path: Path) -> None:
     """Compiles into `path`, which appears complete or not at all. BuildError where that is impossible."""
     logger.info("compiling the CUDA C++ kernel %s into %s", source, path)
-    cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros))
+    header = (SOURCE_DIR / HEADER).read_bytes()
+    cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros), header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
@@ -133,12 +135,12 @@ def build(source: str, macros: Macros, path: Path) -> None:
         raise BuildError(f"cannot write a compiled kernel to {path.parent}: {error}; set PILOTFISH_CACHE") from error
 
 
-def compile_source(code: bytes, name: str, options: Sequence[str]) -> bytes:
-    """The cubin. BuildError with the compiler's own words where it has not come about."""
+def compile_source(code: bytes, name: str, options: Sequence[str], header: bytes = b"") -> bytes:
+    """The cubin; `header` is what the code includes as HEADER. BuildError with the compiler's own words where it has not come about."""
     nvrtc = _import_nvrtc()
     words = [option.encode() for option in options]
     try:
-        status, program = nvrtc.nvrtcCreateProgram(code, name.encode(), 0, [], [])
+        status, program = nvrtc.nvrtcCreateProgram(code, name.encode(), 1, [header], [HEADER.encode()])
     except RuntimeError as error:  # the bindings are there, the library is not
         raise BuildError(f"NVRTC does not load ({' '.join(str(error).split())}): {INSTALL_HINT}") from error
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
