@@ -25,12 +25,17 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillConfig:
-    """block_m: rows of a tile, a query and a head of its group each. block_j: keys a step."""
+    """block_m: rows of a tile, a query and a head of its group each. block_j: keys a step, a power of two.
+
+    products_overlap: see prefill_attention.py. max_registers: of a thread, None for as many as there are.
+    """
 
     block_m: int
     block_j: int
     num_warps: int
     num_stages: int
+    products_overlap: bool = True
+    max_registers: int | None = None
 
 
 def padded_head_dim(head_dim: int) -> int:
