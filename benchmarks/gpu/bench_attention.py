@@ -166,11 +166,11 @@ def prefill_candidates() -> list[PrefillConfig]:
 
 
 def decode_candidates(shape: Shape) -> Iterator[DecodeConfig]:
-    """The numbers of splits that give one to eight programs a multiprocessor, times the tile and the loads ahead."""
+    """The numbers of splits that give half a program to eight a multiprocessor, times the tile and the loads ahead."""
     tiles = ((64, 4, 3), (64, 4, 4), (64, 4, 5), (64, 8, 4), (32, 4, 5), (128, 4, 3), (128, 8, 3))  # keys, warps, stages
     num_results = shape.num_rows * HEADS[shape.model][1]
     most_splits = -(-shape.context_len // 32)
-    splits = sorted({min(max(programs // num_results, 1), most_splits) for programs in (132, 264, 396, 528, 792, 1056)})
+    splits = sorted({min(max(programs // num_results, 1), most_splits) for programs in (66, 99, 132, 264, 396, 528, 792, 1056)})
     for num_splits, (block_j, num_warps, num_stages) in itertools.product(splits, tiles):
         yield DecodeConfig(num_splits=num_splits, block_j=block_j, num_warps=num_warps, num_stages=num_stages)
 
