@@ -25,12 +25,17 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillConfig:
-    """block_m: rows of a tile, a query and a head of its group each. block_j: keys a step."""
+    """block_m: rows of a tile, a query and a head of its group each. block_j: keys a step, a power of two.
+
+    products_overlap: see prefill_attention.py. max_registers: of a thread, None for as many as there are.
+    """
 
     block_m: int
     block_j: int
     num_warps: int
     num_stages: int
+    products_overlap: bool = True
+    max_registers: int | None = None
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -56,18 +61,28 @@ def decode_config(
 
 
 def prefill_config(*, group: int, head_dim: int, element_bytes: int) -> PrefillConfig:
-    """As many rows as the accumulator, float32 [block_m, head_dim], leaves registers for; Hopper's tensor cores want 64."""
+    """As many rows as the accumulator, float32 [block_m, head_dim], leaves registers for; Hopper's tensor cores want 64.
+
+    128 rows of a head_dim up to 128 fit in half of a multiprocessor's registers, and two programs share it. From 256 on, two
+    products under way leave too few registers, and the compiler would make each of their instructions wait for the last.
+    """
     width = padded_head_dim(head_dim)
     row_bytes = width * element_bytes
     rows = 16
     if element_bytes == 2:
         rows = 128 if width <= 256 else 64 if width <= 512 else 32
     block_m = max(triton.next_power_of_2(group), rows)
+    if element_bytes == 2 and width <= 128 and block_m == 128:
+        few = width <= 64
+        return PrefillConfig(
+            block_m=128, block_j=64, num_warps=8, num_stages=3 if few else 2, products_overlap=few, max_registers=128
+        )
     return PrefillConfig(
         block_m=block_m,
         block_j=_keys_a_step(row_bytes, element_bytes),
         num_warps=8 if block_m * width >= 128 * 64 else 4,
         num_stages=_stages(row_bytes, element_bytes),
+        products_overlap=width <= 128,
     )
 
 

@@ -104,7 +104,7 @@ def _decode_kernel(
         k_JD = tl.load(k_head + (page * stride_kb + (j % PAGE_LEN) * stride_kl)[:, None] + d[None, :], needed, other=0.0)
         v_JD = tl.load(v_head + (page * stride_vb + (j % PAGE_LEN) * stride_vl)[:, None] + d[None, :], needed, other=0.0)
         largest_M, total_M, out_MD = attend(
-            q_MD, k_JD, v_JD, seen_J[None, :], scale, soft_cap, largest_M, total_M, out_MD, True, HAS_SOFT_CAP
+            q_MD, k_JD, v_JD, seen_J[None, :], scale, soft_cap, largest_M, total_M, out_MD, HAS_SOFT_CAP
         )
 
     out_MD = out_MD / total_M[:, None]

@@ -39,6 +39,7 @@ def paged_attention(
     context_lens_S: torch.Tensor,
     *,
     max_query_len: int,
+    min_query_len: int = 0,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -46,7 +47,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """out [T, N, D], contiguous. Block tables, query starts and context lengths are int32 on q's device.
 
-    `max_query_len` is at least the longest row's query_len. A row without queries costs nothing. Tokens from
+    `max_query_len` is at least the longest row's query_len, `min_query_len` at most the shortest's: where they say that a batch
+    has only decode rows, or none, the other kernel is not launched. A row without queries costs nothing. Tokens from
     query_starts[-1] on are padding: their output is not defined. q may be a strided view whose last dimension is
     contiguous. ValueError where shapes or dtypes do not fit.
     """
@@ -54,10 +56,11 @@ def paged_attention(
     _check_rows(block_tables_SM, query_starts_P, context_lens_S, max_query_len, scale, window, soft_cap)
     args = (q_TND, k_cache_BLKD, v_cache_BLKD, block_tables_SM, query_starts_P, context_lens_S)
     backend = choose_backend("paged_attention", q_TND, k_cache_BLKD)
-    run = paged_attention_ref
-    if backend != "reference":
-        run = cpu_ops.paged_attention if backend == "cpp" else _paged_attention_triton
-    return run(*args, max_query_len=max_query_len, scale=scale, window=window, soft_cap=soft_cap, sinks_N=sinks_N)
+    options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks_N": sinks_N}
+    if backend == "triton":
+        return _paged_attention_triton(*args, max_query_len=max_query_len, min_query_len=min_query_len, **options)
+    run = cpu_ops.paged_attention if backend == "cpp" else paged_attention_ref
+    return run(*args, max_query_len=max_query_len, **options)
 
 
 def paged_attention_ref(
@@ -111,6 +114,7 @@ def _paged_attention_triton(
     context_lens_S: torch.Tensor,
     *,
     max_query_len: int,
+    min_query_len: int = 0,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -127,7 +131,7 @@ def _paged_attention_triton(
         "head_dim": q_TND.shape[2],
         "element_bytes": q_TND.element_size(),
     }
-    may_decode = max_query_len <= 1 or num_rows > 1
+    may_decode = max_query_len <= 1 or (min_query_len <= 1 and num_rows > 1)  # a single row is left to one kernel
     if may_decode:
         max_keys = block_tables_SM.shape[1] * page_len
         decode = decode_config(num_rows=num_rows, num_kv_heads=num_kv_heads, max_keys=max_keys, **shape)

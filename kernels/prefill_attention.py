@@ -2,7 +2,12 @@
 
 One program is a tile of BLOCK_Q queries of one row and one kv head: its M rows are those queries times the query heads of the
 kv head, so that a tensor core's rows are full. Keys before the window of the first query or behind the last query's own are
-never touched; masks cost only in the blocks that some query sees in part.
+never touched; scores are masked only in the blocks that some query sees in part. One loop goes over all blocks, because every
+loop fills its pipeline anew; the page ids of a block are read one step before the loads of its keys are issued.
+
+A multiprocessor is kept busy in one of two ways (PrefillConfig.products_overlap). One program may have all its registers:
+then the product with the values of a block runs on while that of the next block's scores starts. Or two programs share it
+and each does the other's waiting: then their products end in their own step, which is what fits in 128 registers a thread.
 
 Terms and letters are those of paged_attention.py. Source: Dao 2023, "FlashAttention-2".
 """
@@ -12,7 +17,8 @@ import triton
 import triton.language as tl
 
 from .attention_config import PrefillConfig, padded_head_dim
-from .online_softmax import LOG2_E, attend
+from .dependent_launch import launch_options, let_next_start, wait_for_previous
+from .online_softmax import LOG2_E, add_keys, score_keys
 
 
 @triton.jit
@@ -45,6 +51,24 @@ def _key_ranges(first_position, context_len, WINDOW: tl.constexpr, BLOCK_Q: tl.c
     return first_needed, full_begin, full_end, end
 
 
+@triton.jit
+def _needed_keys(start, j, first_needed, end, WINDOW: tl.constexpr):
+    """Which of the keys start + j some query of the tile sees."""
+    needed_J = j < end - start
+    if WINDOW > 0:
+        needed_J = needed_J & (j >= first_needed - start)
+    return needed_J
+
+
+@triton.jit
+def _load_page_ids(table, start, j, needed_J, PAGE_LEN: tl.constexpr):
+    """The page of each key start + j that is needed; no other entry of the table is read.
+
+    start is a multiple of the number of keys in j, and that number and PAGE_LEN are powers of two: keys and pages nest.
+    """
+    return tl.load(table + start // PAGE_LEN + j // PAGE_LEN, needed_J, other=0)
+
+
 @triton.jit(do_not_specialize=["num_rows", "stride_table"])
 def _prefill_kernel(  # noqa: PLR0915 - a kernel is one function
     q,
@@ -68,6 +92,8 @@ def _prefill_kernel(  # noqa: PLR0915 - a kernel is one function
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     MIN_QUERIES: tl.constexpr,
+    PRODUCTS_OVERLAP: tl.constexpr,
+    EARLY_START: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_LEN: tl.constexpr,
@@ -76,6 +102,8 @@ def _prefill_kernel(  # noqa: PLR0915 - a kernel is one function
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    let_next_start(EARLY_START)
+    wait_for_previous(EARLY_START)
     # The last tiles of a row have the most keys: they start first, so that short ones fill the end.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     row = _find_row(query_starts, num_rows, tile, BLOCK_Q)
@@ -107,35 +135,30 @@ def _prefill_kernel(  # noqa: PLR0915 - a kernel is one function
     table = block_tables + row.to(tl.int64) * stride_table
     k_head = k_cache + kv_head * stride_kk
     v_head = v_cache + kv_head * stride_kk
-    FIRST_PART: tl.constexpr = 0 if WINDOW > 0 else 1
-    for part in tl.static_range(FIRST_PART, 3):
-        if part == 0:
-            low, high = first_needed // BLOCK_J * BLOCK_J, tl.minimum(full_begin, end)
-        elif part == 1:
-            low, high = full_begin, full_end
-        else:
-            low, high = full_end, end
-        for start in range(low, high, BLOCK_J):
-            j = start + tl.arange(0, BLOCK_J)
-            needed = (j >= first_needed) & (j < end)  # no page outside of it is touched
-            seen_MJ = needed[None, :] & (j[None, :] <= position_M[:, None])
+    j = tl.arange(0, BLOCK_J)
+    in_page_JD = ((j % PAGE_LEN) * stride_kl)[:, None] + d[None, :]
+    first = first_needed // BLOCK_J * BLOCK_J
+    page_J = _load_page_ids(table, first, j, _needed_keys(first, j, first_needed, end, WINDOW), PAGE_LEN)
+    for start in range(first, end, BLOCK_J):
+        offset_JD = (page_J.to(tl.int64) * stride_kb)[:, None] + in_page_JD
+        if PAGE_LEN > BLOCK_J:
+            offset_JD += start % PAGE_LEN * stride_kl
+        in_cache = _needed_keys(start, j, first_needed, end, WINDOW)[:, None]
+        if HEAD_DIM < BLOCK_D:
+            in_cache = in_cache & (d < HEAD_DIM)[None, :]
+        k_JD = tl.load(k_head + offset_JD, in_cache, other=0.0)
+        v_JD = tl.load(v_head + offset_JD, in_cache, other=0.0)
+        next_needed_J = _needed_keys(start + BLOCK_J, j, first_needed, end, WINDOW)
+        page_J = _load_page_ids(table, start + BLOCK_J, j, next_needed_J, PAGE_LEN)
+        if not PRODUCTS_OVERLAP and start == first:
+            out_MD = out_MD * 0.0  # changes nothing, but `out` is used before the first product: the second has ended then
+        score_MJ, unit = score_keys(q_MD, k_JD, scale, soft_cap, HAS_SOFT_CAP)
+        if (start < full_begin) | (start >= full_end):
+            seen_MJ = j[None, :] <= (position_M - start)[:, None]
             if WINDOW > 0:
-                seen_MJ = seen_MJ & (j[None, :] > position_M[:, None] - WINDOW)
-            if part == 1:
-                page = tl.load(table + j // PAGE_LEN).to(tl.int64)
-            else:
-                page = tl.load(table + j // PAGE_LEN, needed, other=0).to(tl.int64)
-            offset_JD = (page * stride_kb + (j % PAGE_LEN) * stride_kl)[:, None] + d[None, :]
-            if part == 1 and HEAD_DIM == BLOCK_D:
-                k_JD = tl.load(k_head + offset_JD)
-                v_JD = tl.load(v_head + offset_JD)
-            else:
-                in_cache = needed[:, None] & (d < HEAD_DIM)[None, :]
-                k_JD = tl.load(k_head + offset_JD, in_cache, other=0.0)
-                v_JD = tl.load(v_head + offset_JD, in_cache, other=0.0)
-            largest_M, total_M, out_MD = attend(
-                q_MD, k_JD, v_JD, seen_MJ, scale, soft_cap, largest_M, total_M, out_MD, part != 1, HAS_SOFT_CAP
-            )
+                seen_MJ = seen_MJ & (j[None, :] > (position_M - (start + WINDOW))[:, None])
+            score_MJ = tl.where(seen_MJ, score_MJ, -float("inf"))
+        largest_M, total_M, out_MD = add_keys(score_MJ, unit, v_JD.to(q_MD.dtype), largest_M, total_M, out_MD, WINDOW > 0)
 
     out_MD = out_MD / tl.where(valid, total_M, 1.0)[:, None]
     out_row = (token * (tl.num_programs(0) * GROUP) + head) * HEAD_DIM
@@ -163,6 +186,7 @@ def prefill_attention(
     num_rows, page_len, num_kv_heads = context_lens_S.shape[0], k_cache_BLKD.shape[1], k_cache_BLKD.shape[2]
     group = num_heads // num_kv_heads
     block_q = config.block_m // group
+    limits = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     _prefill_kernel[(num_kv_heads, num_tokens // block_q + num_rows)](
         q_TND,
         k_cache_BLKD,
@@ -182,6 +206,7 @@ def prefill_attention(
         HAS_SOFT_CAP=soft_cap is not None,
         HAS_SINKS=sinks_N is not None,
         MIN_QUERIES=2 if skip_one_query else 1,
+        PRODUCTS_OVERLAP=config.products_overlap,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_LEN=page_len,
@@ -191,4 +216,6 @@ def prefill_attention(
         BLOCK_D=padded_head_dim(head_dim),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **limits,
+        **launch_options(q_TND.device),
     )

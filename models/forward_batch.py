@@ -26,6 +26,7 @@ class ForwardBatch:
         query_starts_S1: int32 [S + 1].
         context_lens_S: int32, keys a row sees, its own new tokens included.
         max_query_len: at least the most new tokens in one row.
+        min_query_len: at most the fewest new tokens in one row.
         logits_rows_R: int64, indices into T; None is every token.
         kv_caches: a layer's (keys, values), each [num_blocks, L, kv heads of this rank, head_dim].
     """
@@ -37,5 +38,6 @@ class ForwardBatch:
     query_starts_S1: torch.Tensor
     context_lens_S: torch.Tensor
     max_query_len: int
+    min_query_len: int
     logits_rows_R: torch.Tensor | None
     kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]]

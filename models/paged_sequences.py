@@ -76,6 +76,7 @@ class PagedSequences:
             query_starts_S1=tensor(starts, torch.int32),
             context_lens_S=tensor(context_lens, torch.int32),
             max_query_len=max(len(tokens) for tokens in new_tokens.values()),
+            min_query_len=min(len(tokens) for tokens in new_tokens.values()),
             logits_rows_R=torch.arange(len(token_ids), device=self.model.device),
             kv_caches=self.kv_caches,
         )

@@ -126,6 +126,7 @@ class BatchState:
             query_starts_S1=query_starts.int(),
             context_lens_S=context_lens.int(),
             max_query_len=int(num_tokens_S.max()),
+            min_query_len=int(num_tokens_S.min()),
             logits_rows_R=logits_rows,
             kv_caches=kv_cache.layers,
         )
@@ -154,6 +155,7 @@ class BatchState:
             query_starts_S1=self._row_numbers[: len(slots_S) + 1],
             context_lens_S=inputs.context_lens_S,
             max_query_len=1,
+            min_query_len=1,
             logits_rows_R=None,
             kv_caches=kv_cache.layers,
         )

@@ -1,8 +1,9 @@
-"""The small kernels of a decode step on this GPU, against separate torch ops: `python benchmarks/gpu/bench_small_ops.py`.
+"""The small kernels of a step on this GPU, against separate torch ops: `python benchmarks/gpu/bench_small_ops.py`.
 
 One JSON row an op, model shape and number of rows: microseconds a call (median of replays of a CUDA graph of many calls), the
-same of the baseline, its ratio, and the microseconds that the op's bytes take at --bandwidth. Inputs stay in the L2, where a
-decode step has just written them. Row `empty` is what a launch in a graph costs by itself; nothing here can take less.
+same of the baseline, its ratio, the op's bytes and the microseconds that they take at --bandwidth. Inputs of few rows stay in
+the L2, where a decode step has just written them; those of a prefill step (`--rows 8192`, without the draws) do not fit. Row
+`empty` is what a launch in a graph costs by itself; nothing here can take less.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from pilotfish.kernels.gated_activation import gated_activation
 from pilotfish.kernels.logprobs import gather_logprobs, gather_logprobs_ref
 from pilotfish.kernels.qkv_prepare import prepare_qkv
 from pilotfish.kernels.rms_norm import rms_norm
 from pilotfish.kernels.rotary import apply_rotary_ref
 from pilotfish.kernels.sampling import sample
 
-# hidden, query heads, kv heads
-MODELS = {"qwen3-8b": (4096, 32, 8), "qwen3-0.6b": (1024, 16, 8)}
+# hidden, query heads, kv heads, intermediate
+MODELS = {"qwen3-8b": (4096, 32, 8, 12288), "qwen3-0.6b": (1024, 16, 8, 3072)}
+MAX_DRAWN_ROWS = 1024
 HEAD_DIM, PAGE_LEN, VOCAB, EPS = 128, 16, 151936, 1e-6
 REPLAYS = 11
 # temperature, top_k, top_p, min_p: the rows of a batch take them in turn
@@ -81,7 +84,7 @@ def norm_case(model: str, rows: int) -> Case:
 
 
 def qkv_case(model: str, rows: int) -> Case:
-    _, num_heads, num_kv_heads = MODELS[model]
+    _, num_heads, num_kv_heads, _ = MODELS[model]
     heads = (num_heads, num_kv_heads, num_kv_heads)
     q, k, v = random(rows, sum(heads), HEAD_DIM).split(heads, dim=1)
     k_cache, v_cache = random(2, rows + 1, PAGE_LEN, num_kv_heads, HEAD_DIM)
@@ -104,6 +107,19 @@ def qkv_case(model: str, rows: int) -> Case:
 
     num_bytes = rows * (2 * sum(heads) * HEAD_DIM * 2 + HEAD_DIM * 4)
     return Case(op="prepare_qkv", model=model, rows=rows, num_bytes=num_bytes, run=run, baseline=baseline)
+
+
+def gated_case(model: str, rows: int) -> Case:
+    intermediate = MODELS[model][3]
+    gate_up = random(rows, 2 * intermediate)
+
+    def baseline() -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    num_bytes = 3 * rows * intermediate * 2
+    run = lambda: gated_activation(gate_up, "silu")  # noqa: E731
+    return Case(op="gated_activation", model=model, rows=rows, num_bytes=num_bytes, run=run, baseline=baseline)
 
 
 def sample_case(kind: str, rows: int) -> Case:
@@ -156,6 +172,9 @@ def cases(all_rows: list[int]) -> Iterator[Case]:
         for model in MODELS:
             yield norm_case(model, rows)
             yield qkv_case(model, rows)
+            yield gated_case(model, rows)
+        if rows > MAX_DRAWN_ROWS:
+            continue
         for kind in SAMPLING:
             yield sample_case(kind, rows)
         yield logprobs_case(rows)
@@ -175,6 +194,7 @@ def main() -> None:
         microseconds = graph_microseconds(case.run, num_calls=num_calls)
         row: dict[str, object] = {"op": case.op, "model": case.model, "rows": case.rows, "us": round(microseconds, 2)}
         row["limit_us"] = round(case.num_bytes / options.bandwidth / 1e6, 2)
+        row |= {"mb": round(case.num_bytes / 1e6, 2), "tb_s": round(case.num_bytes / microseconds / 1e6, 2)}
         if case.baseline is not None:
             baseline = graph_microseconds(case.baseline, num_calls=num_calls)
             row |= {"baseline_us": round(baseline, 2), "speedup": round(baseline / microseconds, 2)}

@@ -73,6 +73,7 @@ class Attention(torch.nn.Module):
             batch.query_starts_S1,
             batch.context_lens_S,
             max_query_len=batch.max_query_len,
+            min_query_len=batch.min_query_len,
             scale=self.head_dim**-0.5,
             window=self.window,
             soft_cap=self.soft_cap,

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_case import Case, make
+from pilotfish.kernels import paged_attention as module
 from pilotfish.kernels.paged_attention import TOLERANCE, _paged_attention_triton, paged_attention, paged_attention_ref
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
@@ -114,6 +115,30 @@ def test_cache_of_another_dtype(device):
     out = RUN[device](q, *caches_and_rows, **options)
     rtol, atol = TOLERANCE[torch.float32]
     torch.testing.assert_close(out, paged_attention_ref(q, *caches_and_rows, **options), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("rows", "launched"),
+    [
+        (((5, 5), (3, 19)), ["prefill"]),
+        (((1, 20), (1, 4)), ["decode"]),
+        (((1, 40), (5, 5)), ["decode", "prefill"]),
+        (((9, 30),), ["prefill"]),
+        (((1, 30),), ["decode"]),
+        (((0, 3), (2, 4)), ["decode", "prefill"]),  # a row without queries hides whether there is one with one
+    ],
+)
+def test_only_kernels_with_rows_are_launched(device, monkeypatch, rows, launched):
+    seen = []
+    for name in ("decode", "prefill"):
+        run = getattr(module, f"{name}_attention")
+        record = lambda *args, name=name, run=run, **options: (seen.append(name), run(*args, **options))  # noqa: E731
+        monkeypatch.setattr(module, f"{name}_attention", record)
+    tensors, options = make(Case(rows=rows), device)
+    out = RUN[device](*tensors, **options, min_query_len=min(length for length, _ in rows))
+    assert seen == launched
+    rtol, atol = TOLERANCE[torch.float32]
+    torch.testing.assert_close(out, paged_attention_ref(*tensors, **options), rtol=rtol, atol=atol)
 
 
 def test_large_scores_do_not_overflow(device):

@@ -62,7 +62,8 @@ def check(batch, sampled, rows: list[PlannedRow], running: dict[int, Naive]) -> 
     assert batch.slots_T.tolist() == slots
     ends = [row.start + row.num_tokens for row in rows]
     assert batch.context_lens_S.tolist() == ends
-    assert batch.max_query_len == max(row.num_tokens for row in rows)
+    num_tokens = [row.num_tokens for row in rows]
+    assert (batch.min_query_len, batch.max_query_len) == (min(num_tokens), max(num_tokens))
     starts = [sum(row.num_tokens for row in rows[:index]) for index in range(len(rows) + 1)]
     assert batch.query_starts_S1.tolist() == starts
     for table, end, row in zip(batch.block_tables_SB.tolist(), ends, rows, strict=True):
