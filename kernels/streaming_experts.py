@@ -59,12 +59,16 @@ def streaming_experts(
     activation: str | None,
     config: StreamingConfig,
     routing: Routing,
+    sorted_rows: bool,
 ) -> None:
     """Writes y of each pair of an expert. Gated where `activation` is named (U = 2 N), else scaled by pair (U = N).
 
-    Row pair // (P / R) of x belongs to a pair. ValueError where `unfit_reason` has one.
+    Row pair // (P / R) of x belongs to a pair. With `sorted_rows` y of the gated product, and x of the other, have their rows in
+    the order of `pairs`. ValueError where `unfit_reason` has one, or x is not aligned.
     """
     reason = unfit_reason(config, weight_EUK, gated=activation is not None)
+    if reason is None and (x_RK.stride(0) % 8 or x_RK.data_ptr() % 16):
+        reason = f"rows of x (stride {x_RK.stride(0)}) must lie apart by multiples of 16 bytes and begin at one"
     if reason is not None:
         raise ValueError(f"streaming_experts: {reason}")
     num_experts, weight_rows, num_inputs = weight_EUK.shape
@@ -92,6 +96,7 @@ def streaming_experts(
             ctypes.c_int(config.num_stages),
             ctypes.c_int(ACTIVATIONS.index(activation) if activation else 0),
             ctypes.c_int(routing),
+            ctypes.c_int(sorted_rows),
         ),
         grid=(min(config.programs, num_experts * tiles_an_expert), 1),
         num_threads=config.tile // 64 * 128 + 32,
