@@ -73,9 +73,8 @@ def prefill_config(*, group: int, head_dim: int, element_bytes: int) -> PrefillC
         rows = 128 if width <= 256 else 64 if width <= 512 else 32
     block_m = max(triton.next_power_of_2(group), rows)
     if element_bytes == 2 and width <= 128 and block_m == 128:
-        few = width <= 64
         return PrefillConfig(
-            block_m=128, block_j=64, num_warps=8, num_stages=3 if few else 2, products_overlap=few, max_registers=128
+            block_m=128, block_j=64, num_warps=8, num_stages=3 if width <= 64 else 2, products_overlap=True, max_registers=128
         )
     return PrefillConfig(
         block_m=block_m,
