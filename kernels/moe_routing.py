@@ -41,7 +41,7 @@ def check_routing(logits_TE: torch.Tensor, top_k: int) -> None:
     if not 1 <= top_k <= logits_TE.shape[1]:
         raise ValueError(f"route_tokens: top_k {top_k} must be between 1 and the {logits_TE.shape[1]} experts")
     if logits_TE.shape[1] > MAX_EXPERTS:
-        raise ValueError(f"route_tokens: {logits_TE.shape[1]} experts are more than the {MAX_EXPERTS} that a routing key can name")
+        raise ValueError(f"route_tokens: {logits_TE.shape[1]} experts are more than the {MAX_EXPERTS} that a key can name")
 
 
 def route_tokens_ref(logits_TE: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,9 +63,10 @@ def routing_keys(logits, expert, num_experts):
     bits = tl.where(wide == 0.0, 0.0, wide).to(tl.int32, bitcast=True)  # -0 equals 0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if logits.dtype == tl.float32:
-        return tl.where(expert < num_experts, (order.to(tl.int64) << 32) | (0x1FFF - expert), -0x8000000000000000)
+        key = tl.where(expert < num_experts, (order.to(tl.int64) << 32) | (0x1FFF - expert), -0x8000000000000000)
     else:
-        return tl.where(expert < num_experts, (order & -0x2000) | (0x1FFF - expert), -0x80000000)
+        key = tl.where(expert < num_experts, (order & -0x2000) | (0x1FFF - expert), -0x80000000)
+    return key
 
 
 @triton.jit
@@ -78,9 +79,10 @@ def logit_of(key):
     """float32, exactly the logit that went into the key, but for the sign of zero."""
     if key.dtype == tl.int64:
         order = (key >> 32).to(tl.int32)
-        return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        bits = order ^ ((order >> 31) & 0x7FFFFFFF)
     else:
-        return ((key ^ ((key >> 31) & 0x7FFFFFFF)) & -0x2000).to(tl.float32, bitcast=True)
+        bits = (key ^ ((key >> 31) & 0x7FFFFFFF)) & -0x2000
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
