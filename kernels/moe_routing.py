@@ -8,6 +8,8 @@ T tokens, E experts, C = top_k choices. Sources: Jiang et al. 2024, "Mixtral of 
 norm_topk_prob decides).
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,27 @@ from .dispatch import choose_backend
 # Largest |weight - reference|: (relative, absolute). The logits' dtype does not matter: all arithmetic is float32.
 TOLERANCE = (1e-5, 1e-6)
 MAX_EXPERTS = 0x2000  # of a routing key
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenExperts:
+    """What route_tokens answers: weights [T, C] float32, experts [T, C] int32; a negative id belongs to another rank."""
+
+    weights_TC: torch.Tensor
+    experts_TC: torch.Tensor
+
+    @property
+    def num_choices(self) -> int:
+        return self.experts_TC.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterLogits:
+    """What route_tokens is asked, for kernels that choose themselves."""
+
+    logits_TE: torch.Tensor
+    num_choices: int
+    renormalize: bool
 
 
 def route_tokens(logits_TE: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,15 +123,14 @@ def largest_keys(keys_RE, TOP_K: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def routing_weights(chosen_RC, logits_RE, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """float32 [R, BLOCK_C], 0 in the columns beyond TOP_K. `logits_RE` float32, -inf beyond the experts."""
-    logits_RC = logit_of(chosen_RC)
-    largest_R = tl.max(logits_RE, axis=1)
+    """float32 [R, BLOCK_C], 0 in the columns beyond TOP_K. `logits_RE` are -inf beyond the experts."""
     inside = tl.arange(0, BLOCK_C)[None, :] < TOP_K
-    total_R = tl.sum(tl.exp(logits_RE - largest_R[:, None]), axis=1)
-    weights_RC = tl.where(inside, tl.exp(logits_RC - largest_R[:, None]) / total_R[:, None], 0.0)
-    if RENORMALIZE:
-        weights_RC = weights_RC / tl.sum(weights_RC, axis=1)[:, None]
-    return weights_RC
+    chosen_logits_RC = tl.where(inside, logit_of(chosen_RC), -float("inf"))
+    largest_R1 = tl.max(chosen_logits_RC, axis=1)[:, None]
+    weights_RC = tl.exp(chosen_logits_RC - largest_R1)
+    # The sum over all experts cancels when the chosen ones' weights are divided by theirs.
+    total_R = tl.sum(weights_RC, axis=1) if RENORMALIZE else tl.sum(tl.exp(logits_RE.to(tl.float32) - largest_R1), axis=1)
+    return weights_RC / total_R[:, None]
 
 
 @triton.jit
@@ -134,7 +156,7 @@ def _route_tokens_kernel(
     logits_TE = logits + token.to(tl.int64)[:, None] * stride_logits + expert
     logits_TE = tl.load(logits_TE, (token < num_tokens)[:, None] & (expert < num_experts), other=-float("inf"))
     chosen_TC = largest_keys(routing_keys(logits_TE, expert, num_experts), TOP_K, BLOCK_C)
-    weights_TC = routing_weights(chosen_TC, logits_TE.to(tl.float32), TOP_K, RENORMALIZE, BLOCK_C)
+    weights_TC = routing_weights(chosen_TC, logits_TE, TOP_K, RENORMALIZE, BLOCK_C)
     choice = tl.arange(0, BLOCK_C)[None, :]
     inside = (token < num_tokens)[:, None] & (choice < TOP_K)
     pair = token.to(tl.int64)[:, None] * TOP_K + choice
