@@ -14,48 +14,16 @@ T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediat
 and N outputs of a GEMM.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from .dependent_launch import launch_options, let_next_start, load_settled, prefetch_to_l2, wait_for_previous
 from .gated_activation import activate
+from .grouped_gemm_tma import fits_tma, gated_tma_gemm, weighted_tma_gemm
+from .grouped_tiles import GroupedConfig, find_tile, max_tiles
 
 PREFETCHED_LINE = 128  # bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupedConfig:
-    """How a grouped GEMM is cut into programs.
-
-    Attributes:
-        block_m: pairs a tile.
-        block_n: outputs a program; a gated GEMM computes both the gate and the up of each.
-        block_k: inputs a step.
-        prefetch_lines: of 128 bytes of each weight row, a power of two or 0: what the second GEMM asks for before it waits.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    prefetch_lines: int = 0
-
-
-@triton.jit
-def _find_tile(expert_starts, tile, num_experts, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(expert, first, end): tile number `tile` is BLOCK_M pairs from `first`, those before `end`. Expert E or more: no tile."""
-    ids = tl.arange(0, BLOCK_E)
-    starts = load_settled(expert_starts + ids, ids < num_experts, 0)
-    ends = load_settled(expert_starts + 1 + ids, ids < num_experts, 0)
-    num_tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
-    tiles_to_here = tl.cumsum(num_tiles, axis=0)
-    expert = tl.sum((tiles_to_here <= tile).to(tl.int32), axis=0)
-    first = starts + (tile - (tiles_to_here - num_tiles)) * BLOCK_M
-    return expert, tl.sum(tl.where(ids == expert, first, 0), axis=0), tl.sum(tl.where(ids == expert, ends, 0), axis=0)
 
 
 @triton.jit
@@ -102,7 +70,7 @@ def _grouped_gemm_kernel(
     if ACTIVATION is not None or not AFTER_GATE_UP:
         wait_for_previous(EARLY_START)
     let_next_start(EARLY_START)
-    expert, first, end = _find_tile(expert_starts, tl.program_id(1), num_experts, BLOCK_M, BLOCK_E)
+    expert, first, end = find_tile(expert_starts, tl.program_id(1), num_experts, BLOCK_M, BLOCK_E)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     COLUMNS: tl.constexpr = BLOCK_N if ACTIVATION is None else 2 * BLOCK_N
@@ -154,6 +122,11 @@ def gated_grouped_gemm(
 ) -> torch.Tensor:
     """h [P, F] of x's dtype."""
     h_PF = x_TH.new_empty(pairs_P.shape[0], gate_up_weight_EUH.shape[1] // 2)
+    if config.tma and fits_tma(x_TH, gate_up_weight_EUH):
+        gated_tma_gemm(
+            x_TH, gate_up_weight_EUH, h_PF, pairs_P, expert_starts, activation, config=config, sorted_rows=sorted_rows
+        )
+        return h_PF
     _launch(
         x_TH,
         gate_up_weight_EUH,
@@ -182,6 +155,9 @@ def weighted_grouped_gemm(
 ) -> torch.Tensor:
     """y [P, H] of h's dtype, in the order of pair. `after_gate_up`: see run_down."""
     y_PH = h_PF.new_empty(h_PF.shape[0], down_weight_EHF.shape[1])
+    if config.tma and sorted_rows and fits_tma(h_PF, down_weight_EHF):
+        weighted_tma_gemm(h_PF, down_weight_EHF, weights_TC, y_PH, pairs_P, expert_starts, config=config)
+        return y_PH
     _launch(
         h_PF,
         down_weight_EHF,
@@ -195,11 +171,6 @@ def weighted_grouped_gemm(
         after_gate_up=after_gate_up,
     )
     return y_PH
-
-
-def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
-    """The most tiles that so many pairs can make: every expert's last one may be partly empty."""
-    return (num_pairs + min(num_experts, num_pairs) * (block_m - 1)) // block_m
 
 
 def _launch(

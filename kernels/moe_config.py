@@ -11,7 +11,7 @@ import torch
 import triton
 
 from . import tuning
-from .grouped_gemm import GroupedConfig
+from .grouped_tiles import GroupedConfig
 from .moe_gemv import GemvConfig
 
 MAX_GEMV_TOKENS = 4

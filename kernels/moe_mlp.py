@@ -19,7 +19,8 @@ from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, load_settled, wait_for_previous
 from .dispatch import choose_backend
 from .gated_activation import check_activation, gated_activation_ref
-from .grouped_gemm import GroupedConfig, gated_grouped_gemm, weighted_grouped_gemm
+from .grouped_gemm import gated_grouped_gemm, weighted_grouped_gemm
+from .grouped_tiles import GroupedConfig
 from .moe_config import MoeConfig, MoeSizes, choose_config
 from .moe_gemv import GemvConfig, down_gemv, gated_gemv
 from .moe_routing import ChosenExperts, RouterLogits, check_routing, route_tokens

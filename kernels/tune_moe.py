@@ -10,7 +10,7 @@ import torch
 import triton
 
 from .graph_timing import num_calls
-from .grouped_gemm import GroupedConfig
+from .grouped_tiles import GroupedConfig
 from .moe_config import MoeConfig, MoeSizes, gemv_block_k, parse_config, rule, table_config
 from .moe_gemv import GemvConfig
 from .moe_mlp import prepare_routing, run_down, run_gate_up
@@ -22,24 +22,28 @@ MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
 MAX_GEMV_ROWS = 16  # beyond, two tokens share an expert too often
-# (block_m, block_n, block_k, num_warps, num_stages) of tall tiles. A gated tile is twice as wide. Two tiles of 4 warps and at
-# most 113 KB (stages of (block_m + width) * block_k) fit a multiprocessor: one computes while the other fills or stores.
+# Tall tiles (block_m, block_n, block_k, num_warps, num_stages, tma, persistent). A gated tile is twice as wide. Two tiles of 4
+# warps and at most 113 KB (stages of (block_m + width) * block_k) fit a multiprocessor: one computes while the other fills or
+# stores.
 TALL_TILES = {
     "moe_gate_up": [
-        (64, 64, 64, 4, 4),
-        (64, 128, 64, 8, 4),
-        (128, 64, 64, 4, 3),
-        (128, 64, 64, 8, 4),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
+        (64, 64, 64, 4, 4, True, False),
+        (64, 128, 64, 4, 4, True, False),
+        (64, 128, 64, 8, 4, False, False),
+        (128, 64, 64, 4, 3, True, False),
+        (128, 128, 64, 8, 3, True, False),
+        (128, 128, 64, 8, 4, True, False),
+        (128, 128, 128, 8, 2, True, False),
     ],
     "moe_down": [
-        (64, 128, 64, 4, 4),
-        (64, 256, 64, 8, 4),
-        (128, 128, 64, 4, 3),
-        (128, 128, 64, 8, 4),
-        (128, 256, 64, 8, 3),
-        (128, 256, 64, 8, 4),
+        (64, 128, 64, 4, 4, True, True),
+        (64, 256, 64, 4, 3, True, False),
+        (64, 256, 64, 8, 4, False, False),
+        (128, 128, 64, 4, 3, True, False),
+        (128, 128, 64, 4, 3, True, True),
+        (128, 256, 64, 8, 4, True, False),
+        (128, 256, 64, 8, 3, True, True),
+        (128, 256, 64, 8, 4, True, True),
     ],
 }
 # (block_n, block_k, num_warps, num_stages, prefetch_lines): short ones, of 16 or 32 pairs.
@@ -143,10 +147,17 @@ class MoeCase:
                         prefetch_lines=prefetch_lines,
                     )
         if average >= 16:
-            for block_m, block_n, block_k, num_warps, num_stages in TALL_TILES[self.op]:
-                yield GroupedConfig(
-                    block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages
-                )
+            for block_m, block_n, block_k, num_warps, num_stages, tma, persistent in TALL_TILES[self.op]:
+                if average >= 64 if block_m == 128 else average < 256:
+                    yield GroupedConfig(
+                        block_m=block_m,
+                        block_n=block_n,
+                        block_k=block_k,
+                        num_warps=num_warps,
+                        num_stages=num_stages,
+                        tma=tma,
+                        persistent=persistent,
+                    )
 
 
 def _route_and_gate_up(

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from pilotfish.kernels.graph_timing import num_calls, num_copies, time_in_graph
-from pilotfish.kernels.grouped_gemm import GroupedConfig
+from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.linear import linear
 from pilotfish.kernels.moe_config import MoeSizes, choose_config, table_config
 from pilotfish.kernels.moe_mlp import prepare_routing, routed_moe_mlp, run_down, run_gate_up

@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from pilotfish.kernels.grouped_gemm import GroupedConfig
+from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.moe_gemv import GemvConfig
 from pilotfish.kernels.moe_mlp import (
     TOLERANCE,
@@ -81,17 +83,17 @@ CONFIGS = [
     GroupedConfig(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3),
     GroupedConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2),
     GroupedConfig(block_m=16, block_n=64, block_k=16, num_warps=4, num_stages=3),
+    GroupedConfig(block_m=64, block_n=64, block_k=16, num_warps=4, num_stages=3, tma=True),
+    GroupedConfig(block_m=64, block_n=32, block_k=32, num_warps=4, num_stages=3, tma=True, persistent=True),
 ]
-
-
 EARLY_GEMV = GemvConfig(block_n=2, block_k=256, num_warps=4)
 EARLY_GROUPED = GroupedConfig(block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=4, prefetch_lines=4)
+TMA = GroupedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, tma=True)
 EARLY = [(first, second) for first in (EARLY_GEMV, EARLY_GROUPED) for second in (EARLY_GEMV, EARLY_GROUPED)]
-PAIRS = [(config, config) for config in CONFIGS] + [
-    (CONFIGS[0], CONFIGS[3]),
-    (CONFIGS[3], CONFIGS[1]),
-    (CONFIGS[4], CONFIGS[2]),
-]
+LISTED = replace(TMA, persistent=True)
+EARLY += [(TMA, TMA), (TMA, LISTED), (EARLY_GROUPED, LISTED), (TMA, EARLY_GROUPED)]
+PAIRS = [(config, config) for config in CONFIGS]
+PAIRS += [(CONFIGS[0], CONFIGS[3]), (CONFIGS[3], CONFIGS[1]), (CONFIGS[4], CONFIGS[2])]
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda config: f"{type(config).__name__[:4]}{config.block_n}")
