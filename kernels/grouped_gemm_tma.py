@@ -1,8 +1,8 @@
 """The grouped GEMMs of grouped_gemm.py for tall tiles, whose operands come through tensor memory access (TMA).
 
 The copy engine computes addresses and fills shared memory, which leaves registers and issue slots to the tensor cores. Rows of
-x are gathered, so those still come by asynchronous copies. The second GEMM goes through a list of tiles (grouped_tiles.py), all
-programs or as many as fit the GPU at once.
+x are gathered, so those still come by asynchronous copies. A persistent kernel has as many programs as fit the GPU at once,
+which go through a list of tiles (grouped_tiles.py): the loads of the next tile are under way while one ends.
 
 P pairs, E experts, F intermediate, K inputs and N outputs of a GEMM.
 """
@@ -29,36 +29,30 @@ def fits_tma(x: torch.Tensor, weight_ENK: torch.Tensor) -> bool:
 
 
 @triton.jit
-def _gated_tma_kernel(
+def _gated_tile(
     x,
     weight_desc,
     y,
     pairs,
-    expert_starts,
+    expert,
+    first,
+    end,
+    first_n,
     num_inputs,
     num_outputs,
-    num_experts,
     stride_x,
     PAIRS_PER_ROW: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     SORTED_ROWS: tl.constexpr,
-    EARLY_START: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
 ):
-    """One program a tile and BLOCK_N outputs. Waits before it lets the next start. weight_desc: of [2 E, F, K], gates at 2 e.
+    """weight_desc: of [2 E, F, K], gates at 2 e.
 
-    A block of it, gates and then as many ups, is one operand; gate and up of an output lie in one thread.
+    A block of it, gates and then as many ups, is one operand: an output's gate and up lie in one thread.
     """
-    wait_for_previous(EARLY_START)
-    let_next_start(EARLY_START)
-    expert, first, end = find_tile(expert_starts, tl.program_id(1), num_experts, BLOCK_M, BLOCK_E)
-    if expert >= num_experts:
-        return
-    first_n = tl.program_id(0) * BLOCK_N
     m = first + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     pair = tl.load(pairs + m, m < end, other=0)
@@ -75,6 +69,86 @@ def _gated_tma_kernel(
     y_MN = y + (y_row.to(tl.int64) * num_outputs)[:, None] + n[None, :]
     y_tile = activate(gate_MN.to(tl.float32), up_MN.to(tl.float32), ACTIVATION).to(dtype)
     tl.store(y_MN, y_tile, (m < end)[:, None] & (n < num_outputs)[None, :])
+
+
+@triton.jit
+def _gated_tma_kernel(
+    x,
+    weight_desc,
+    y,
+    pairs,
+    expert_starts,
+    tiles,
+    num_inputs,
+    num_outputs,
+    num_experts,
+    max_num_tiles,
+    num_blocks,
+    stride_x,
+    PAIRS_PER_ROW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SORTED_ROWS: tl.constexpr,
+    EARLY_START: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Waits before it lets the next start. An item is a tile and BLOCK_N outputs.
+
+    Each program takes the items program, program + programs, ... of the list `tiles`; without a list that of its own number.
+    """
+    wait_for_previous(EARLY_START)
+    let_next_start(EARLY_START)
+    if tiles is None:
+        item = tl.program_id(0)
+        expert, first, end = find_tile(expert_starts, item // num_blocks, num_experts, BLOCK_M, BLOCK_E)
+        if expert < num_experts:
+            _gated_tile(
+                x,
+                weight_desc,
+                y,
+                pairs,
+                expert,
+                first,
+                end,
+                (item % num_blocks) * BLOCK_N,
+                num_inputs,
+                num_outputs,
+                stride_x,
+                PAIRS_PER_ROW,
+                ACTIVATION,
+                EVEN_K,
+                SORTED_ROWS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+    else:
+        for item in tl.range(tl.program_id(0), tl.load(tiles) * num_blocks, tl.num_programs(0), flatten=True):
+            tile = tiles + 1 + item // num_blocks
+            expert, first, end = tl.load(tile), tl.load(tile + max_num_tiles), tl.load(tile + 2 * max_num_tiles)
+            _gated_tile(
+                x,
+                weight_desc,
+                y,
+                pairs,
+                expert,
+                first,
+                end,
+                (item % num_blocks) * BLOCK_N,
+                num_inputs,
+                num_outputs,
+                stride_x,
+                PAIRS_PER_ROW,
+                ACTIVATION,
+                EVEN_K,
+                SORTED_ROWS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
 
 
 @triton.jit
@@ -132,16 +206,21 @@ def gated_tma_gemm(
     """Fills h."""
     num_experts, _, num_inputs = weight_EUH.shape
     num_pairs, num_outputs = h_PF.shape
+    num_blocks = triton.cdiv(num_outputs, config.block_n)
+    most = max_tiles(num_pairs, num_experts, config.block_m)
     weight = weight_EUH.view(2 * num_experts, num_outputs, num_inputs)
-    _gated_tma_kernel[(triton.cdiv(num_outputs, config.block_n), max_tiles(num_pairs, num_experts, config.block_m))](
+    _gated_tma_kernel[(_num_programs(most * num_blocks, config, 2 * config.block_n, x_TH.device),)](
         x_TH,
         TensorDescriptor.from_tensor(weight, [2, config.block_n, config.block_k]),
         h_PF,
         pairs_P,
         expert_starts,
+        list_tiles(expert_starts, num_pairs, num_experts, config.block_m) if config.persistent else None,
         num_inputs,
         num_outputs,
         num_experts,
+        most,
+        num_blocks,
         x_TH.stride(0),
         PAIRS_PER_ROW=num_pairs // x_TH.shape[0],
         ACTIVATION=activation,
@@ -168,8 +247,7 @@ def weighted_tma_gemm(
     num_blocks = triton.cdiv(num_outputs, config.block_n)
     most = max_tiles(num_pairs, num_experts, config.block_m)
     weight = weight_EHF.view(num_experts * num_outputs, num_inputs)
-    num_programs = min(most * num_blocks, _num_at_once(config, h_PF.device)) if config.persistent else most * num_blocks
-    _weighted_tma_kernel[(num_programs,)](
+    _weighted_tma_kernel[(_num_programs(most * num_blocks, config, config.block_n, h_PF.device),)](
         TensorDescriptor.from_tensor(h_PF, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
         weights_TC,
@@ -185,10 +263,13 @@ def weighted_tma_gemm(
     )
 
 
-def _num_at_once(config: GroupedConfig, device: torch.device) -> int:
-    """Programs that run on the GPU at a time: two a multiprocessor where they are small."""
-    shared_bytes = (config.block_m + config.block_n) * config.block_k * 2 * config.num_stages
-    return _num_multiprocessors(device) * (2 if config.num_warps <= 4 and shared_bytes <= SHARED_BYTES_OF_TWO else 1)
+def _num_programs(num_items: int, config: GroupedConfig, width: int, device: torch.device) -> int:
+    """One an item; of persistent ones as many as run at a time: two a multiprocessor where they are small."""
+    if not config.persistent:
+        return num_items
+    shared_bytes = (config.block_m + width) * config.block_k * 2 * config.num_stages
+    is_small = config.num_warps <= 4 and shared_bytes <= SHARED_BYTES_OF_TWO
+    return min(num_items, _num_multiprocessors(device) * (2 if is_small else 1))
 
 
 @cache

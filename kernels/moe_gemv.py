@@ -177,7 +177,8 @@ def _down_gemv_kernel(
     for start in tl.static_range(0, NUM_INPUTS, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_tile = here_CN1 if NUM_INPUTS % BLOCK_K == 0 else here_CN1 & (k < NUM_INPUTS)[None, None, :]
-        tiles += (tl.load(weight_CN[:, :, None] + k[None, None, :], in_tile, other=0.0, eviction_policy="evict_first"),)
+        tile = tl.load(weight_CN[:, :, None] + k[None, None, :], in_tile, other=0.0, eviction_policy="evict_first")
+        tiles += (tile,)  # type: ignore[assignment]
     if AFTER_GATE_UP:
         wait_for_previous(EARLY_START)
     sum_CNK = tl.zeros([BLOCK_C, BLOCK_N, BLOCK_K], tl.float32)

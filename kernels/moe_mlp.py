@@ -112,7 +112,7 @@ def _combine_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     chosen = ()
     for choice in tl.static_range(NUM_CHOICES):
-        chosen += (load_settled(experts + token * NUM_CHOICES + choice, True, -1),)
+        chosen += (load_settled(experts + token * NUM_CHOICES + choice, True, -1),)  # type: ignore[assignment]
     if AFTER_GATE_UP:
         wait_for_previous(EARLY_START)
     total = tl.zeros([BLOCK], tl.float32)

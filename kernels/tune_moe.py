@@ -31,9 +31,10 @@ TALL_TILES = {
         (64, 128, 64, 4, 4, True, False),
         (64, 128, 64, 8, 4, False, False),
         (128, 64, 64, 4, 3, True, False),
-        (128, 128, 64, 8, 3, True, False),
+        (128, 64, 64, 4, 3, True, True),
         (128, 128, 64, 8, 4, True, False),
-        (128, 128, 128, 8, 2, True, False),
+        (128, 128, 64, 8, 3, True, True),
+        (128, 128, 64, 8, 4, True, True),
     ],
     "moe_down": [
         (64, 128, 64, 4, 4, True, True),
