@@ -24,6 +24,7 @@ from .grouped_gemm_tma import fits_tma, gated_tma_gemm, weighted_tma_gemm
 from .grouped_tiles import GroupedConfig, find_tile, max_tiles
 
 PREFETCHED_LINE = 128  # bytes
+EARLY_PROGRAMS = tl.constexpr(512)  # so many or fewer fit a GPU at once: later ones have nothing to wait for
 
 
 @triton.jit
@@ -64,13 +65,12 @@ def _grouped_gemm_kernel(
     """Gated where ACTIVATION is named: the weight holds num_outputs gate rows, then as many up rows. Else scaled by pair.
 
     The gated kernel waits before it lets the next start, which the second GEMM relies on (AFTER_GATE_UP): that one finds its
-    tile and asks for weights before it waits. A gated tile's columns are gate, up, gate, up...: one product serves both, and
-    each gate lies in one thread with its up. Rows and columns outside read others' values, not a mask, and are not stored.
+    tile and asks for weights before it waits. So does the gated one, whose tile is not known while pairs are sorted, by the
+    guess that every expert has one. A gated tile's columns are gate, up, gate, up...: one product serves both, and each gate
+    lies in one thread with its up. Rows and columns outside read others' values, not a mask, and are not stored.
     """
-    if ACTIVATION is not None or not AFTER_GATE_UP:
-        wait_for_previous(EARLY_START)
-    let_next_start(EARLY_START)
-    expert, first, end = find_tile(expert_starts, tl.program_id(1), num_experts, BLOCK_M, BLOCK_E)
+    PREFETCHED: tl.constexpr = PREFETCH_LINES if EARLY_START else 0
+    is_early = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < EARLY_PROGRAMS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     COLUMNS: tl.constexpr = BLOCK_N if ACTIVATION is None else 2 * BLOCK_N
@@ -79,11 +79,19 @@ def _grouped_gemm_kernel(
         weight_row = tl.minimum(tl.program_id(0) * BLOCK_N + column, num_outputs - 1)
     else:
         weight_row = tl.minimum(tl.program_id(0) * BLOCK_N + column // 2, num_outputs - 1) + (column % 2) * num_outputs
-    weight_N = weight + expert.to(tl.int64) * stride_we + weight_row.to(tl.int64) * stride_wn
+    weight_N = weight + weight_row.to(tl.int64) * stride_wn
+    if ACTIVATION is not None:
+        guess = tl.program_id(1)
+        _prefetch(weight_N + guess.to(tl.int64) * stride_we, is_early & (guess < num_experts), PREFETCHED)
+    if ACTIVATION is not None or not AFTER_GATE_UP:
+        wait_for_previous(EARLY_START)
+    let_next_start(EARLY_START)
+    expert, first, end = find_tile(expert_starts, tl.program_id(1), num_experts, BLOCK_M, BLOCK_E)
+    weight_N += expert.to(tl.int64) * stride_we
     m = first + tl.arange(0, BLOCK_M)
     pair = load_settled(pairs + m, m < end, 0)
     if ACTIVATION is None and AFTER_GATE_UP:
-        _prefetch(weight_N, expert < num_experts, PREFETCH_LINES if EARLY_START else 0)
+        _prefetch(weight_N, is_early & (expert < num_experts), PREFETCHED)
         wait_for_previous(EARLY_START)
     if expert >= num_experts:
         return

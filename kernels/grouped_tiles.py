@@ -23,7 +23,8 @@ class GroupedConfig:
         tma: weights come through tensor memory access, and so do the rows of h where they are sorted. Tensors that it cannot
             read (fits_tma) are served with the same tiles without it.
         persistent: with tma: a program goes through many tiles, and loads the next one's while it ends this one.
-        prefetch_lines: of 128 bytes of each weight row, a power of two or 0: what the second GEMM asks for before it waits.
+        prefetch_lines: of 128 bytes of each weight row, a power of two or 0: what the first programs ask for before they wait,
+            without tma.
     """
 
     block_m: int
