@@ -38,6 +38,7 @@ LARGE = {
     "qwen3_prefill": (3000, 2048, 768, 128, 8),
     "odd_prefill": (1111, 1000, 520, 7, 3),
 }
+CUDA_CASES = {torch.float32: {"few", "two_tiles", "qwen3_four"}, torch.float16: {"few", "aligned", "odd_prefill"}}  # compiling
 
 
 def run_interpreted(x, gate_up, down, weights, experts, activation):
@@ -108,10 +109,10 @@ def test_every_kernel_serves_any_shape(device, dtype, sizes, first, second):
     torch.testing.assert_close(out, moe_mlp_ref(x, gate_up, down, weights, experts, "silu"), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_logits_choose_what_route_tokens_does(device, dtype, case, renormalize):
+def test_logits_choose_what_route_tokens_does(device, dtype, case):
     """Matrix-vector kernels choose for themselves: the experts are those of the reference, also of equal logits."""
     num_tokens, _, _, num_experts, top_k = case
+    renormalize = num_tokens % 2 == 0
     x, gate_up, down, _, _ = make(case, device, dtype)
     logits = torch.randint(-4, 4, (num_tokens, num_experts + 1), device=device).to(dtype)[:, :num_experts] / 4
     routing = RouterLogits(logits_TE=logits, num_choices=top_k, renormalize=renormalize)
