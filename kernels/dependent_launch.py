@@ -13,6 +13,11 @@ A kernel that does not call `let_next_start` lets the next one start at its own 
 kernel has written may be read before the wait by all that come after it: block tables and context lengths (decode_inputs.py).
 
 The wait lasts until the kernel before has finished, which waited for its own predecessor; so the stream keeps its order.
+
+Kernels A, B, C, ... of one stream: where every program of B calls `let_next_start` only *after* `wait_for_previous`, C cannot
+be launched before A has finished. So C, and what is launched once C has started, may read before its own wait what A and
+those before A wrote (by `load_settled`: a line in L1 may be older than A); what B writes still needs the wait. As C then relies
+on how B is written, one Python function must launch both, with nothing between: `run_experts` in moe_mlp.py does.
 """
 
 from functools import cache
@@ -40,3 +45,17 @@ def let_next_start(EARLY_START: tl.constexpr):
 def wait_for_previous(EARLY_START: tl.constexpr):
     if EARLY_START:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def load_settled(pointers, mask, other):
+    """A load, past L1, of what a kernel wrote that has finished although this one has not waited yet."""
+    return tl.load(pointers, mask, other=other, cache_modifier=".cg")
+
+
+@triton.jit
+def prefetch_to_l2(pointers):
+    """Asks for the 128 bytes at each pointer, all of them valid; only where EARLY_START is: the interpreter cannot."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from . import tuning
-from .grouped_gemm import GroupedConfig
+from .grouped_tiles import GroupedConfig
 from .moe_gemv import GemvConfig
 
 MAX_GEMV_TOKENS = 4
@@ -58,14 +58,6 @@ def gemv_block_k(num_inputs: int, *, most: int) -> int:
     return min(divisor if divisor >= 64 else triton.next_power_of_2(num_inputs), most)
 
 
-def num_slices(sizes: MoeSizes, block_m: int) -> int:
-    """Programs that share an expert's tiles: enough that one of average load and a little more takes one tile each."""
-    pairs_an_expert = triton.cdiv(sizes.num_tokens * sizes.num_choices, sizes.num_experts)
-    if pairs_an_expert * 2 <= block_m:
-        return 1
-    return min(triton.cdiv(pairs_an_expert, block_m) + 1, triton.cdiv(sizes.num_tokens, block_m))
-
-
 def table_config(config: MoeConfig) -> tuning.Config:
     """The config as the tuned table keeps it; parse_config undoes it."""
     return {"kernel": "gemv" if isinstance(config, GemvConfig) else "grouped", **asdict(config)}
@@ -90,15 +82,10 @@ def _grouped_rule(sizes: MoeSizes, element_size: int, *, block_n: int) -> Groupe
     average = triton.cdiv(sizes.num_tokens * sizes.num_choices, sizes.num_experts)
     if element_size > 2:
         block_m = min(max(triton.next_power_of_2(average), 16), 32)
-        return GroupedConfig(
-            block_m=block_m, block_n=32, block_k=32, num_slices=num_slices(sizes, block_m), num_warps=4, num_stages=3
-        )
+        return GroupedConfig(block_m=block_m, block_n=32, block_k=32, num_warps=4, num_stages=3)
     block_m = min(max(triton.next_power_of_2(average), 16), 128)
-    shape: dict[str, Any]
     if block_m <= 32:
-        shape = {"block_n": block_n, "block_k": 128, "num_warps": 4, "num_stages": 4}
-    elif block_m == 64:
-        shape = {"block_n": 2 * block_n, "block_k": 64, "num_warps": 4, "num_stages": 4}
-    else:
-        shape = {"block_n": 4 * block_n, "block_k": 64, "num_warps": 8, "num_stages": 3}
-    return GroupedConfig(block_m=block_m, num_slices=num_slices(sizes, block_m), **shape)
+        return GroupedConfig(block_m=block_m, block_n=block_n, block_k=128, num_warps=4, num_stages=4, prefetch_lines=4)
+    if block_m == 64:
+        return GroupedConfig(block_m=block_m, block_n=2 * block_n, block_k=64, num_warps=4, num_stages=4)
+    return GroupedConfig(block_m=block_m, block_n=4 * block_n, block_k=64, num_warps=8, num_stages=4)

@@ -10,57 +10,75 @@ import torch
 import triton
 
 from .graph_timing import num_calls
-from .grouped_gemm import GroupedConfig
-from .moe_config import MoeConfig, MoeSizes, gemv_block_k, num_slices, parse_config, rule, table_config
+from .grouped_tiles import GroupedConfig
+from .moe_config import MoeConfig, MoeSizes, gemv_block_k, parse_config, rule, table_config
 from .moe_gemv import GemvConfig
-from .moe_mlp import run_down, run_gate_up
-from .moe_sort import sort_pairs
+from .moe_mlp import prepare_routing, run_down, run_gate_up
+from .moe_routing import RouterLogits
 from .tuning import Config
 
 # (experts, choices, hidden, intermediate) of a model's sparse layers on one GPU.
 MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
-MAX_GEMV_ROWS = 8  # beyond, two tokens share an expert too often
-# (block_m, block_n, block_k, num_warps, num_stages) of tall tiles. A gated tile is twice as wide. Two tiles of 4 warps and at
-# most 113 KB (stages of (block_m + width) * block_k) fit a multiprocessor: one computes while the other fills or stores.
+MAX_GEMV_ROWS = 16  # beyond, two tokens share an expert too often
+# Tall tiles (block_m, block_n, block_k, num_warps, num_stages, tma, persistent). A gated tile is twice as wide. Two tiles of 4
+# warps and at most 113 KB (stages of (block_m + width) * block_k) fit a multiprocessor: one computes while the other fills or
+# stores.
 TALL_TILES = {
     "moe_gate_up": [
-        (64, 64, 64, 4, 4),
-        (64, 128, 64, 8, 4),
-        (128, 64, 64, 4, 3),
-        (128, 64, 64, 8, 4),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
+        (64, 64, 64, 4, 4, True, False),
+        (64, 128, 64, 4, 4, True, False),
+        (64, 128, 64, 8, 4, False, False),
+        (128, 64, 64, 4, 3, True, False),
+        (128, 64, 64, 4, 3, True, True),
+        (128, 128, 64, 8, 4, True, False),
+        (128, 128, 64, 8, 3, True, True),
+        (128, 128, 64, 8, 4, True, True),
     ],
     "moe_down": [
-        (64, 128, 64, 4, 4),
-        (64, 256, 64, 8, 4),
-        (128, 128, 64, 4, 3),
-        (128, 128, 64, 8, 4),
-        (128, 256, 64, 8, 3),
-        (128, 256, 64, 8, 4),
+        (64, 128, 64, 4, 4, True, True),
+        (64, 256, 64, 4, 3, True, False),
+        (64, 256, 64, 8, 4, False, False),
+        (128, 128, 64, 4, 3, True, False),
+        (128, 128, 64, 4, 3, True, True),
+        (128, 256, 64, 8, 4, True, False),
+        (128, 256, 64, 8, 3, True, True),
+        (128, 256, 64, 8, 4, True, True),
     ],
 }
-# Tall tiles for programs that go through all tiles of an expert.
-OVERLAPPED_TILES = {
-    "moe_gate_up": [(64, 128, 64, 8, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)],
-    "moe_down": [(64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)],
-}
-# (block_n, block_k, num_warps, num_stages): short ones, of 16 or 32 pairs.
+# (block_n, block_k, num_warps, num_stages, prefetch_lines): short ones, of 16 or 32 pairs.
 SHORT_TILES = {
-    "moe_gate_up": [(16, 128, 4, 4), (16, 256, 4, 4), (32, 128, 4, 3), (32, 128, 4, 5), (32, 256, 4, 3), (64, 64, 4, 4)],
-    "moe_down": [(32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 5), (64, 256, 4, 3), (128, 64, 4, 4)],
+    "moe_gate_up": [
+        (16, 256, 4, 4, 0),
+        (32, 128, 4, 4, 0),
+        (32, 128, 4, 4, 8),
+        (32, 256, 4, 3, 0),
+        (32, 256, 4, 3, 8),
+        (64, 64, 4, 4, 4),
+        (64, 128, 4, 3, 8),
+    ],
+    "moe_down": [
+        (64, 128, 4, 3, 0),
+        (64, 128, 4, 3, 8),
+        (64, 256, 4, 3, 8),
+        (128, 64, 4, 4, 0),
+        (128, 64, 4, 4, 4),
+        (128, 128, 4, 3, 8),
+    ],
 }
 GEMV_TILES = {
-    "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (1, 2048, 8), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
-    "moe_down": [(1, 256, 4), (1, 256, 8), (2, 256, 4), (2, 256, 8), (4, 256, 8), (4, 256, 16)],
+    "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
+    "moe_down": [(1, 256, 4), (2, 256, 4), (2, 256, 8), (4, 256, 8), (4, 256, 16), (8, 256, 16)],
 }
 
 
 @dataclass(frozen=True)
 class MoeCase:
-    """One GEMM of one layer in bfloat16; the time of the first includes sorting where it is needed, the second's the sum."""
+    """One GEMM of one layer in bfloat16.
+
+    The time of the first includes routing and sorting where its kernel needs them done, the second's the sum.
+    """
 
     op: str
     moe: MoeSizes
@@ -92,6 +110,8 @@ class MoeCase:
         parsed = rule(self.op, self.moe, element_size=2) if config is None else parse_config(config)
         generator = torch.Generator("cuda").manual_seed(0)
         moe = self.moe
+        # As two grouped GEMMs lay h out between them; in the order of pair where a matrix-vector kernel is compared with one.
+        sorted_rows = moe.num_tokens > MAX_GEMV_ROWS
         rows, columns = (2 * moe.intermediate, moe.hidden) if self.op == "moe_gate_up" else (moe.hidden, moe.intermediate)
         weight = torch.empty(moe.num_experts, rows, columns, device="cuda", dtype=torch.bfloat16)
         weight.normal_(0, columns**-0.5, generator=generator)
@@ -99,14 +119,15 @@ class MoeCase:
         x = torch.randn(num_inputs, columns, device="cuda", generator=generator).bfloat16()
         calls: list[Callable[[], torch.Tensor]] = []
         for _ in range(1 if num_weights else num_calls(self.read_bytes)):
-            scores = torch.rand(moe.num_tokens, moe.num_experts, device="cuda", generator=generator)
-            weights_TC, experts_TC = scores.topk(moe.num_choices)
-            experts_TC = experts_TC.int()
+            logits = torch.randn(moe.num_tokens, moe.num_experts, device="cuda", generator=generator).bfloat16()
+            routing = RouterLogits(logits_TE=logits, num_choices=moe.num_choices, renormalize=True)
             if self.op == "moe_gate_up":
-                calls.append(partial(_sort_and_gate_up, x, weight, experts_TC, parsed))
+                calls.append(partial(_route_and_gate_up, x, weight, routing, config=parsed, sorted_rows=sorted_rows))
             else:
-                order = sort_pairs(experts_TC, moe.num_experts)
-                calls.append(partial(run_down, x, weight, weights_TC, experts_TC, order, config=parsed))
+                prepared = prepare_routing(routing, moe.num_experts, parsed)
+                calls.append(
+                    partial(run_down, x, weight, *prepared, config=parsed, sorted_rows=sorted_rows, after_gate_up=True)
+                )
         return calls
 
     def _configs(self) -> Iterable[MoeConfig]:
@@ -118,30 +139,34 @@ class MoeCase:
         average = triton.cdiv(moe.num_tokens * moe.num_choices, moe.num_experts)
         if moe.num_tokens > 1 and average <= 32:
             for block_m in (16,) if average <= 4 else (16, 32):
-                yield from self._grouped(((block_m, *tile) for tile in SHORT_TILES[self.op]), overlap_tiles=False)
+                for block_n, block_k, num_warps, num_stages, prefetch_lines in SHORT_TILES[self.op]:
+                    yield GroupedConfig(
+                        block_m=block_m,
+                        block_n=block_n,
+                        block_k=block_k,
+                        num_warps=num_warps,
+                        num_stages=num_stages,
+                        prefetch_lines=prefetch_lines,
+                    )
         if average >= 16:
-            yield from self._grouped(TALL_TILES[self.op], overlap_tiles=False)
-        if average >= 256:
-            yield from self._grouped(OVERLAPPED_TILES[self.op], overlap_tiles=True)
-
-    def _grouped(self, tiles: Iterable[tuple[int, ...]], *, overlap_tiles: bool) -> Iterable[GroupedConfig]:
-        for block_m, block_n, block_k, num_warps, num_stages in tiles:
-            yield GroupedConfig(
-                block_m=block_m,
-                block_n=block_n,
-                block_k=block_k,
-                num_slices=1 if overlap_tiles else num_slices(self.moe, block_m),
-                num_warps=num_warps,
-                num_stages=num_stages,
-                overlap_tiles=overlap_tiles,
-            )
+            for block_m, block_n, block_k, num_warps, num_stages, tma, persistent in TALL_TILES[self.op]:
+                if average >= 64 if block_m == 128 else average < 256:
+                    yield GroupedConfig(
+                        block_m=block_m,
+                        block_n=block_n,
+                        block_k=block_k,
+                        num_warps=num_warps,
+                        num_stages=num_stages,
+                        tma=tma,
+                        persistent=persistent,
+                    )
 
 
-def _sort_and_gate_up(
-    x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, experts_TC: torch.Tensor, config: MoeConfig
+def _route_and_gate_up(
+    x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, routing: RouterLogits, *, config: MoeConfig, sorted_rows: bool
 ) -> torch.Tensor:
-    order = None if isinstance(config, GemvConfig) else sort_pairs(experts_TC, gate_up_weight_EUH.shape[0])
-    return run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, "silu", config=config)
+    prepared = prepare_routing(routing, gate_up_weight_EUH.shape[0], config)
+    return run_gate_up(x_TH, gate_up_weight_EUH, *prepared, "silu", config=config, sorted_rows=sorted_rows)
 
 
 def moe_cases(shapes: Iterable[str], rows: Iterable[int] = MOE_ROWS) -> list[MoeCase]:

@@ -1,10 +1,11 @@
 """A sparse layer of Qwen3-30B-A3B on this GPU against a loop of cuBLAS: `python benchmarks/gpu/bench_moe.py`.
 
 One JSON row a number of tokens and op: microseconds a call (median of replays of a CUDA graph; each call has a random router
-of its own, so that its experts are others), the experts that it touches, TB/s of the bytes that it must move and TFLOP/s,
-with their fractions of --bandwidth and --flops. "layer" is router GEMM, routing and experts; "route", "gate_up" (with the
-sorting) and "down" (with the sum) are its parts. The baseline of "layer" takes the touched experts one after the other, with
-their tokens chosen before: three cuBLAS GEMMs in the dtype of the model, the activation and an index_add_ each.
+of its own, so that its experts are others, and weights that have left L2), the experts that it touches, TB/s of the bytes that
+it must move and TFLOP/s, with their fractions of --bandwidth and --flops. "layer" is what SparseMlp runs: router GEMM, routing
+and experts. With --parts also "gate_up" (with routing and sorting, where its kernel needs them) and "down" (with the sum). With
+--baseline also a loop over the touched experts, with their tokens chosen before: three cuBLAS GEMMs in the dtype of the model,
+the activation and an index_add_ each.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from pilotfish.kernels.graph_timing import num_calls, num_copies, time_in_graph
+from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.linear import linear
-from pilotfish.kernels.moe_config import GemvConfig, MoeSizes, choose_config, table_config
-from pilotfish.kernels.moe_mlp import moe_mlp, run_down, run_gate_up
-from pilotfish.kernels.moe_routing import route_tokens
-from pilotfish.kernels.moe_sort import sort_pairs
+from pilotfish.kernels.moe_config import MoeSizes, choose_config, table_config
+from pilotfish.kernels.moe_mlp import prepare_routing, routed_moe_mlp, run_down, run_gate_up
+from pilotfish.kernels.moe_routing import RouterLogits, route_tokens
 
 NUM_EXPERTS, NUM_CHOICES, HIDDEN, INTERMEDIATE = 128, 8, 2048, 768
 ELEMENT_BYTES = 2
@@ -57,8 +58,7 @@ class Layer:
         return self.gate_ups[call % len(self.gate_ups)], self.downs[call % len(self.downs)]
 
     def run(self, call: int) -> torch.Tensor:
-        weights_TC, experts_TC = route_tokens(linear(self.x, self.routers[call]), NUM_CHOICES, renormalize=True)
-        return moe_mlp(self.x, *self.weights(call), weights_TC, experts_TC, "silu")
+        return routed_moe_mlp(self.x, *self.weights(call), routing(linear(self.x, self.routers[call])), "silu")
 
     def baseline(self, call: int) -> Callable[[], torch.Tensor]:
         gate_up, down = self.weights(call)
@@ -79,20 +79,24 @@ class Layer:
 
     def parts(self, call: int) -> dict[str, Callable[[], torch.Tensor]]:
         gate_up_weight, down_weight = self.weights(call)
-        weights, experts = self.routes[call]
         gate_up, down = (choose_config(op, self.sizes, self.x) for op in ("moe_gate_up", "moe_down"))
-        order = sort_pairs(experts, NUM_EXPERTS)
-        h = run_gate_up(self.x, gate_up_weight, experts, order, "silu", config=gate_up)
+        sorted_rows = isinstance(gate_up, GroupedConfig) and isinstance(down, GroupedConfig)
+        unprepared = routing(self.logits[call])
+        prepared = prepare_routing(unprepared, NUM_EXPERTS, gate_up, down)
 
-        def sort_and_gate_up() -> torch.Tensor:
-            order = None if isinstance(gate_up, GemvConfig) else sort_pairs(experts, NUM_EXPERTS)
-            return run_gate_up(self.x, gate_up_weight, experts, order, "silu", config=gate_up)
+        def route_and_gate_up() -> torch.Tensor:
+            ready = prepare_routing(unprepared, NUM_EXPERTS, gate_up, down)
+            return run_gate_up(self.x, gate_up_weight, *ready, "silu", config=gate_up, sorted_rows=sorted_rows)
 
+        h = route_and_gate_up()
         return {
-            "route": lambda: route_tokens(self.logits[call], NUM_CHOICES, renormalize=True)[0],
-            "gate_up": sort_and_gate_up,
-            "down": lambda: run_down(h, down_weight, weights, experts, order, config=down),
+            "gate_up": route_and_gate_up,
+            "down": lambda: run_down(h, down_weight, *prepared, config=down, sorted_rows=sorted_rows, after_gate_up=True),
         }
+
+
+def routing(logits_TE: torch.Tensor) -> RouterLogits:
+    return RouterLogits(logits_TE=logits_TE, num_choices=NUM_CHOICES, renormalize=True)
 
 
 def random(*shape: int, scale: float) -> torch.Tensor:
@@ -101,13 +105,12 @@ def random(*shape: int, scale: float) -> torch.Tensor:
 
 def describe(layer: Layer, op: str, time_us: float, args: argparse.Namespace) -> dict[str, object]:
     """Bytes: the touched experts' weights and each activation in or out of the op once. Operations: of the GEMMs."""
-    share = {"layer": 3, "gate_up": 2, "down": 1, "route": 0}[op]
+    share = {"layer": 3, "gate_up": 2, "down": 1}[op]
     num_pairs = layer.num_tokens * NUM_CHOICES
     activations = {
         "layer": 2 * layer.num_tokens * HIDDEN,
         "gate_up": layer.num_tokens * HIDDEN + num_pairs * INTERMEDIATE,
         "down": layer.num_tokens * HIDDEN + num_pairs * INTERMEDIATE,
-        "route": layer.num_tokens * NUM_EXPERTS,
     }[op]
     num_bytes = layer.num_touched * EXPERT_BYTES * share / 3 + ELEMENT_BYTES * activations
     flops = num_pairs * 2 * share * HIDDEN * INTERMEDIATE
@@ -128,10 +131,11 @@ def describe(layer: Layer, op: str, time_us: float, args: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 2, 4, 8, 32, 128, 2048, 8192])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 32, 128, 8192])
     parser.add_argument("--bandwidth", type=float, default=4.28, help="TB/s that the GPU reads at best")
     parser.add_argument("--flops", type=float, default=790.0, help="TFLOP/s of its best bfloat16 GEMM")
-    parser.add_argument("--no-parts", action="store_true", help="whole layers only")
+    parser.add_argument("--parts", action="store_true", help="its two GEMMs too")
+    parser.add_argument("--baseline", action="store_true", help="time the loop too")
     args = parser.parse_args()
     torch.manual_seed(0)
     for num_tokens in args.tokens:
@@ -142,11 +146,12 @@ def main() -> None:
         if not error < ALLOWED_ERROR:
             raise SystemExit(f"{num_tokens} tokens: the layer is off by {error:.1e}, relative: its time means nothing")
         row = describe(layer, "layer", time_in_graph([partial(layer.run, call) for call in calls]), args)
-        few = range(min(layer.num_calls, 4))  # a graph of a loop has hundreds of nodes
-        baseline_us = time_in_graph([layer.baseline(call) for call in few])
-        row |= {"baseline_us": round(baseline_us, 2), "speedup": round(baseline_us / row["time_us"], 2)}
+        if args.baseline:
+            few = range(min(layer.num_calls, 4))  # a graph of a loop has hundreds of nodes
+            baseline_us = time_in_graph([layer.baseline(call) for call in few])
+            row |= {"baseline_us": round(baseline_us, 2), "speedup": round(baseline_us / row["time_us"], 2)}
         print(json.dumps(row), flush=True)
-        if not args.no_parts:
+        if args.parts:
             parts = [layer.parts(call) for call in calls]
             for op in parts[0]:
                 print(json.dumps(describe(layer, op, time_in_graph([part[op] for part in parts]), args)), flush=True)

@@ -1,10 +1,20 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from pilotfish.kernels.grouped_gemm import GroupedConfig
+from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.moe_gemv import GemvConfig
-from pilotfish.kernels.moe_mlp import TOLERANCE, _moe_mlp_triton, moe_mlp, moe_mlp_ref, run_down, run_gate_up
-from pilotfish.kernels.moe_routing import route_tokens, route_tokens_ref
-from pilotfish.kernels.moe_sort import sort_pairs
+from pilotfish.kernels.moe_mlp import (
+    TOLERANCE,
+    _moe_mlp_triton,
+    moe_mlp,
+    moe_mlp_ref,
+    prepare_routing,
+    routed_moe_mlp,
+    run_experts,
+)
+from pilotfish.kernels.moe_routing import ChosenExperts, RouterLogits, route_tokens, route_tokens_ref
+from pilotfish.kernels.rms_norm import rms_norm
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -28,7 +38,14 @@ LARGE = {
     "qwen3_prefill": (3000, 2048, 768, 128, 8),
     "odd_prefill": (1111, 1000, 520, 7, 3),
 }
-RUN = {"cpu": _moe_mlp_triton, "cuda": moe_mlp}
+CUDA_CASES = {torch.float32: {"few", "two_tiles", "qwen3_four"}, torch.float16: {"few", "aligned", "odd_prefill"}}  # compiling
+
+
+def run_interpreted(x, gate_up, down, weights, experts, activation):
+    return _moe_mlp_triton(x, gate_up, down, ChosenExperts(weights_TC=weights, experts_TC=experts), activation)
+
+
+RUN = {"cpu": run_interpreted, "cuda": moe_mlp}
 
 
 def make(case, device="cpu", dtype=torch.float32):
@@ -63,24 +80,53 @@ def test_kernel_equals_reference(device, dtype, case):
 CONFIGS = [
     GemvConfig(block_n=8, block_k=64, num_warps=4),
     GemvConfig(block_n=16, block_k=16, num_warps=2),
-    GroupedConfig(block_m=16, block_n=16, block_k=16, num_slices=1, num_warps=4, num_stages=2),
-    GroupedConfig(block_m=16, block_n=32, block_k=32, num_slices=3, num_warps=4, num_stages=3),
-    GroupedConfig(block_m=64, block_n=64, block_k=32, num_slices=2, num_warps=4, num_stages=2),
-    GroupedConfig(block_m=16, block_n=64, block_k=16, num_slices=1, num_warps=4, num_stages=3, overlap_tiles=True),
+    GroupedConfig(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2),
+    GroupedConfig(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3),
+    GroupedConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2),
+    GroupedConfig(block_m=16, block_n=64, block_k=16, num_warps=4, num_stages=3),
+    GroupedConfig(block_m=64, block_n=64, block_k=16, num_warps=4, num_stages=3, tma=True),
+    GroupedConfig(block_m=64, block_n=32, block_k=32, num_warps=4, num_stages=3, tma=True, persistent=True),
 ]
+EARLY_GEMV = GemvConfig(block_n=2, block_k=256, num_warps=4)
+EARLY_GROUPED = GroupedConfig(block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=4, prefetch_lines=4)
+TMA = GroupedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, tma=True)
+EARLY = [(first, second) for first in (EARLY_GEMV, EARLY_GROUPED) for second in (EARLY_GEMV, EARLY_GROUPED)]
+LISTED = replace(TMA, persistent=True)
+EARLY += [(TMA, TMA), (LISTED, LISTED), (EARLY_GROUPED, LISTED), (LISTED, EARLY_GROUPED)]
+PAIRS = [(config, config) for config in CONFIGS]
+PAIRS += [(CONFIGS[0], CONFIGS[3]), (CONFIGS[3], CONFIGS[1]), (CONFIGS[4], CONFIGS[2])]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{type(config).__name__}-{config.block_n}")
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda config: f"{type(config).__name__[:4]}{config.block_n}")
 @pytest.mark.parametrize("sizes", [(7, 40, 24, 3, 2), (38, 32, 64, 2, 1)], ids=["odd", "even"])
-def test_every_kernel_serves_any_shape(device, dtype, sizes, config):
+def test_every_kernel_serves_any_shape(device, dtype, sizes, first, second):
     """Whatever a table says: each kernel computes both GEMMs, for any number of tokens, with some choices of other ranks."""
     x, gate_up, down, weights, experts = make(sizes, device, dtype)
     experts[1::3, 0] = -1
-    order = sort_pairs(experts, down.shape[0])
-    h = run_gate_up(x, gate_up, experts, order, "silu", config=config)
-    out = run_down(h, down, weights, experts, order, config=config)
+    prepared = prepare_routing(ChosenExperts(weights_TC=weights, experts_TC=experts), down.shape[0], first, second)
+    out = run_experts(x, gate_up, down, *prepared, "silu", gate_up=first, down=second)
     rtol, atol = TOLERANCE[dtype]
     torch.testing.assert_close(out, moe_mlp_ref(x, gate_up, down, weights, experts, "silu"), rtol=rtol, atol=atol)
+
+
+def test_logits_choose_what_route_tokens_does(device, dtype, case):
+    """Matrix-vector kernels choose for themselves: the experts are those of the reference, also of equal logits."""
+    num_tokens, _, _, num_experts, top_k = case
+    renormalize = num_tokens % 2 == 0
+    x, gate_up, down, _, _ = make(case, device, dtype)
+    logits = torch.randint(-4, 4, (num_tokens, num_experts + 1), device=device).to(dtype)[:, :num_experts] / 4
+    routing = RouterLogits(logits_TE=logits, num_choices=top_k, renormalize=renormalize)
+    weights, experts = route_tokens_ref(logits, top_k, renormalize=renormalize)
+    expected = moe_mlp_ref(x, gate_up, down, weights, experts, "silu")
+    rtol, atol = TOLERANCE[dtype]
+    if device == "cpu":
+        out = _moe_mlp_triton(x, gate_up, down, routing, "silu")
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(routed_moe_mlp(x, gate_up, down, routing, "silu"), expected, rtol=rtol, atol=atol)
+    if num_tokens > 0:
+        gemv = GemvConfig(block_n=32, block_k=64, num_warps=2)
+        out = run_experts(x, gate_up, down, routing, None, "silu", gate_up=gemv, down=gemv)
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.gpu
@@ -100,17 +146,24 @@ def test_a_captured_layer_follows_its_inputs(num_tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("configs", EARLY, ids=lambda configs: "-".join(type(config).__name__[:4] for config in configs))
 @pytest.mark.parametrize("num_tokens", [1, 8, 300])
-def test_captured_layers_wait_for_each_other(num_tokens):
+def test_captured_layers_wait_for_each_other(num_tokens, configs, from_logits):
     """Kernels start while the one before ends: a chain of layers gives the bits of layers run one by one."""
     x, gate_up, down, _, _ = make((num_tokens, 512, 256, 16, 4), "cuda", torch.bfloat16)
+    ones = torch.ones(512, device="cuda", dtype=torch.bfloat16)
 
     def run_layers(pause):
         y = x
         for _ in range(8):
-            weights, experts = route_tokens(y[:, :16], 4, renormalize=True)
+            routing = RouterLogits(logits_TE=y[:, :16], num_choices=4, renormalize=True)
+            if not from_logits:
+                weights, experts = route_tokens(y[:, :16], 4, renormalize=True)
+                routing = ChosenExperts(weights_TC=weights, experts_TC=experts)
             pause()
-            y = y + moe_mlp(y, gate_up, down, weights, experts, "silu")
+            prepared = prepare_routing(routing, 16, *configs)
+            y = rms_norm(y + run_experts(y, gate_up, down, *prepared, "silu", gate_up=configs[0], down=configs[1]), ones, 1e-6)
             pause()
         return y
 

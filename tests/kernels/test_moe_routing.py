@@ -55,3 +55,24 @@ def test_misfits_are_refused():
     for logits, top_k in ((torch.zeros(2, 4), 5), (torch.zeros(2, 4), 0), (torch.zeros(4), 1), (torch.zeros(4, 2).T, 1)):
         with pytest.raises(ValueError, match="route_tokens"):
             route_tokens(logits, top_k, renormalize=True)
+
+
+def test_zeros_of_either_sign_are_equal_and_tiny_logits_keep_their_order(device, dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    logits = torch.tensor([[-tiny, -0.0, 0.0, tiny, -1.0, -float("inf")]], device=device, dtype=dtype)
+    for run in (RUN[device], route_tokens_ref):
+        _, experts = run(logits, 6, renormalize=True)
+        assert experts.tolist() == [[3, 1, 2, 0, 4, 5]]
+
+
+def test_sixteen_bit_logits_keep_their_order(device, dtype):
+    """Numbers of every size and sign: the experts are those of torch's stable sort."""
+    if dtype == torch.float32:
+        pytest.skip("32 bits")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(dtype)
+    every = every[every.isfinite()]
+    logits = torch.stack([every[start:][:60000:61] for start in (0, 17, 40)])
+    logits = logits[:, torch.randperm(logits.shape[1], device=device)]
+    for top_k in (1, 20):
+        _, experts = RUN[device](logits, top_k, renormalize=True)
+        assert torch.equal(experts, route_tokens_ref(logits, top_k, renormalize=True)[1])

@@ -42,8 +42,6 @@ def test_the_rule_serves_every_number_of_tokens(op, num_tokens):
     for element_size in (2, 4):
         config = rule(op, sizes, element_size=element_size)
         assert isinstance(config, GemvConfig) == (num_tokens <= 4)
-        if not isinstance(config, GemvConfig):
-            assert 1 <= config.num_slices <= -(-num_tokens // config.block_m)
 
 
 def test_an_unknown_kernel_in_a_table_is_named():
