@@ -2,13 +2,11 @@
 
 It is the twin of skinny_linear's kernels: y = x @ weight.T + bias, plain or with a gated activation, with the same roundings,
 for 16-bit numbers and up to 128 rows. A CTA owns `tile_n` rows of the weight (gated: half of them gates, half ups) and copies
-them through `num_stages` stages of 64 inputs each; `split_k` CTAs share the inputs of a tile and add their sums in a fixed order,
-and the CTAs of `share_x` tiles copy x together, all of them one cluster. With an early start the stages are full of weight
-before the kernel waits for the one before it.
+them through `num_stages` stages of 64 inputs each; `split_k` CTAs, one cluster, share the inputs of a tile and add their sums
+in a fixed order. With an early start the stages are full of weight before the kernel waits for the one before it.
 
 M rows, K inputs, N outputs (rows of the weight). A config (kernels/tuning.py) is
-    {"kernel": "streaming", "tile_n": 64 | 128 | 192 | 256, "split_k": 1..8, "share_x": 1 | 2 | 4 | 8, "num_stages",
-     "early_start"}
+    {"kernel": "streaming", "tile_n": 64 | 128 | 192 | 256, "split_k": 1..8, "num_stages", "early_start"}
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_STREAMING_ROWS = 128
 TILES = (64, 128, 192, 256)
-MAX_CLUSTER = 8  # CTAs of a cluster that every GPU takes
+MAX_SPLITS = 8  # CTAs of a cluster that every GPU takes
 MAX_STAGES = 32
 STEP_INPUTS = 64  # of a stage: 128 bytes of each row
 SOURCE = "streaming_linear"
@@ -44,8 +42,7 @@ class Plan:
     rows: int  # of x in shared memory
     outputs: int  # of a CTA
     num_splits: int
-    members: int  # tiles that share x
-    num_tiles: int  # filled up to a multiple of members
+    num_tiles: int
     num_threads: int
     steps_each: int
     extra_steps: int
@@ -70,7 +67,7 @@ def launch_streaming(
         kernel,
         (
             _tensor_map(weight_NK, plan.outputs),
-            _tensor_map(x_MK, plan.rows // plan.members),
+            _tensor_map(x_MK, plan.rows),
             ctypes.c_void_p(None if bias_N is None else bias_N.data_ptr()),
             ctypes.c_void_p(y.data_ptr()),
             ctypes.c_int(num_rows),
@@ -79,14 +76,13 @@ def launch_streaming(
             ctypes.c_int(plan.extra_steps),
             ctypes.c_int(plan.units_each),
             ctypes.c_int(plan.num_stages),
-            ctypes.c_int(plan.members),
             ctypes.c_int(ACTIVATIONS.index(activation) if activation else 0),
             ctypes.c_int(y.dtype == torch.float32),
         ),
         grid=(plan.num_splits, plan.num_tiles),
         num_threads=plan.num_threads,
         shared_bytes=plan.shared_bytes,
-        cluster=(plan.num_splits, plan.members),
+        cluster_size=plan.num_splits,
         early_start=config.get("early_start", False),
     )
 
@@ -119,12 +115,11 @@ def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gate
 
 def unfit_sizes(config: Config, num_rows: int, num_inputs: int, *, gated: bool = False) -> str | None:
     """Why the config does not suit these sizes, or None."""
-    tile_n, split_k, num_stages, share_x = config["tile_n"], config["split_k"], config["num_stages"], config.get("share_x", 1)
+    tile_n, split_k, num_stages = config["tile_n"], config["split_k"], config["num_stages"]
     limits = (
         (0 < num_rows <= MAX_STREAMING_ROWS, f"{num_rows} rows, it takes 1 to {MAX_STREAMING_ROWS}"),
         (tile_n in TILES, f"tile_n {tile_n} is not one of {TILES}"),
-        (1 <= split_k * share_x <= MAX_CLUSTER, f"split_k {split_k} by share_x {share_x} is not 1 to {MAX_CLUSTER}"),
-        (share_x in (1, 2, 4, 8) and _padded_rows(num_rows) >= 8 * share_x, f"share_x {share_x} leaves less than 8 rows each"),
+        (1 <= split_k <= MAX_SPLITS, f"split_k {split_k} is not 1 to {MAX_SPLITS}"),
         (2 <= num_stages <= MAX_STAGES, f"num_stages {num_stages} is not 2 to {MAX_STAGES}"),
         (split_k <= triton.cdiv(num_inputs, STEP_INPUTS), f"{num_inputs} inputs are too few to split by {split_k}"),
     )
@@ -137,15 +132,9 @@ def unfit_sizes(config: Config, num_rows: int, num_inputs: int, *, gated: bool =
     return None
 
 
-def _padded_rows(num_rows: int) -> int:
-    return max(triton.next_power_of_2(num_rows), 8)
-
-
 @cache
-def _plan(
-    tile_n: int, split_k: int, members: int, num_stages: int, num_rows: int, num_outputs: int, num_inputs: int, gated: bool
-) -> Plan:
-    rows = _padded_rows(num_rows)
+def _plan(tile_n: int, split_k: int, num_stages: int, num_rows: int, num_outputs: int, num_inputs: int, gated: bool) -> Plan:
+    rows = max(triton.next_power_of_2(num_rows), 8)
     outputs = tile_n // 2 if gated else tile_n
     steps_each, extra_steps = divmod(triton.cdiv(num_inputs, STEP_INPUTS), split_k)
     units_each = triton.cdiv(outputs // 8, split_k)
@@ -157,8 +146,7 @@ def _plan(
         rows=rows,
         outputs=outputs,
         num_splits=split_k,
-        members=members,
-        num_tiles=triton.cdiv(num_outputs, outputs * members) * members,
+        num_tiles=triton.cdiv(num_outputs, outputs),
         num_threads=tile_n // 64 * 128 + 32,
         steps_each=steps_each,
         extra_steps=extra_steps,
@@ -170,8 +158,7 @@ def _plan(
 
 def plan_launch(config: Config, num_rows: int, num_outputs: int, num_inputs: int, gated: bool) -> Plan:
     """`num_outputs` are those of y. The stages are no more than there are steps."""
-    sizes = (config["tile_n"], config["split_k"], config.get("share_x", 1), config["num_stages"])
-    return _plan(*sizes, num_rows, num_outputs, num_inputs, gated)
+    return _plan(config["tile_n"], config["split_k"], config["num_stages"], num_rows, num_outputs, num_inputs, gated)
 
 
 def stage_bytes(tile_n: int, rows: int) -> int:
@@ -181,7 +168,7 @@ def stage_bytes(tile_n: int, rows: int) -> int:
 
 def stages_within(shared_bytes: int, tile_n: int, split_k: int, num_rows: int, *, gated: bool) -> int:
     """How many stages fit into so much shared memory, 2 at least."""
-    plan = _plan(tile_n, split_k, 1, 1, num_rows, 1, STEP_INPUTS * split_k, gated)
+    plan = _plan(tile_n, split_k, 1, num_rows, 1, STEP_INPUTS * split_k, gated)
     size = stage_bytes(tile_n, plan.rows)
     sums = 0 if plan.rows >= 64 else plan.shared_bytes - 1024 - size
     return min(max((shared_bytes - 1024 - sums) // size, 2), MAX_STAGES)

@@ -17,7 +17,7 @@ from .gated_linear import gated_linear
 from .graph_timing import num_calls, num_copies
 from .linear import cublas_linear, linear
 from .skinny_linear import MAX_GEMV_INPUTS, MAX_SKINNY_ROWS, skinny_linear
-from .streaming_linear import MAX_STREAMING_ROWS, STEP_INPUTS, TILES, stages_within, unfit_sizes
+from .streaming_linear import MAX_STREAMING_ROWS, STEP_INPUTS, TILES, stages_within
 from .tuning import Config
 
 # (op, N, K) of every linear layer of a model on one GPU: q k v together, attention output, gate and up, down, router, head.
@@ -140,7 +140,7 @@ def _skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: 
 
 
 def streaming_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> list[Config]:
-    """At most six tiles and splits, whose CTAs fill the multiprocessors once or twice, by three ways to share x among tiles.
+    """At most six: tiles and splits whose CTAs fill the multiprocessors once or twice; of many tiles, tiles of three sizes.
 
     What counts is the bytes in flight, less whether every multiprocessor has as many: two CTAs of half the shared memory, or
     one and room for the next kernel to start early in, or one with all of it. num_outputs: rows of the weight.
@@ -158,7 +158,6 @@ def streaming_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated
             "kernel": "streaming",
             "tile_n": tile_n,
             "split_k": split_k,
-            "share_x": share_x,
             "num_stages": min(
                 stages_within(shared_bytes, tile_n, split_k, num_rows, gated=gated),
                 max(triton.cdiv(triton.cdiv(num_inputs, STEP_INPUTS), split_k), 2),
@@ -166,9 +165,7 @@ def streaming_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated
             "early_start": True,
         }
         for tile_n, split_k, shared_bytes in chosen
-        for share_x in (1, 2, 4)
     ]
-    configs = [config for config in configs if unfit_sizes(config, num_rows, num_inputs, gated=gated) is None]
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 

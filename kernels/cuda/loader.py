@@ -136,7 +136,7 @@ def build(source: str, macros: Macros, path: Path) -> None:
 
 
 def compile_source(code: bytes, name: str, options: Sequence[str], header: bytes = b"") -> bytes:
-    """The cubin; `header` is what the code includes as HEADER. BuildError with the compiler's own words where it has not come about."""
+    """The cubin; `header` is what the code includes as HEADER. BuildError with the compiler's own words where there is none."""
     nvrtc = _import_nvrtc()
     words = [option.encode() for option in options]
     try:
@@ -188,16 +188,16 @@ def launch(
     grid: tuple[int, int],
     num_threads: int,
     shared_bytes: int,
-    cluster: tuple[int, int] = (1, 1),
+    cluster_size: int = 1,
     early_start: bool = False,
 ) -> None:
-    """Launches on torch's current stream, also while that is captured. `cluster`: CTAs along x and y, which divide the grid.
+    """Launches on torch's current stream, also while that is captured. `cluster_size` CTAs along x form a cluster.
 
     With `early_start` it starts while the kernel before it ends, by the rules of dependent_launch.py.
     """
     _ensure_context(kernel.device_index)
     addresses = [argument.address if isinstance(argument, TensorMap) else ctypes.addressof(argument) for argument in arguments]
-    attributes, num_attributes = _attributes(cluster, early_start)
+    attributes, num_attributes = _attributes(cluster_size, early_start)
     config = _LaunchConfig(
         (*grid, 1), (num_threads, 1, 1), shared_bytes, torch.cuda.current_stream().cuda_stream, attributes, num_attributes
     )
@@ -205,7 +205,7 @@ def launch(
     status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel.function), parameters, None)
     if status:
         _check(
-            status, f"cuLaunchKernelEx of grid {grid}, {num_threads} threads, {shared_bytes} bytes, clusters of {cluster}"
+            status, f"cuLaunchKernelEx of grid {grid}, {num_threads} threads, {shared_bytes} bytes, clusters of {cluster_size}"
         )
 
 
@@ -261,10 +261,10 @@ def _load_function(path: Path, name: str, device_index: int) -> Kernel:
 
 
 @functools.cache
-def _attributes(cluster: tuple[int, int], early_start: bool) -> tuple[ctypes.Array[_LaunchAttribute], int]:
+def _attributes(cluster_size: int, early_start: bool) -> tuple[ctypes.Array[_LaunchAttribute], int]:
     attributes = []
-    if cluster != (1, 1):
-        attributes.append(_LaunchAttribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint32 * 16)(*cluster, 1)))
+    if cluster_size > 1:
+        attributes.append(_LaunchAttribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint32 * 16)(cluster_size, 1, 1)))
     if early_start:
         attributes.append(_LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_uint32 * 16)(1)))
     return (_LaunchAttribute * 2)(*attributes), len(attributes)

@@ -4,8 +4,7 @@
 // few rows x has. A CTA owns TILE rows of the weight and, where the CTAs of a cluster share K, a contiguous range of it. One
 // thread issues the copies (TMA, 64 numbers of K a stage, rows of 128 swizzled bytes); a warpgroup for each 64 rows multiplies.
 // All stages are filled with weight before the kernel waits for the one before it in the stream: only then is x read and y written.
-// Partial sums are sent to the CTA of the cluster that owns their outputs, which adds them in the order of the splits. CTAs of
-// neighbouring tiles may share x as well: each copies a part of its rows into the shared memory of all (multicast).
+// Partial sums are sent to the CTA of the cluster that owns their outputs, which adds them in the order of the ranks.
 // GATED: the first half of the TILE are rows of the gate, the second half those of up, both for the same outputs.
 //
 // Set by the compiler's command line: ROWS (8, 16, 32, 64, 128: rows of x, filled up), TILE (64, 128, 192, 256), FLOAT16, GATED.
@@ -16,18 +15,18 @@ constexpr bool REUSES_STAGES = ROWS >= 64;  // many partial sums: they take the 
 constexpr int UNITS = OUTPUTS / 8;  // outputs are shared out among the CTAs of a cluster by eights
 constexpr int MAX_SPLITS = 8;
 
-// For what other CTAs of the cluster have sent, or given back.
-__device__ __forceinline__ void wait_for_peers(u32 barrier, u32 parity) {
+// For what other CTAs of the cluster have sent.
+__device__ __forceinline__ void wait_for_peers(u32 barrier) {
   u32 done;
   do {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
         "selp.u32 %0, 1, 0, done;\n"
         "}"
         : "=r"(done)
-        : "r"(barrier), "r"(parity)
+        : "r"(barrier)
         : "memory");
   } while (!done);
 }
@@ -43,20 +42,6 @@ __device__ __forceinline__ u32 address_in_rank(u32 address, u32 rank) {
   u32 remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
-}
-
-__device__ __forceinline__ void arrive_in_rank(u32 barrier, u32 rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in_rank(barrier, rank)) : "memory");
-}
-
-// The same place of shared memory, and the same barrier, in each CTA of the cluster whose rank is a bit of `ranks`.
-__device__ __forceinline__ void load_box_for_all(u32 target, const TensorMap& map, int column, int row, u32 barrier, u16 ranks,
-                                                 u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(ranks), "l"(policy)
-      : "memory");
 }
 
 // Sends to another CTA's shared memory, whose barrier counts the bytes when they are there.
@@ -80,23 +65,21 @@ __device__ __forceinline__ Four add_parts(u32 address, u32 rank_bytes, int num_s
   return total;
 }
 
-// Grid: CTAs that share K, tiles. A cluster is all of the former by `members` tiles, whose CTAs of one split share x. The tensor
-// maps have boxes of 64 x OUTPUTS numbers of the weight, 64 x ROWS / members of x.
+// Grid: CTAs that share K (one cluster), tiles. The tensor maps have boxes of 64 x OUTPUTS numbers of the weight, 64 x ROWS of x.
 // Of the steps of 64 inputs each CTA takes steps_each, the first extra_steps of them one more. Of a tile's UNITS each CTA
 // stores units_each, the last ones what is left. A stage is given back one step after its own, so there are 2 at least, unless
 // there is but one step. bias may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const u16* bias, void* y,
-                 int num_rows, int num_outputs, int steps_each, int extra_steps, int units_each, int num_stages, int members,
-                 int activation, int is_float32) {
+                 int num_rows, int num_outputs, int steps_each, int extra_steps, int units_each, int num_stages, int activation,
+                 int is_float32) {
   extern __shared__ unsigned char dynamic_memory[];
   __shared__ u64 barriers[2 * MAX_STAGES + 1];
   const u32 stages = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
   const u32 parts = REUSES_STAGES ? stages : stages + num_stages * STAGE_BYTES;
   const u32 full = shared_address(barriers), empty = full + 8 * MAX_STAGES, received = empty + 8 * MAX_STAGES;
 
-  const int split = blockIdx.x, num_splits = gridDim.x, member = blockIdx.y % members;
-  const bool starts_together = members > 1 || (num_splits > 1 && !REUSES_STAGES);
+  const int split = blockIdx.x, num_splits = gridDim.x;
   const int first_step = split * steps_each + min(split, extra_steps);
   const int steps = steps_each + (split < extra_steps ? 1 : 0);
   const int prefilled = min(steps, num_stages);
@@ -127,7 +110,7 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
     prefetch_map(x_map);
     for (int stage = 0; stage < num_stages; ++stage) {
       init_barrier(full + 8 * stage, 1);
-      init_barrier(empty + 8 * stage, GROUPS * 4 * members);
+      init_barrier(empty + 8 * stage, GROUPS * 4);
     }
     init_barrier(received, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -136,42 +119,29 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
     if (num_splits > 1) arrive_and_expect(received, num_splits * own_outputs * (GATED ? 2 : 1) * ((num_rows + 7) / 8 * 8) * 4);
   }
   __syncthreads();
-  if (starts_together) arrive_at_cluster();
+  if (num_splits > 1 && !REUSES_STAGES) arrive_at_cluster();
   let_next_start();
   wait_for_previous();
-  if (starts_together) wait_for_cluster();  // the barriers of all are there
 
   if (warp == GROUPS * 4) {
     if (is_producer) {
       const u64 read_often = read_often_policy();
-      const int first_row = ROWS / members * member;
-      u16 ranks = 0;
-      for (int i = 0; i < members; ++i) ranks |= 1 << (split + i * num_splits);
       const auto load_x = [&](int stage, int step) {
-        const u32 target = stages + stage * STAGE_BYTES + WEIGHT_BYTES + first_row * STEP_BYTES;
-        const int column = (first_step + step) * STEP_INPUTS;
-        if (members == 1) {
-          load_box(target, x_map, column, 0, full + 8 * stage, read_often);
-        } else {
-          load_box_for_all(target, x_map, column, first_row, full + 8 * stage, ranks, read_often);
-        }
+        const u32 target = stages + stage * STAGE_BYTES + WEIGHT_BYTES;
+        load_box(target, x_map, (first_step + step) * STEP_INPUTS, 0, full + 8 * stage, read_often);
       };
       for (int stage = 0; stage < prefilled; ++stage) load_x(stage, stage);
       int stage = 0, parity = 0;
       for (int step = num_stages; step < steps; ++step) {
-        wait_for_peers(empty + 8 * stage, parity);
+        wait(empty + 8 * stage, parity);
         load_weight(stage, step);
         load_x(stage, step);
         if (++stage == num_stages) stage = 0, parity ^= 1;
       }
     }
     __syncwarp();
-    if (REUSES_STAGES && num_splits > 1) {
-      arrive_at_cluster();
-      wait_for_cluster();
-    }
-    if (members > 1) {
-      arrive_at_cluster();
+    if (num_splits > 1) {
+      if (REUSES_STAGES) arrive_at_cluster();
       wait_for_cluster();
     }
     return;
@@ -191,13 +161,7 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
     for (int k = 0; k < 4; ++k) multiply(sums, weight + 2 * k, x + 2 * k);  // 16 numbers are 32 bytes, 2 units of an address
     commit_products();
     wait_for_products<1>();
-    if (step > 0) {
-      if (members > 1) {
-        if (lane < members) arrive_in_rank(empty + 8 * previous, split + lane * num_splits);
-      } else if (lane == 0) {
-        arrive(empty + 8 * previous);
-      }
-    }
+    if (step > 0 && lane == 0) arrive(empty + 8 * previous);
     previous = stage;
     if (++stage == num_stages) stage = 0, parity ^= 1;
   }
@@ -221,9 +185,9 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
   u32 target = parts + split * rank_bytes + 4 * (place * pitch + column - 8 * owner * units_each + (is_up ? ups : 0));
   u32 barrier = received;
   if (num_splits > 1) {
-    if (REUSES_STAGES) wait_for_cluster();
-    target = address_in_rank(target, owner + member * num_splits);
-    barrier = address_in_rank(barrier, owner + member * num_splits);
+    wait_for_cluster();
+    target = address_in_rank(target, owner);
+    barrier = address_in_rank(barrier, owner);
   }
 #pragma unroll
   for (int i = 0; i < ROWS / 8; ++i) {
@@ -239,7 +203,7 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
   if (num_splits == 1) {
     synchronize_consumers();
   } else if (own_outputs > 0) {
-    wait_for_peers(received, 0);
+    wait_for_peers(received);
   }
 
   const bool is_aligned = num_outputs % 4 == 0 && (reinterpret_cast<u64>(y) & 15) == 0;
@@ -264,10 +228,5 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
       }
     }
     store(y, static_cast<u64>(m) * num_outputs + n, result, count, is_float32, is_aligned);
-  }
-  if (members > 1) {  // a CTA must be there as long as others give its stages back
-    __syncwarp();
-    arrive_at_cluster();
-    wait_for_cluster();
   }
 }
