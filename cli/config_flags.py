@@ -10,16 +10,31 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ..common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig, load_toml, parse
+from ..common.config import (
+    EngineConfig,
+    FleetConfig,
+    GatewayConfig,
+    ModelConfig,
+    ParallelConfig,
+    ServeConfig,
+    load_toml,
+    parse,
+)
 from ..common.errors import ConfigError
 
-_SECTIONS: dict[str, type[Any]] = {"model": ModelConfig, "engine": EngineConfig, "gateway": GatewayConfig, "fleet": FleetConfig}
+_SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "engine": EngineConfig,
+    "parallel": ParallelConfig,
+    "gateway": GatewayConfig,
+    "fleet": FleetConfig,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for every field but the model's name; what is not given stays None."""
     parser.add_argument(
-        "--config", metavar="FILE", help="a TOML file with the sections model, engine, gateway, fleet; flags win"
+        "--config", metavar="FILE", help="a TOML file with the sections model, engine, parallel, gateway, fleet; flags win"
     )
     for name in _SECTIONS:
         add_section(parser, name)

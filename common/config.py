@@ -135,11 +135,30 @@ class FleetConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How many workers compute one replica together.
+
+    Attributes:
+        tensor_parallel: ranks that share every layer of a replica, a GPU each (or a process on CPUs).
+        collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere.
+    """
+
+    tensor_parallel: int = 1
+    collective_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require(self, "tensor_parallel", 1)
+        if not self.collective_timeout_s > 0:
+            raise ConfigError(f"collective_timeout_s must be above 0, not {self.collective_timeout_s}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """Everything `pilotfish serve` needs, a section a part."""
 
     model: ModelConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
 

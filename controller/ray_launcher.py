@@ -1,7 +1,8 @@
 """Worker processes as Ray actors: detached and named, so that a restarted controller finds them again.
 
-An actor's name is "<replica>.<epoch>", in the cluster's namespace. The actor class is handed in: the controller does not
-know workers/.
+A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed on as few nodes as they fit) where it has
+several. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The ranks
+end together: when one has died the others are of no use. The actor class is handed in: the controller does not know workers/.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError, PilotfishError
+from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker, WorkerInfo
 from .worker_process import WorkerDied
 
@@ -29,29 +33,45 @@ _NUM_THREADS = 4
 _WAIT_S = 30.0
 _UNAVAILABLE_PAUSE_S = 0.2
 _DESCRIBE_TIMEOUT_S = 5.0
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # the kernels have threads of their own, which OpenMP's idle ones would slow down
+_PLACEMENT_TIMEOUT_S = 60.0
+_CPU_BUNDLE = {"CPU": 0.001}  # Ray places no bundle of nothing
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # the kernels have threads of their own, which OpenMP's idle ones would slow down
+    "NCCL_NVLS_ENABLE": "0",  # NVLink multicast
+}
 
 
 class RayWorker:
-    """A WorkerProcess in a Ray actor."""
+    """A WorkerProcess: the ranks of one replica, in order."""
 
-    def __init__(self, handle: ActorHandle, serving: ServingWorker) -> None:
-        self._handle = handle
+    def __init__(self, handles: list[ActorHandle], serving: ServingWorker, group: PlacementGroup | None) -> None:
+        self._handles = handles
+        self._group = group
         self.address: str = serving.address
         self.node: str = serving.node
         self.info: WorkerInfo = serving.info
 
     async def wait_dead(self) -> str:
+        waits = [asyncio.create_task(self._wait_rank_dead(rank)) for rank in range(len(self._handles))]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            return " and ".join(sorted(task.result() for task in done))
+        finally:
+            for task in waits:
+                task.cancel()
+
+    async def end(self) -> None:
+        _end(self._handles, self._group)
+
+    async def _wait_rank_dead(self, rank: int) -> str:
         while True:
             try:
-                await self._handle.wait.remote(_WAIT_S)
+                await self._handles[rank].wait.remote(_WAIT_S)
             except ActorUnavailableError:  # Ray does not know yet
                 await asyncio.sleep(_UNAVAILABLE_PAUSE_S)
             except RayActorError as error:
-                return _cause_of_death(error)
-
-    async def end(self) -> None:
-        ray.kill(self._handle)
+                whose = f"rank {rank}: " if len(self._handles) > 1 else ""
+                return whose + _cause_of_death(error)
 
 
 class RayLauncher:
@@ -65,51 +85,117 @@ class RayLauncher:
     async def launch(self, replica: str, *, epoch: int) -> RayWorker:
         """See `Launcher`."""
         device = self._device()
-        handle = self._worker_class.options(
-            name=f"{replica}.{epoch}",
-            lifetime="detached",
-            max_restarts=0,
-            max_concurrency=_NUM_THREADS,
-            num_cpus=0,
-            num_gpus=1 if device == "cuda" else 0,
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": _ENVIRONMENT},
-        ).remote(replica)
+        handles: list[ActorHandle] = []
+        group = None
         try:
-            serving = await handle.start.remote(
-                model_config=self._config.model,
-                engine_config=replace(self._config.engine, device=device),
-                epoch=epoch,
-                controller_node=self._node,
-                num_node_workers=self._num_node_workers(),
-            )
+            if self._num_ranks > 1:
+                group = await self._place(f"{replica}.{epoch}", device)
+            for rank in range(self._num_ranks):
+                handles.append(self._make_actor(replica, epoch, rank, device, group))
+            serving = await self._start_ranks(handles, epoch, device)
         except BaseException as error:
-            ray.kill(handle)
+            _end(handles, group)
             if isinstance(error, RayTaskError) and isinstance(error.cause, PilotfishError):
                 raise error.cause from None
             if isinstance(error, RayError):
                 raise WorkerDied(_cause_of_death(error)) from error
             raise
-        return RayWorker(handle, serving)
+        return RayWorker(handles, serving, group)
+
+    @property
+    def _num_ranks(self) -> int:
+        return self._config.parallel.tensor_parallel
+
+    async def _place(self, name: str, device: str) -> PlacementGroup:
+        """Room for all ranks at once, on as few nodes as possible.
+
+        Raises:
+            ConfigError: the cluster has not had it within _PLACEMENT_TIMEOUT_S; the message says what is missing.
+        """
+        bundle = {"GPU": 1} if device == "cuda" else _CPU_BUNDLE
+        group = placement_group([dict(bundle)] * self._num_ranks, strategy="PACK", name=name, lifetime="detached")
+        try:
+            await asyncio.wait_for(_as_future(group), _PLACEMENT_TIMEOUT_S)
+        except BaseException as error:
+            remove_placement_group(group)
+            if isinstance(error, TimeoutError):
+                free = ray.available_resources()
+                raise ConfigError(
+                    f"{self._num_ranks} ranks need {bundle} each, and the Ray cluster has not had that free within "
+                    f"{_PLACEMENT_TIMEOUT_S:g} s: {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free. "
+                    "Add nodes, end other work or lower tensor_parallel"
+                ) from None
+            raise
+        return group
+
+    def _make_actor(
+        self, replica: str, epoch: int, rank: int, device: str, group: PlacementGroup | None
+    ) -> ActorHandle:
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+        if group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        return self._worker_class.options(
+            name=f"{replica}.{epoch}.{rank}",
+            lifetime="detached",
+            max_restarts=0,
+            max_concurrency=_NUM_THREADS,
+            num_gpus=1 if device == "cuda" else 0,
+            runtime_env={"env_vars": _ENVIRONMENT},
+            **options,
+        ).remote(replica if group is None else f"{replica}/{rank}")
+
+    async def _start_ranks(self, handles: list[ActorHandle], epoch: int, device: Literal["cpu", "cuda"]) -> ServingWorker:
+        """Starts all ranks together; the first of them that cannot start says why."""
+        timeout_s = self._config.parallel.collective_timeout_s
+        address = ""
+        if len(handles) > 1:
+            address = await handles[LEADER].open_rendezvous.remote(timeout_s=timeout_s)
+        starts = []
+        for rank, handle in enumerate(handles):
+            place = None
+            if len(handles) > 1:
+                place = RankPlace(
+                    rank=rank, size=len(handles), epoch=epoch, address=address, host="", timeout_s=timeout_s
+                )
+            starts.append(
+                asyncio.ensure_future(
+                    handle.start.remote(
+                        model_config=self._config.model,
+                        engine_config=replace(self._config.engine, device=device),
+                        epoch=epoch,
+                        controller_node=self._node,
+                        num_node_workers=self._num_node_workers(),
+                        place=place,
+                    )
+                )
+            )
+        await asyncio.wait(starts, return_when=asyncio.FIRST_EXCEPTION)
+        for start in starts:  # the cause comes before the others' complaints about it
+            if start.done() and (error := start.exception()) is not None:
+                raise error
+        serving: ServingWorker = starts[LEADER].result()
+        return serving
 
     async def find(self) -> Mapping[str, RayWorker]:
         """See `Launcher`."""
-        newest: dict[str, tuple[int, RayWorker]] = {}
+        ranks: dict[str, dict[int, dict[int, ActorHandle]]] = {}
         for name in ray.util.list_named_actors():
-            replica, _, epoch = name.rpartition(".")
-            if not (replica.startswith("replica-") and epoch.isdecimal()):
-                continue
-            with contextlib.suppress(ValueError):  # it ended meanwhile
-                handle = ray.get_actor(name)
-                worker = await _describe(handle)
-                old = newest.get(replica)
-                if worker is None or (old is not None and old[0] > int(epoch)):
-                    ray.kill(handle)
-                    continue
-                if old is not None:
-                    await old[1].end()
-                newest[replica] = (int(epoch), worker)
-        return {replica: worker for replica, (_, worker) in newest.items()}
+            replica, _, rest = name.partition(".")
+            epoch, _, rank = rest.partition(".")
+            if replica.startswith("replica-") and epoch.isdecimal() and rank.isdecimal():
+                with contextlib.suppress(ValueError):  # it ended meanwhile
+                    ranks.setdefault(replica, {}).setdefault(int(epoch), {})[int(rank)] = ray.get_actor(name)
+        found: dict[str, RayWorker] = {}
+        for replica, epochs in ranks.items():
+            for epoch in sorted(epochs, reverse=True):
+                group = _find_group(f"{replica}.{epoch}")
+                handles = [epochs[epoch][rank] for rank in sorted(epochs[epoch])]
+                serving = None if replica in found or len(handles) != self._num_ranks else await _describe(handles[LEADER])
+                if serving is None:
+                    _end(handles, group)
+                else:
+                    found[replica] = RayWorker(handles, serving, group)
+        return found
 
     def _device(self) -> Literal["cpu", "cuda"]:
         """What auto means in this cluster; all replicas get the same."""
@@ -117,25 +203,44 @@ class RayLauncher:
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
         if device == "cpu" or (device == "auto" and num_gpus == 0):
             return "cpu"
-        if num_gpus < num_replicas:
+        num_wanted = num_replicas * self._num_ranks
+        if num_gpus < num_wanted:
             raise ConfigError(
-                f"{num_replicas} replicas need a GPU each, but the Ray cluster has {num_gpus}: serve fewer replicas, "
-                "or all of them on CPUs with device cpu"
+                f"{num_replicas} replicas of {self._num_ranks} ranks need {num_wanted} GPUs, but the Ray cluster has {num_gpus}: "
+                f"that is enough for {num_gpus // self._num_ranks} replicas; or use CPUs with device cpu"
             )
         return "cuda"
 
     def _num_node_workers(self) -> int:
         num_nodes = sum(node["Alive"] for node in ray.nodes())
-        return math.ceil(self._config.fleet.num_replicas / max(1, num_nodes))
+        return math.ceil(self._config.fleet.num_replicas * self._num_ranks / max(1, num_nodes))
 
 
-async def _describe(handle: ActorHandle) -> RayWorker | None:
-    """The worker behind a handle; None if it does not serve."""
+async def _describe(leader: ActorHandle) -> ServingWorker | None:
+    """What a replica's leader serves; None if it does not serve."""
     try:
-        serving: ServingWorker | None = await asyncio.wait_for(handle.describe.remote(), _DESCRIBE_TIMEOUT_S)
+        serving: ServingWorker | None = await asyncio.wait_for(leader.describe.remote(), _DESCRIBE_TIMEOUT_S)
     except (RayError, TimeoutError):
         return None
-    return None if serving is None else RayWorker(handle, serving)
+    return serving
+
+
+def _end(handles: list[ActorHandle], group: PlacementGroup | None) -> None:
+    for handle in handles:
+        ray.kill(handle)
+    if group is not None:
+        remove_placement_group(group)
+
+
+def _find_group(name: str) -> PlacementGroup | None:
+    try:
+        return ray.util.get_placement_group(name)
+    except ValueError:
+        return None
+
+
+async def _as_future(group: PlacementGroup) -> object:
+    return await group.ready()
 
 
 def _cause_of_death(error: RayError) -> str:

@@ -17,6 +17,7 @@ import ray
 from ..common import logs
 from ..common.config import DEFAULT_KV_MEMORY_FRACTION, EngineConfig, ModelConfig
 from ..common.errors import InternalError, PilotfishError
+from ..common.rank_place import RankPlace
 from ..common.requests import ServingWorker
 from .engine_interface import FAILED_PHASE, EngineInterface
 
@@ -32,6 +33,15 @@ class WorkerActor:
     def __init__(self, name: str) -> None:
         logs.set_up(name)
         self._serving: ServingWorker | None = None
+        self._rendezvous: object = None  # held open
+
+    def open_rendezvous(self, *, timeout_s: float) -> str:
+        """Asked of a replica's first rank: the address where all ranks find each other."""
+        from .comm import Rendezvous
+
+        rendezvous = Rendezvous(host=ray.util.get_node_ip_address(), timeout_s=timeout_s)
+        self._rendezvous = rendezvous
+        return rendezvous.address
 
     def start(
         self,
@@ -41,19 +51,21 @@ class WorkerActor:
         epoch: int,
         controller_node: str,
         num_node_workers: int,
-    ) -> ServingWorker:
-        """Load the model and serve; returns when requests can come.
+        place: RankPlace | None = None,
+    ) -> ServingWorker | None:
+        """Load the model and serve; returns when requests can come. A rank that is not the leader follows it, and returns None.
 
         Args:
             engine_config: with the device settled, cpu or cuda.
             controller_node: Ray's id of the controller's node: a worker there listens on the loopback address only.
             num_node_workers: how many workers share this node's cores and memory.
+            place: among the ranks of the replica, where it has several; this worker's `host` is filled in.
 
         Raises:
             PilotfishError: why it cannot start.
         """
         try:
-            self._serving = self._start(model_config, engine_config, epoch, controller_node, num_node_workers)
+            self._serving = self._start(model_config, engine_config, epoch, controller_node, num_node_workers, place)
         except PilotfishError:
             raise
         except Exception as error:
@@ -76,10 +88,12 @@ class WorkerActor:
         epoch: int,
         controller_node: str,
         num_node_workers: int,
-    ) -> ServingWorker:
+        place: RankPlace | None,
+    ) -> ServingWorker | None:
         # Imported here: this class also travels through the controller's process, which has no use for torch.
         from .cpu_threads import usable_cores
         from .engine import Engine
+        from .ranks import Follower
         from .server import WorkerServer
         from .worker_service import ServerLimits
 
@@ -90,11 +104,16 @@ class WorkerActor:
                 num_threads=engine_config.num_threads or max(1, usable_cores() // num_node_workers),
                 kv_memory_fraction=fraction / num_node_workers,
             )
+        node = ray.util.get_node_ip_address()
+        if place is not None:
+            place = replace(place, host=node)
+            if not place.is_leader:
+                Follower(model_config, engine_config, place, on_end=_end_process).start()
+                return None
         server = WorkerServer(ServerLimits())
-        engine = Engine(model_config, engine_config, on_step=server.on_step)
+        engine = Engine(model_config, engine_config, on_step=server.on_step, place=place)
         info = replace(engine.start(), epoch=epoch, pid=os.getpid())
         is_local = ray.get_runtime_context().get_node_id() == controller_node
-        node = ray.util.get_node_ip_address()
         address = server.start(engine, info, host="127.0.0.1" if is_local else node)
         threading.Thread(target=_exit_when_failed, args=(engine,), name="engine-watch", daemon=True).start()
         logger.info("serving %s at %s under epoch %d", info.model_name, address, epoch)
@@ -105,6 +124,10 @@ def _exit_when_failed(engine: EngineInterface) -> None:
     """A process whose engine cannot go on is of no use; its successor gets a fresh device."""
     while (health := engine.health()).phase != FAILED_PHASE:
         threading.Event().wait(_WATCH_INTERVAL_S)
-    logger.critical("the engine failed: %s; this process ends", health)
+    _end_process(f"the engine failed: {health}")
+
+
+def _end_process(reason: str) -> None:
+    logger.critical("%s; this process ends", reason)
     logging.shutdown()
     os._exit(_EXIT_CODE_ENGINE_FAILED)

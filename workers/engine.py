@@ -24,12 +24,14 @@ from functools import partial
 
 from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import InvalidRequest, Overloaded, PilotfishError, Unavailable
+from ..common.rank_place import RankPlace
 from ..common.requests import EngineRequest, FinishReason, StepOutput, WorkerInfo
 from ..scheduler.snapshot import SchedulerSnapshot
 from ..scheduler.step_scheduler import SchedulerConfig, StepScheduler
+from .ranks import lead
 from .request_check import check_request
 from .runner_setup import set_up_runner
-from .step_loop import StepLoop
+from .step_loop import StepLoop, StepRunner
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ class EngineSnapshot:
 class Engine:
     """See the module. `on_step` must be quick: the next step waits for it.
 
-    `max_steps_in_flight` (see step_loop.py) is one on a CPU and two on a GPU unless it is given.
+    `max_steps_in_flight` (see step_loop.py) is one on a CPU and two on a GPU unless it is given. With a `place` this is the leader
+    of a replica of several ranks (ranks.py).
     """
 
     def __init__(
@@ -82,11 +85,13 @@ class Engine:
         *,
         on_step: Callable[[StepOutput], None],
         max_steps_in_flight: int | None = None,
+        place: RankPlace | None = None,
     ) -> None:
         self._model_config = model_config
         self._config = engine_config
         self._on_step = on_step
         self._max_steps_in_flight = max_steps_in_flight
+        self._place = place
         self._thread = threading.Thread(target=self._run, name="pilotfish-engine", daemon=True)
         self._started: Future[WorkerInfo] = Future()
         self._info: WorkerInfo | None = None
@@ -225,7 +230,11 @@ class Engine:
             self._changed.notify_all()
 
     def _set_up(self) -> StepLoop:
-        runner, info = set_up_runner(self._model_config, self._config)
+        runner: StepRunner
+        if self._place is None:
+            runner, info = set_up_runner(self._model_config, self._config)
+        else:
+            runner, info = lead(self._model_config, self._config, self._place)
         scheduler = StepScheduler(
             SchedulerConfig(
                 num_blocks=info.num_blocks,

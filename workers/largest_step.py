@@ -14,6 +14,7 @@ from ..common.errors import ConfigError
 from ..common.requests import EngineRequest, TokenSampling
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan
+from .comm import RankGroup
 from .decode_graphs import graph_sizes
 from .kv_cache import KvCache
 from .memory import available_bytes, measure_peak
@@ -25,15 +26,25 @@ _EVERYTHING = TokenSampling(
 
 
 def measure_largest_step(
-    model: CausalLM, *, config: EngineConfig, num_tokens: int, one_page: KvCache, max_model_len: int
+    model: CausalLM,
+    *,
+    config: EngineConfig,
+    num_tokens: int,
+    one_page: KvCache,
+    max_model_len: int,
+    group: RankGroup | None = None,
 ) -> int:
     """Bytes needed besides weights and cache, by a step of `num_tokens` tokens over max_num_seqs sequences and by CUDA graphs.
+
+    All ranks of a `group` measure together.
 
     Raises:
         ConfigError: it does not fit into the device's memory.
     """
     cache = KvCache(one_page.layers, -(-max_model_len // config.block_size), config.block_size)
-    runner = ModelRunner(model, config=config, kv_cache=cache, max_model_len=max_model_len, device=model.device)
+    runner = ModelRunner(
+        model, config=config, kv_cache=cache, max_model_len=max_model_len, device=model.device, group=group
+    )
     plan = _largest_plan(num_tokens, num_rows=config.max_num_seqs, max_model_len=max_model_len, block_size=config.block_size)
     try:
         with measure_peak(model.device) as peak:

@@ -27,6 +27,7 @@ from ..common.requests import TokenLogprob
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan, StepResult
 from .batch_state import BatchState, SamplingRows
+from .comm import RankGroup
 from .decode_graphs import Capture, DecodeGraph, DecodeGraphs, DecodeStep, capture_decode_graphs
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
@@ -85,7 +86,14 @@ class ModelRunner:
     """A model with its cache and the device state of its running sequences."""
 
     def __init__(
-        self, model: CausalLM, *, config: EngineConfig, kv_cache: KvCache, max_model_len: int, device: torch.device
+        self,
+        model: CausalLM,
+        *,
+        config: EngineConfig,
+        kv_cache: KvCache,
+        max_model_len: int,
+        device: torch.device,
+        group: RankGroup | None = None,
     ) -> None:
         self.model = model
         self._kv_cache = kv_cache
@@ -97,7 +105,8 @@ class ModelRunner:
             num_blocks=kv_cache.num_blocks,
             device=device,
         )
-        self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size)
+        self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size, group=group)
+        self._isolates_failures = group is None  # what fails on one rank alone cannot run again on all
         self._graphs: DecodeGraphs | None = None
         # Slots whose sequence could not be admitted: their rows never run, since their block tables are not theirs.
         self._unusable_slots: dict[int, str] = {}
@@ -116,11 +125,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, *, isolate_failures: bool = True) -> PendingStep:
-        """Applies the plan and queues its work; without `isolate_failures` the first exception is raised.
+        """Applies the plan and queues its work; without `isolate_failures`, or with several ranks, the first exception is raised.
 
         Raises:
             torch.AcceleratorError: the device is lost.
         """
+        isolate_failures &= self._isolates_failures
         for slot in plan.released_slots:
             self._sampler.release(slot)
         for sequence in plan.admitted:

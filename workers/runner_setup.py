@@ -17,7 +17,9 @@ from ..models.build import load_model
 from ..models.causal_lm import CausalLM
 from ..models.dummy import build_dummy
 from ..models.dummy_shapes import is_dummy
+from ..models.parallel import Parallel
 from ..models.store import resolve
+from .comm import RankGroup
 from .cpu_threads import usable_cores
 from .decode_graphs import graph_sizes
 from .kv_cache import KvCache, KvLayout, allocate_kv_cache
@@ -28,22 +30,28 @@ from .model_runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 
-def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[ModelRunner, WorkerInfo]:
-    """The runner and the facts found on the way.
+def set_up_runner(
+    model_config: ModelConfig, engine_config: EngineConfig, *, group: RankGroup | None = None
+) -> tuple[ModelRunner, WorkerInfo]:
+    """The runner and the facts found on the way. All ranks of a `group` do this together.
 
     Raises:
         ConfigError: a setting does not fit this model or machine; the message names it.
         ModelNotFound, ModelLoadError: the model cannot be found or loaded, and why.
     """
     start_s = time.perf_counter()
-    device = _choose_device(engine_config)
-    model, path = _load(model_config, device)
+    device = choose_device(engine_config)
+    model, path = _load(model_config, device, Parallel() if group is None else group.parallel)
     if device.type == "cpu":
         use_threads(engine_config.num_threads or usable_cores())
     max_model_len = _choose_max_model_len(model_config, model.config.max_position)
     num_tokens = _choose_max_num_batched_tokens(engine_config, device)
-    kv_cache = _allocate_measured(model, engine_config, max_num_batched_tokens=num_tokens, max_model_len=max_model_len)
-    runner = ModelRunner(model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device)
+    kv_cache = _allocate_measured(
+        model, engine_config, max_num_batched_tokens=num_tokens, max_model_len=max_model_len, group=group
+    )
+    runner = ModelRunner(
+        model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device, group=group
+    )
     if uses_graphs(engine_config, device):
         runner.use_graphs(graph_sizes(engine_config.max_num_seqs))
     info = WorkerInfo(
@@ -74,15 +82,16 @@ def set_up_runner(model_config: ModelConfig, engine_config: EngineConfig) -> tup
     return runner, info
 
 
-def _load(config: ModelConfig, device: torch.device) -> tuple[CausalLM, str]:
+def _load(config: ModelConfig, device: torch.device, parallel: Parallel) -> tuple[CausalLM, str]:
     """The model, and where it lies; a dummy lies nowhere and keeps its name."""
     if is_dummy(config.model):
-        return build_dummy(config.model, device=device, dtype=config.dtype), config.model
+        return build_dummy(config.model, device=device, dtype=config.dtype, parallel=parallel), config.model
     path = resolve(config.model).path
-    return load_model(path, device=device, dtype=config.dtype), str(path)
+    return load_model(path, device=device, dtype=config.dtype, parallel=parallel), str(path)
 
 
-def _choose_device(config: EngineConfig) -> torch.device:
+def choose_device(config: EngineConfig) -> torch.device:
+    """Raises ConfigError where cuda is asked for and there is none."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch finds no CUDA device here: use device auto or cpu, or see `pilotfish env`")
     if config.device == "cpu" or not torch.cuda.is_available():
@@ -102,8 +111,10 @@ def _choose_max_num_batched_tokens(config: EngineConfig, device: torch.device) -
     return config.max_num_batched_tokens or max(2048 if device.type == "cuda" else 512, config.max_num_seqs)
 
 
-def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_num_batched_tokens: int, max_model_len: int) -> KvCache:
-    """The cache, of the size asked for or of the size that measuring the largest step leaves room for."""
+def _allocate_measured(
+    model: CausalLM, config: EngineConfig, *, max_num_batched_tokens: int, max_model_len: int, group: RankGroup | None
+) -> KvCache:
+    """The cache, of the size asked for or of the size that measuring the largest step leaves room for on every rank."""
     layout = KvLayout(
         block_size=config.block_size,
         num_layers=model.config.num_layers,
@@ -115,7 +126,7 @@ def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_num_batched
     if config.num_kv_blocks is None:
         one_page = allocate_kv_cache(layout, num_blocks=0, device=model.device)
         temporary_bytes = measure_largest_step(
-            model, config=config, num_tokens=max_num_batched_tokens, one_page=one_page, max_model_len=max_model_len
+            model, config=config, num_tokens=max_num_batched_tokens, one_page=one_page, max_model_len=max_model_len, group=group
         )
         available = available_bytes(model.device)
         logger.info("the largest step takes %.0f MB; %.2f GiB are left", temporary_bytes / 1e6, available / 2**30)
@@ -127,4 +138,6 @@ def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_num_batched
         available=available,
         temporary_bytes=temporary_bytes,
     )
+    if group is not None:
+        num_blocks = group.agree_on_least(num_blocks)
     return allocate_kv_cache(layout, num_blocks=num_blocks, device=model.device)

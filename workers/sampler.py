@@ -1,5 +1,7 @@
 """Draws the next token of every row that samples, each by its own sequence's parameters.
 
+Of several ranks the leader alone draws, and the others are told.
+
 The parameters of a sequence are written into its slot when it is admitted. In the common case a step costs one
 `sample`; rules (bias, penalties, bad words, min_tokens) and log probabilities run only when a row of
 the step asked for them. The order of the rules is Hugging Face's.
@@ -20,6 +22,7 @@ from ..kernels.logprobs import gather_logprobs
 from ..kernels.sampling import sample
 from ..scheduler.step_plan import AdmittedSequence
 from .batch_state import BatchState, DrawRows, SamplingRows
+from .comm import RankGroup
 from .logit_rules import BadWordsRule, LogitBiasRule, LogitRule, MinTokensRule
 from .penalty_rule import PenaltyRule
 
@@ -80,7 +83,9 @@ class SampledLogprobs:
 class Sampler:
     """The sampling parameters of all slots, and the draw."""
 
-    def __init__(self, batch_state: BatchState, *, vocab_size: int) -> None:
+    def __init__(self, batch_state: BatchState, *, vocab_size: int, group: RankGroup | None = None) -> None:
+        self._group = group
+        self._is_follower = group is not None and not group.place.is_leader
         num_slots, self._to_device, self._fill = len(batch_state.token_ids_MC), batch_state.to_device, batch_state.fill
         token_ids_MC = batch_state.token_ids_MC
         self._floats_3M = np.zeros((3, num_slots), dtype=np.float32)  # temperature, top_p, min_p
@@ -102,6 +107,8 @@ class Sampler:
 
     def admit(self, sequence: AdmittedSequence) -> None:
         """Writes the sequence's parameters into its slot; the batch state must have its tokens already."""
+        if self._is_follower:
+            return
         slot, sampling = sequence.slot, sequence.request.sampling
         self._floats_3M[:, slot] = sampling.temperature, sampling.top_p, sampling.min_p
         self._top_k_M[slot] = sampling.top_k
@@ -125,6 +132,8 @@ class Sampler:
 
     def draw(self, logits_RV: torch.Tensor, rows: SamplingRows) -> Sampled:
         """One token a row. `logits_RV` are float32 and are changed in place."""
+        if self._is_follower:
+            return self.draw_plain(logits_RV, rows.on_device)
         self.upload()
         num_logprobs_R = self._num_logprobs_M[rows.host_slots_R]
         wanting_N = np.flatnonzero(num_logprobs_R != _NO_LOGPROBS)
@@ -155,6 +164,11 @@ class Sampler:
 
     def draw_plain(self, logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
         """The draw alone, by uploaded parameters. Nothing in it depends on the host, so that a CUDA graph can hold it."""
+        if self._is_follower:
+            assert self._group is not None
+            tokens_R = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
+            self._group.broadcast(tokens_R)
+            return Sampled(tokens_R, torch.zeros_like(tokens_R, dtype=torch.float32), None)
         floats_3M, top_k_M, seeds_M = self._on_device
         tokens_R, drawn_logits_R = sample(
             logits_RV,
@@ -166,4 +180,6 @@ class Sampler:
             slots_S=rows.slots_R,
             positions_S=rows.output_positions_R,
         )
+        if self._group is not None:
+            self._group.broadcast(tokens_R)
         return Sampled(tokens_R, drawn_logits_R, None)

@@ -10,10 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..common.requests import StepOutput, StepTimings
+from ..scheduler.step_plan import StepPlan
 from ..scheduler.step_scheduler import StepScheduler
-from .model_runner import ModelRunner, PendingStep
+from .model_runner import PendingStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,12 @@ class _InFlight:
     pending: PendingStep
     start_s: float
     plan_ms: float
+
+
+class StepRunner(Protocol):
+    """A ModelRunner, alone or at the head of others."""
+
+    def launch(self, plan: StepPlan) -> PendingStep: ...
 
 
 class StepLoop:
@@ -32,7 +40,7 @@ class StepLoop:
     """
 
     def __init__(
-        self, runner: ModelRunner, scheduler: StepScheduler, *, on_step: Callable[[StepOutput], None], max_in_flight: int
+        self, runner: StepRunner, scheduler: StepScheduler, *, on_step: Callable[[StepOutput], None], max_in_flight: int
     ) -> None:
         self.scheduler = scheduler
         self.step_id = 0

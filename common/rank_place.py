@@ -1,0 +1,29 @@
+"""Where a worker stands among those that compute one replica together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEADER = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPlace:
+    """Rank `rank` of `size` under `epoch`.
+
+    Attributes:
+        address: "host:port" where the ranks find each other; the leader has opened it.
+        host: this rank's own address, on which the others reach it.
+        timeout_s: of every collective, and of the wait for all ranks to come.
+    """
+
+    rank: int
+    size: int
+    epoch: int
+    address: str
+    host: str
+    timeout_s: float
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == LEADER
