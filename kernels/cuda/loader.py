@@ -96,6 +96,12 @@ def unavailable_reason() -> str | None:
 
 
 @functools.cache
+def can_run_on(device: torch.device) -> bool:
+    """Whether it is a GPU of the CAPABILITY that the kernels are for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
+
+
+@functools.cache
 def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
     """The function of the name of `source`.cu, compiled with `macros`; None where it cannot be had."""
     global _failure  # noqa: PLW0603 - one compiler a process, so one failure
@@ -136,7 +142,7 @@ def build(source: str, macros: Macros, path: Path) -> None:
 
 
 def compile_source(code: bytes, name: str, options: Sequence[str], header: bytes = b"") -> bytes:
-    """The cubin; `header` is what the code includes as HEADER. BuildError with the compiler's own words where it has not come about."""
+    """The cubin; `header` is what the code includes as HEADER. BuildError with the compiler's own words where there is none."""
     nvrtc = _import_nvrtc()
     words = [option.encode() for option in options]
     try:
@@ -204,9 +210,7 @@ def launch(
     parameters = (ctypes.c_void_p * len(addresses))(*addresses)
     status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel.function), parameters, None)
     if status:
-        _check(
-            status, f"cuLaunchKernelEx of grid {grid}, {num_threads} threads, {shared_bytes} bytes, clusters of {cluster}"
-        )
+        _check(status, f"cuLaunchKernelEx of grid {grid}, {num_threads} threads, {shared_bytes} bytes, clusters of {cluster}")
 
 
 def _compile_options(macros: Macros) -> tuple[str, ...]:
