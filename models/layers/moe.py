@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.moe_mlp import routed_moe_mlp
-from ...kernels.moe_routing import RouterLogits
+from ...kernels.moe_mlp import moe_mlp
+from ...kernels.moe_routing import route_tokens
 from ..model_shape import ModelShape, MoeShape
 from ..parallel import whole
 from ..weight_source import Placement, WeightSource
@@ -65,10 +65,8 @@ class SparseMlp(torch.nn.Module):
         self.down_weight = placement.matrix(moe.num_experts, shape.hidden_size, self.intermediate.size)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        routing = RouterLogits(
-            logits_TE=self.router.forward(x_TH), num_choices=self.moe.top_k, renormalize=self.moe.renormalize
-        )
-        out_TH = routed_moe_mlp(x_TH, self.gate_up_weight, self.down_weight, routing, self.activation)
+        weights_TC, experts_TC = route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
+        out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
         return self.parallel.sum(out_TH)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
