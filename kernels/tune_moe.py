@@ -127,6 +127,7 @@ class MoeCase:
                 calls.append(partial(_sort_and_gate_up, x, weight, experts_TC, config=parsed, sorted_rows=sorted_rows))
             else:
                 order = sort_pairs(experts_TC, moe.num_experts)
+                torch.cuda.synchronize()  # as run_down asks of a caller that has not launched run_gate_up just before
                 calls.append(
                     partial(
                         run_down,
