@@ -17,7 +17,7 @@ class Mlp(torch.nn.Module):
 
     def __init__(self, shape: ModelShape, *, placement: Placement) -> None:
         super().__init__()
-        rows = placement.parallel.share(shape.intermediate_size, what="the intermediate size")
+        rows = placement.parallel.share(shape.intermediate_size, what="the intermediate size", multiple=16)
         self.activation = shape.activation
         self.gate_up_proj = column_linear(
             {"gate_proj": rows, "up_proj": rows}, shape.hidden_size, bias=shape.mlp_bias, placement=placement

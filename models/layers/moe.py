@@ -57,7 +57,7 @@ class SparseMlp(torch.nn.Module):
         self.moe = moe
         self.activation = shape.activation
         self.parallel = placement.parallel
-        self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size")
+        self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size", multiple=16)
         self.router = column_linear(
             {self.names.router: whole(moe.num_experts)}, shape.hidden_size, bias=False, placement=placement
         )
