@@ -15,6 +15,9 @@ import torch
 
 from ..common.errors import ModelLoadError
 
+# Elements: 16 bytes of a 16-bit dtype, as vector loads and TMA want the rows of a weight to begin.
+ALIGNED = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -63,12 +66,12 @@ class Parallel:
     def share(self, total: int, *, what: str, unit: int = 1, multiple: int = 1) -> Share:
         """This rank's part of `total` things of `unit` rows each: never none.
 
-        Equal parts where `total` divides, else whole multiples of `multiple` things (of a half, a quarter... of it where there
-        are fewer of them than ranks), with what is left over in the last part. ModelLoadError for fewer things than ranks.
+        Parts are whole multiples of `multiple` things (of a half, a quarter... of it where there are fewer of them than ranks),
+        with what is left over in the last. ModelLoadError for fewer things than ranks.
         """
         if total < self.size:
             raise ModelLoadError(f"{what} {total} cannot be split over {self.size} ranks: use at most {total} ranks")
-        run = 1 if total % self.size == 0 else multiple
+        run = multiple
         while -(-total // run) < self.size:
             run //= 2
         start, stop = (min(run * _first(rank, -(-total // run), self.size), total) for rank in (self.rank, self.rank + 1))

@@ -113,22 +113,22 @@ def test_more_ranks_than_query_heads_are_refused(llama: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"6 attention heads .* 7 ranks: use at most 6 ranks; 1, 3, 6 share them equally"):
         load_model(llama, device="cpu", parallel=ThreadGroup(7).parallel(0))
     with pytest.raises(ModelLoadError, match="the intermediate size 4 cannot be split over 6 ranks: use at most 4"):
-        ThreadGroup(6).parallel(0).share(4, what="the intermediate size", multiple=16)
+        ThreadGroup(6).parallel(0).share(4, what="the intermediate size", multiple=8)
 
 
 def shares(total: int, size: int, **options: int) -> list[Share]:
     return [ThreadGroup(size).parallel(rank).share(total, what="it", **options) for rank in range(size)]
 
 
-def test_shares_are_equal_or_of_whole_multiples() -> None:
-    assert [share.size for share in shares(72, 3, multiple=16)] == [24, 24, 24]  # divides: equal comes first
-    assert [share.size for share in shares(11008, 3, multiple=16)] == [3680, 3664, 3664]
-    assert [share.size for share in shares(100, 3, multiple=16)] == [48, 32, 20]  # the last has what is left over
-    assert [share.size for share in shares(72, 7, multiple=16)] == [16, 8, 8, 16, 8, 8, 8]  # five 16s are too few
+def test_shares_are_of_whole_multiples() -> None:
+    assert [share.size for share in shares(72, 3, multiple=8)] == [24, 24, 24]
+    assert [share.size for share in shares(11008, 3, multiple=8)] == [3672, 3672, 3664]
+    assert [share.size for share in shares(100, 3, multiple=8)] == [40, 32, 28]  # the last has what is left over
+    assert [share.size for share in shares(36, 7, multiple=8)] == [8, 4, 4, 8, 4, 4, 4]  # five 8s are too few
     assert shares(5, 2, unit=10) == [Share(0, 30, 50), Share(30, 50, 50)]
     for total in range(1, 80):
         for size in range(1, total + 1):
-            parts = shares(total, size, multiple=16)
+            parts = shares(total, size, multiple=8)
             assert [index for part in parts for index in range(part.start, part.stop)] == list(range(total))
             assert min(part.size for part in parts) > 0
 
