@@ -13,7 +13,7 @@ import torch
 from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_routing import route_tokens
 from ..model_shape import ModelShape, MoeShape
-from ..parallel import whole
+from ..parallel import ALIGNED, whole
 from ..weight_source import Placement, WeightSource
 from .linear import column_linear
 
@@ -57,7 +57,7 @@ class SparseMlp(torch.nn.Module):
         self.moe = moe
         self.activation = shape.activation
         self.parallel = placement.parallel
-        self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size")
+        self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size", multiple=ALIGNED)
         self.router = column_linear(
             {self.names.router: whole(moe.num_experts)}, shape.hidden_size, bias=False, placement=placement
         )
