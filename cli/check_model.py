@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a local directory, a Hub id, a .gguf file or an alias")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where pilotfish's side runs")
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="prove it over N ranks too: processes on this machine's CPU"
+    )
     parser.epilog = (
         "Loads the weights strictly, then compares logits and greedy tokens with untouched transformers in float32: prefill, "
         "16 decode steps, and a chunked prefill, mixed lengths in one batch, through the paged cache. Exits 1 if a row fails."
@@ -24,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     with terminal_progress() as progress:
         model = resolve(args.model, pull_missing=True, progress=progress)
     print(f"Checking {model.path}", file=sys.stderr)
-    rows = check_model(model.path, device=args.device, seed=args.seed)
+    rows = check_model(model.path, device=args.device, seed=args.seed, tensor_parallel=args.tensor_parallel)
     print(_table(rows))
     return 0 if all(row.ok for row in rows) else 1
 

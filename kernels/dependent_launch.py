@@ -17,7 +17,8 @@ The wait lasts until the kernel before has finished, which waited for its own pr
 Kernels A, B, C, ... of one stream: where every program of B calls `let_next_start` only *after* `wait_for_previous`, C cannot
 be launched before A has finished. So C, and what is launched once C has started, may read before its own wait what A and
 those before A wrote (by `load_settled`: a line in L1 may be older than A); what B writes still needs the wait. As C then relies
-on how B is written, one Python function must launch both, with nothing between: `run_experts` in moe_mlp.py does.
+on how B is written, one Python function must launch both, with nothing between, and tell C whether B is so: `run_experts` in
+moe_mlp.py does. There B is a product of experts (the matrix-vector kernel follows rule 2 and is not so), C the one after it.
 """
 
 from functools import cache

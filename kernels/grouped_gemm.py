@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .dependent_launch import launch_options, let_next_start, load_settled, prefetch_to_l2, wait_for_previous
 from .gated_activation import activate
-from .grouped_gemm_tma import fits_tma, gated_tma_gemm, weighted_tma_gemm
+from .grouped_gemm_tma import fits_tma, weighted_tma_gemm
 from .grouped_tiles import GroupedConfig, find_tile, max_tiles
 
 PREFETCHED_LINE = 128  # bytes
@@ -130,11 +130,6 @@ def gated_grouped_gemm(
 ) -> torch.Tensor:
     """h [P, F] of x's dtype."""
     h_PF = x_TH.new_empty(pairs_P.shape[0], gate_up_weight_EUH.shape[1] // 2)
-    if config.tma and fits_tma(x_TH, gate_up_weight_EUH):
-        gated_tma_gemm(
-            x_TH, gate_up_weight_EUH, h_PF, pairs_P, expert_starts, activation, config=config, sorted_rows=sorted_rows
-        )
-        return h_PF
     _launch(
         x_TH,
         gate_up_weight_EUH,

@@ -1,14 +1,14 @@
-"""The grouped GEMMs of grouped_gemm.py for tall tiles, whose operands come through tensor memory access (TMA).
+"""The second grouped GEMM of grouped_gemm.py for tall tiles, whose operands come through tensor memory access (TMA).
 
-The copy engine computes addresses and fills shared memory, which leaves registers and issue slots to the tensor cores. Rows of
-x are gathered, so those still come by asynchronous copies. A persistent kernel has as many programs as fit the GPU at once,
-which go through a list of tiles (grouped_tiles.py): the loads of the next tile are under way while one ends.
+The copy engine computes addresses and fills shared memory, which leaves registers and issue slots to the tensor cores. Programs
+go through a list of tiles (grouped_tiles.py); of a persistent kernel there are as many as fit the GPU at once, and the loads of
+the next tile are under way while one ends. The first GEMM has no such twin: it gathers rows of x, which the copy engine of
+compute capability 9.0 cannot, and with the copy engine for the weights alone it was slower on an H200, at 8192 tokens.
 
 P pairs, E experts, F intermediate, K inputs and N outputs of a GEMM.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -16,8 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
-from .gated_activation import activate
-from .grouped_tiles import GroupedConfig, find_tile, list_tiles, max_tiles
+from .grouped_tiles import GroupedConfig, list_tiles, max_tiles
 
 SHARED_BYTES_OF_TWO = 113 * 1024  # of a program that shares its multiprocessor with another
 
@@ -26,129 +25,6 @@ def fits_tma(x: torch.Tensor, weight_ENK: torch.Tensor) -> bool:
     """Whether TMA can read these: 16-bit numbers, one dtype, a weight without gaps, rows of multiples of 16 bytes."""
     is_aligned = weight_ENK.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0 and weight_ENK.shape[2] % 8 == 0
     return x.dtype == weight_ENK.dtype and x.element_size() == 2 and weight_ENK.is_contiguous() and is_aligned
-
-
-@triton.jit
-def _gated_tile(
-    x,
-    weight_desc,
-    y,
-    pairs,
-    expert,
-    first,
-    end,
-    first_n,
-    num_inputs,
-    num_outputs,
-    stride_x,
-    PAIRS_PER_ROW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SORTED_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """weight_desc: of [2 E, F, K], gates at 2 e.
-
-    A block of it, gates and then as many ups, is one operand: an output's gate and up lie in one thread.
-    """
-    m = first + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    pair = tl.load(pairs + m, m < end, other=0)
-    x_MK = x + ((pair // PAIRS_PER_ROW).to(tl.int64) * stride_x)[:, None] + k[None, :]
-    sum_MN = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-    for start in range(0, num_inputs, BLOCK_K):
-        inputs = tl.load(x_MK + start) if EVEN_K else tl.load(x_MK + start, (start + k < num_inputs)[None, :], other=0.0)
-        weights = weight_desc.load([2 * expert, first_n, start]).reshape(2 * BLOCK_N, BLOCK_K)
-        sum_MN = tl.dot(inputs, weights.T, sum_MN)
-    dtype = y.dtype.element_ty
-    gate_MN, up_MN = tl.split(sum_MN.to(dtype).reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
-    n = first_n + tl.arange(0, BLOCK_N)
-    y_row = m if SORTED_ROWS else pair
-    y_MN = y + (y_row.to(tl.int64) * num_outputs)[:, None] + n[None, :]
-    y_tile = activate(gate_MN.to(tl.float32), up_MN.to(tl.float32), ACTIVATION).to(dtype)
-    tl.store(y_MN, y_tile, (m < end)[:, None] & (n < num_outputs)[None, :])
-
-
-@triton.jit
-def _gated_tma_kernel(
-    x,
-    weight_desc,
-    y,
-    pairs,
-    expert_starts,
-    tiles,
-    num_inputs,
-    num_outputs,
-    num_experts,
-    max_num_tiles,
-    num_blocks,
-    stride_x,
-    PAIRS_PER_ROW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SORTED_ROWS: tl.constexpr,
-    EARLY_START: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Waits before it lets the next start. An item is a tile and BLOCK_N outputs.
-
-    Each program takes the items program, program + programs, ... of the list `tiles`; without a list that of its own number.
-    """
-    wait_for_previous(EARLY_START)
-    let_next_start(EARLY_START)
-    if tiles is None:
-        item = tl.program_id(0)
-        expert, first, end = find_tile(expert_starts, item // num_blocks, num_experts, BLOCK_M, BLOCK_E)
-        if expert < num_experts:
-            _gated_tile(
-                x,
-                weight_desc,
-                y,
-                pairs,
-                expert,
-                first,
-                end,
-                (item % num_blocks) * BLOCK_N,
-                num_inputs,
-                num_outputs,
-                stride_x,
-                PAIRS_PER_ROW,
-                ACTIVATION,
-                EVEN_K,
-                SORTED_ROWS,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
-    else:
-        for item in tl.range(tl.program_id(0), tl.load(tiles) * num_blocks, tl.num_programs(0), flatten=True):
-            tile = tiles + 1 + item // num_blocks
-            expert, first, end = tl.load(tile), tl.load(tile + max_num_tiles), tl.load(tile + 2 * max_num_tiles)
-            _gated_tile(
-                x,
-                weight_desc,
-                y,
-                pairs,
-                expert,
-                first,
-                end,
-                (item % num_blocks) * BLOCK_N,
-                num_inputs,
-                num_outputs,
-                stride_x,
-                PAIRS_PER_ROW,
-                ACTIVATION,
-                EVEN_K,
-                SORTED_ROWS,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
 
 
 @triton.jit
@@ -192,45 +68,6 @@ def _weighted_tma_kernel(
         tl.store(y_MN, y_tile, (m < end)[:, None] & (n < num_outputs)[None, :])
 
 
-def gated_tma_gemm(
-    x_TH: torch.Tensor,
-    weight_EUH: torch.Tensor,
-    h_PF: torch.Tensor,
-    pairs_P: torch.Tensor,
-    expert_starts: torch.Tensor,
-    activation: str,
-    *,
-    config: GroupedConfig,
-    sorted_rows: bool,
-) -> None:
-    """Fills h."""
-    num_experts, _, num_inputs = weight_EUH.shape
-    num_pairs, num_outputs = h_PF.shape
-    num_blocks = triton.cdiv(num_outputs, config.block_n)
-    most = max_tiles(num_pairs, num_experts, config.block_m)
-    weight = weight_EUH.view(2 * num_experts, num_outputs, num_inputs)
-    _gated_tma_kernel[(_num_programs(most * num_blocks, config, 2 * config.block_n, x_TH.device),)](
-        x_TH,
-        TensorDescriptor.from_tensor(weight, [2, config.block_n, config.block_k]),
-        h_PF,
-        pairs_P,
-        expert_starts,
-        list_tiles(expert_starts, num_pairs, num_experts, config.block_m) if config.persistent else None,
-        num_inputs,
-        num_outputs,
-        num_experts,
-        most,
-        num_blocks,
-        x_TH.stride(0),
-        PAIRS_PER_ROW=num_pairs // x_TH.shape[0],
-        ACTIVATION=activation,
-        EVEN_K=num_inputs % config.block_k == 0,
-        SORTED_ROWS=sorted_rows,
-        BLOCK_E=triton.next_power_of_2(num_experts),
-        **_options(config, x_TH.device),
-    )
-
-
 def weighted_tma_gemm(
     h_PF: torch.Tensor,
     weight_EHF: torch.Tensor,
@@ -247,7 +84,7 @@ def weighted_tma_gemm(
     num_blocks = triton.cdiv(num_outputs, config.block_n)
     most = max_tiles(num_pairs, num_experts, config.block_m)
     weight = weight_EHF.view(num_experts * num_outputs, num_inputs)
-    _weighted_tma_kernel[(_num_programs(most * num_blocks, config, config.block_n, h_PF.device),)](
+    _weighted_tma_kernel[(_num_programs(most * num_blocks, config, h_PF.device),)](
         TensorDescriptor.from_tensor(h_PF, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
         weights_TC,
@@ -259,15 +96,20 @@ def weighted_tma_gemm(
         most,
         num_blocks,
         PERSISTENT=config.persistent,
-        **_options(config, h_PF.device),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch_options(h_PF.device),
     )
 
 
-def _num_programs(num_items: int, config: GroupedConfig, width: int, device: torch.device) -> int:
+def _num_programs(num_items: int, config: GroupedConfig, device: torch.device) -> int:
     """One an item; of persistent ones as many as run at a time: two a multiprocessor where they are small."""
     if not config.persistent:
         return num_items
-    shared_bytes = (config.block_m + width) * config.block_k * 2 * config.num_stages
+    shared_bytes = (config.block_m + config.block_n) * config.block_k * 2 * config.num_stages
     is_small = config.num_warps <= 4 and shared_bytes <= SHARED_BYTES_OF_TWO
     return min(num_items, _num_multiprocessors(device) * (2 if is_small else 1))
 
@@ -275,14 +117,3 @@ def _num_programs(num_items: int, config: GroupedConfig, width: int, device: tor
 @cache
 def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3  # the interpreter's
-
-
-def _options(config: GroupedConfig, device: torch.device) -> dict[str, Any]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **launch_options(device),
-    }

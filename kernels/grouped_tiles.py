@@ -20,8 +20,8 @@ class GroupedConfig:
         block_m: pairs a tile.
         block_n: outputs a program; a gated GEMM computes both the gate and the up of each.
         block_k: inputs a step.
-        tma: weights come through tensor memory access, and so do the rows of h where they are sorted. Tensors that it cannot
-            read (fits_tma) are served with the same tiles without it.
+        tma: of the second GEMM: weights and rows of h come through tensor memory access. Rows that are not sorted and tensors
+            that it cannot read (fits_tma) are served with the same tiles without it.
         persistent: with tma: a program goes through many tiles, and loads the next one's while it ends this one.
         prefetch_lines: of 128 bytes of each weight row, a power of two or 0: what the first programs ask for before they wait,
             without tma.

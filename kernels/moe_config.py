@@ -1,7 +1,7 @@
 """Which kernel, cut how, serves the two GEMMs of a mixture-of-experts layer: from the tuned table, else by rule.
 
-The table's ops are "moe_gate_up" and "moe_down", its sizes (E, C, H, F), its rows tokens; a config holds "kernel" ("gemv" or
-"grouped") and the fields of GemvConfig or GroupedConfig. T tokens, C choices a token, E experts, H hidden, F intermediate.
+The table's ops are "moe_gate_up" and "moe_down", its sizes (E, C, H, F), its rows tokens; a config holds "kernel", a name of
+KERNELS, and the fields of its class. T tokens, C choices a token, E experts, H hidden, F intermediate.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,6 +13,7 @@ import triton
 from . import tuning
 from .grouped_tiles import GroupedConfig
 from .moe_gemv import GemvConfig
+from .streaming_experts import StreamingConfig, serves
 
 MAX_GEMV_TOKENS = 4
 
@@ -31,15 +32,19 @@ class MoeSizes:
         return self.num_experts, self.num_choices, self.hidden, self.intermediate
 
 
-MoeConfig = GemvConfig | GroupedConfig
+MoeConfig = GemvConfig | GroupedConfig | StreamingConfig
+KERNELS: dict[str, type[MoeConfig]] = {"gemv": GemvConfig, "grouped": GroupedConfig, "streaming": StreamingConfig}
 
 
-def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor) -> MoeConfig:
-    """Of op "moe_gate_up" or "moe_down" for x of its dtype and device."""
+def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor, weight_EUK: torch.Tensor) -> MoeConfig:
+    """Of op "moe_gate_up" or "moe_down" for x of its dtype and device. The rule's where the table's kernel cannot serve."""
     if x.device.type == "cuda":  # the interpreter has no table
         measured = tuning.lookup(op, x.dtype, sizes.key, sizes.num_tokens, x.device)
-        if measured is not None:
-            return parse_config(measured)
+        config = None if measured is None else parse_config(measured)
+        if isinstance(config, StreamingConfig) and not serves(config, weight_EUK, x.dtype, gated=op == "moe_gate_up"):
+            config = None
+        if config is not None:
+            return config
     return rule(op, sizes, element_size=x.element_size())
 
 
@@ -60,18 +65,17 @@ def gemv_block_k(num_inputs: int, *, most: int) -> int:
 
 def table_config(config: MoeConfig) -> tuning.Config:
     """The config as the tuned table keeps it; parse_config undoes it."""
-    return {"kernel": "gemv" if isinstance(config, GemvConfig) else "grouped", **asdict(config)}
+    (kernel,) = (name for name, kind in KERNELS.items() if isinstance(config, kind))
+    return {"kernel": kernel, **asdict(config)}
 
 
 def parse_config(config: tuning.Config) -> MoeConfig:
     """ValueError where the config's kernel is not known."""
     fields: dict[str, Any] = dict(config)
     kernel = fields.pop("kernel", None)
-    if kernel == "gemv":
-        return GemvConfig(**fields)
-    if kernel == "grouped":
-        return GroupedConfig(**fields)
-    raise ValueError(f"moe: kernel {kernel!r} of the tuned table is not known: write it anew with pilotfish.kernels.tune")
+    if kernel not in KERNELS:
+        raise ValueError(f"moe: kernel {kernel!r} of the tuned table is not known: write it anew with pilotfish.kernels.tune")
+    return KERNELS[kernel](**fields)
 
 
 def _grouped_rule(sizes: MoeSizes, element_size: int, *, block_n: int) -> GroupedConfig:

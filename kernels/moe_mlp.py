@@ -4,9 +4,9 @@
     out = sum over a token's choices c of weights[c] * (h @ down[e_c].T)       float32, one rounding at the end
 
 A choice whose expert id is negative contributes nothing (it belongs to another rank). On CUDA few tokens are served by two
-matrix-vector kernels (moe_gemv.py); more are sorted by expert (moe_sort.py), go through two grouped GEMMs (grouped_gemm.py),
-whose weighted terms are rounded to the dtype of x, and are summed. moe_config.py chooses. routed_moe_mlp begins at the router's
-logits.
+matrix-vector kernels (moe_gemv.py). The pairs of more are sorted by expert (moe_sort.py), go through two grouped GEMMs
+(grouped_gemm.py) or their twins for few pairs an expert (streaming_experts.py), whose weighted terms are rounded to the dtype
+of x, and are summed. moe_config.py chooses for each of the two products.
 
 T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, U = 2 F (gate in the first half).
 """
@@ -23,8 +23,8 @@ from .grouped_gemm import gated_grouped_gemm, weighted_grouped_gemm
 from .grouped_tiles import GroupedConfig
 from .moe_config import MoeConfig, MoeSizes, choose_config
 from .moe_gemv import GemvConfig, down_gemv, gated_gemv
-from .moe_routing import ChosenExperts, RouterLogits, check_routing, route_tokens
 from .moe_sort import sort_pairs
+from .streaming_experts import Routing, streaming_experts
 
 Order = tuple[torch.Tensor, torch.Tensor]  # of sort_pairs
 # Largest |out - reference| for inputs of order one, weights of order 1 / sqrt(fan-in): (relative, absolute).
@@ -50,8 +50,7 @@ def moe_mlp(
     if backend == "cpp":
         return cpu_ops.moe_mlp(*args)
     if backend == "triton":
-        chosen = ChosenExperts(weights_TC=weights_TC, experts_TC=experts_TC)
-        return _moe_mlp_triton(x_TH, gate_up_weight_EUH, down_weight_EHF, chosen, activation)
+        return _moe_mlp_triton(*args)
     return moe_mlp_ref(*args)
 
 
@@ -73,48 +72,20 @@ def moe_mlp_ref(
     return out_TH.to(x_TH.dtype)
 
 
-def routed_moe_mlp(
-    x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, down_weight_EHF: torch.Tensor, routing: RouterLogits, activation: str
-) -> torch.Tensor:
-    """moe_mlp of what route_tokens chooses: out [T, H]. On CUDA the kernels of few tokens choose themselves: a launch less."""
-    logits_TE = routing.logits_TE
-    check_routing(logits_TE, routing.num_choices)
-    if logits_TE.shape != (x_TH.shape[0], gate_up_weight_EUH.shape[0]):
-        raise ValueError(
-            f"moe_mlp: logits {tuple(logits_TE.shape)} must be [T, E] of x {tuple(x_TH.shape)} and gate_up_weight "
-            f"{tuple(gate_up_weight_EUH.shape)}"
-        )
-    backend = choose_backend("moe_mlp", x_TH, gate_up_weight_EUH, down_weight_EHF)
-    if backend == "triton":
-        check_activation(activation)
-        _check_experts(x_TH, gate_up_weight_EUH, down_weight_EHF)
-        return _moe_mlp_triton(x_TH, gate_up_weight_EUH, down_weight_EHF, routing, activation)
-    weights_TC, experts_TC = route_tokens(logits_TE, routing.num_choices, renormalize=routing.renormalize)
-    return moe_mlp(x_TH, gate_up_weight_EUH, down_weight_EHF, weights_TC, experts_TC, activation)
-
-
 @triton.jit
-def _combine_kernel(
-    y,
-    experts,
-    out,
-    num_columns,
-    NUM_CHOICES: tl.constexpr,
-    AFTER_GATE_UP: tl.constexpr,
-    EARLY_START: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program a token and block of H: the sum of its choices, weighted already, in their order."""
+def _combine_kernel(y, experts, out, num_columns, NUM_CHOICES: tl.constexpr, EARLY_START: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a token and block of H: the sum of its choices, weighted already, in their order.
+
+    `experts` are settled before the wait. For a kernel of run_down lets this one start after its own wait, when gate_up's has
+    finished; or at once, but then (`after_gate_up`) it was started after the wait of gate_up's.
+    """
     let_next_start(EARLY_START)
-    if not AFTER_GATE_UP:
-        wait_for_previous(EARLY_START)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     chosen = ()
     for choice in tl.static_range(NUM_CHOICES):
         chosen += (load_settled(experts + token * NUM_CHOICES + choice, True, -1),)  # type: ignore[assignment]
-    if AFTER_GATE_UP:
-        wait_for_previous(EARLY_START)
+    wait_for_previous(EARLY_START)
     total = tl.zeros([BLOCK], tl.float32)
     for choice in tl.static_range(NUM_CHOICES):
         # A mask rather than a branch: the loads of all choices are in flight together.
@@ -123,7 +94,7 @@ def _combine_kernel(
     tl.store(out + token * num_columns + column, total.to(out.dtype.element_ty), column < num_columns)
 
 
-def _combine(y_PH: torch.Tensor, experts_TC: torch.Tensor, *, after_gate_up: bool) -> torch.Tensor:
+def _combine(y_PH: torch.Tensor, experts_TC: torch.Tensor) -> torch.Tensor:
     (num_tokens, num_choices), num_columns = experts_TC.shape, y_PH.shape[1]
     out_TH = y_PH.new_empty(num_tokens, num_columns)
     block = min(triton.next_power_of_2(num_columns), 1024)
@@ -133,7 +104,6 @@ def _combine(y_PH: torch.Tensor, experts_TC: torch.Tensor, *, after_gate_up: boo
         out_TH,
         num_columns,
         NUM_CHOICES=num_choices,
-        AFTER_GATE_UP=after_gate_up,
         BLOCK=block,
         **launch_options(y_PH.device),
     )
@@ -144,96 +114,120 @@ def _moe_mlp_triton(
     x_TH: torch.Tensor,
     gate_up_weight_EUH: torch.Tensor,
     down_weight_EHF: torch.Tensor,
-    routing: ChosenExperts | RouterLogits,
+    weights_TC: torch.Tensor,
+    experts_TC: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    num_experts, hidden, intermediate = down_weight_EHF.shape
-    num_tokens, num_choices = x_TH.shape[0], routing.num_choices
+    (num_experts, hidden, intermediate), (num_tokens, num_choices) = down_weight_EHF.shape, experts_TC.shape
     if x_TH.numel() == 0:
         return x_TH.new_empty(num_tokens, hidden)
     sizes = MoeSizes(
         num_tokens=num_tokens, num_choices=num_choices, num_experts=num_experts, hidden=hidden, intermediate=intermediate
     )
-    gate_up, down = choose_config("moe_gate_up", sizes, x_TH), choose_config("moe_down", sizes, x_TH)
-    routing, order = prepare_routing(routing, num_experts, gate_up, down)
-    return run_experts(x_TH, gate_up_weight_EUH, down_weight_EHF, routing, order, activation, gate_up=gate_up, down=down)
-
-
-def prepare_routing(
-    routing: ChosenExperts | RouterLogits, num_experts: int, *configs: MoeConfig
-) -> tuple[ChosenExperts | RouterLogits, Order | None]:
-    """What kernels of these configs need: matrix-vector ones neither chosen experts nor an order, grouped GEMMs both."""
-    if all(isinstance(config, GemvConfig) for config in configs):
-        return routing, None
-    if isinstance(routing, RouterLogits):
-        weights_TC, experts_TC = route_tokens(routing.logits_TE, routing.num_choices, renormalize=routing.renormalize)
-        routing = ChosenExperts(weights_TC=weights_TC, experts_TC=experts_TC)
-    return routing, sort_pairs(routing.experts_TC, num_experts)
+    gate_up = choose_config("moe_gate_up", sizes, x_TH, gate_up_weight_EUH)
+    down = choose_config("moe_down", sizes, x_TH, down_weight_EHF)
+    return run_experts(
+        x_TH, gate_up_weight_EUH, down_weight_EHF, weights_TC, experts_TC, activation, gate_up=gate_up, down=down
+    )
 
 
 def run_experts(
     x_TH: torch.Tensor,
     gate_up_weight_EUH: torch.Tensor,
     down_weight_EHF: torch.Tensor,
-    routing: ChosenExperts | RouterLogits,
-    order: Order | None,
+    weights_TC: torch.Tensor,
+    experts_TC: torch.Tensor,
     activation: str,
     *,
     gate_up: MoeConfig,
     down: MoeConfig,
 ) -> torch.Tensor:
-    """out [T, H] of what prepare_routing answers. Nothing may come between these two, see `after_gate_up` of run_down."""
-    sorted_rows = isinstance(gate_up, GroupedConfig) and isinstance(down, GroupedConfig)
-    h_PF = run_gate_up(x_TH, gate_up_weight_EUH, routing, order, activation, config=gate_up, sorted_rows=sorted_rows)
-    return run_down(h_PF, down_weight_EHF, routing, order, config=down, sorted_rows=sorted_rows, after_gate_up=True)
+    """out [T, H]. Nothing may come between the two products, see `after_gate_up` of run_down."""
+    first_is_gemv, second_is_gemv = isinstance(gate_up, GemvConfig), isinstance(down, GemvConfig)
+    order = None if first_is_gemv and second_is_gemv else sort_pairs(experts_TC, down_weight_EHF.shape[0])
+    sorted_rows = not first_is_gemv and not second_is_gemv
+    h_PF = run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, activation, config=gate_up, sorted_rows=sorted_rows)
+    return run_down(
+        h_PF,
+        down_weight_EHF,
+        weights_TC,
+        experts_TC,
+        order,
+        config=down,
+        sorted_rows=sorted_rows,
+        after_gate_up=not first_is_gemv,  # the others' kernels wait before they let the next start
+    )
 
 
 def run_gate_up(
     x_TH: torch.Tensor,
     gate_up_weight_EUH: torch.Tensor,
-    routing: ChosenExperts | RouterLogits,
+    experts_TC: torch.Tensor,
     order: Order | None,
     activation: str,
     *,
     config: MoeConfig,
     sorted_rows: bool,
 ) -> torch.Tensor:
-    """h [P, F]. `routing` and `order` as prepare_routing answers for the config; `sorted_rows`: between grouped GEMMs only."""
+    """h [P, F], its rows in the order of `order`'s pairs where `sorted_rows`. A matrix-vector kernel knows neither."""
     if isinstance(config, GemvConfig):
-        return gated_gemv(x_TH, gate_up_weight_EUH, routing, activation, config=config)
+        return gated_gemv(x_TH, gate_up_weight_EUH, experts_TC, activation, config=config)
     assert order is not None
-    return gated_grouped_gemm(x_TH, gate_up_weight_EUH, *order, activation, config=config, sorted_rows=sorted_rows)
+    if isinstance(config, GroupedConfig):
+        return gated_grouped_gemm(x_TH, gate_up_weight_EUH, *order, activation, config=config, sorted_rows=sorted_rows)
+    h_PF = x_TH.new_empty(experts_TC.numel(), gate_up_weight_EUH.shape[1] // 2)
+    nearly_all_are_chosen = experts_TC.numel() >= 2 * gate_up_weight_EUH.shape[0]
+    streaming_experts(
+        x_TH,
+        gate_up_weight_EUH,
+        None,
+        h_PF,
+        *order,
+        activation=activation,
+        config=config,
+        routing=Routing.ASSUME_ALL if nearly_all_are_chosen else Routing.AFTER_WAIT,
+        sorted_rows=sorted_rows,
+    )
+    return h_PF
 
 
 def run_down(
     h_PF: torch.Tensor,
     down_weight_EHF: torch.Tensor,
-    routing: ChosenExperts | RouterLogits,
+    weights_TC: torch.Tensor,
+    experts_TC: torch.Tensor,
     order: Order | None,
     *,
     config: MoeConfig,
     sorted_rows: bool,
     after_gate_up: bool,
 ) -> torch.Tensor:
-    """out [T, H]. `routing`, `order` and `sorted_rows` as in run_gate_up.
+    """out [T, H]. `order` and `sorted_rows` as in run_gate_up.
 
-    `after_gate_up`: the caller launched run_gate_up just before, or has waited since `routing` and `order` were written. The
-    kernels then read them, and weights, while that one ends: it lets them start only when what came before has finished.
+    `after_gate_up`: the caller launched run_gate_up just before, with a kernel that waits before it lets the next start, or has
+    waited since `experts` and `order` were written. The kernels then read these, and weights, while that one ends.
     """
     if isinstance(config, GemvConfig):
-        return down_gemv(h_PF, down_weight_EHF, routing, config=config, after_gate_up=after_gate_up)
+        return down_gemv(h_PF, down_weight_EHF, weights_TC, experts_TC, config=config)
     assert order is not None
-    assert isinstance(routing, ChosenExperts)
-    y_PH = weighted_grouped_gemm(
+    if isinstance(config, GroupedConfig):
+        y_PH = weighted_grouped_gemm(
+            h_PF, down_weight_EHF, weights_TC, *order, config=config, sorted_rows=sorted_rows, after_gate_up=after_gate_up
+        )
+        return _combine(y_PH, experts_TC)
+    y_PH = h_PF.new_empty(h_PF.shape[0], down_weight_EHF.shape[1])
+    streaming_experts(
         h_PF,
         down_weight_EHF,
-        routing.weights_TC,
+        weights_TC,
+        y_PH,
         *order,
+        activation=None,
         config=config,
+        routing=Routing.BEFORE_WAIT if after_gate_up else Routing.AFTER_WAIT,
         sorted_rows=sorted_rows,
-        after_gate_up=after_gate_up,
     )
-    return _combine(y_PH, routing.experts_TC, after_gate_up=after_gate_up)
+    return _combine(y_PH, experts_TC)
 
 
 def _check(
@@ -243,16 +237,6 @@ def _check(
     weights_TC: torch.Tensor,
     experts_TC: torch.Tensor,
 ) -> None:
-    _check_experts(x_TH, gate_up_weight_EUH, down_weight_EHF)
-    if experts_TC.dim() != 2 or experts_TC.shape[0] != x_TH.shape[0] or weights_TC.shape != experts_TC.shape:
-        raise ValueError(f"moe_mlp: weights {tuple(weights_TC.shape)} and experts {tuple(experts_TC.shape)} must be [T, top_k]")
-    if not weights_TC.is_contiguous() or not experts_TC.is_contiguous():
-        raise ValueError("moe_mlp: weights and experts must be contiguous")
-    if weights_TC.dtype != torch.float32 or experts_TC.dtype != torch.int32:
-        raise ValueError(f"moe_mlp: weights must be float32, experts int32: {weights_TC.dtype}, {experts_TC.dtype}")
-
-
-def _check_experts(x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, down_weight_EHF: torch.Tensor) -> None:
     if x_TH.dim() != 2 or gate_up_weight_EUH.dim() != 3 or down_weight_EHF.dim() != 3:
         raise ValueError("moe_mlp: x must be [T, H], gate_up_weight [E, 2 F, H], down_weight [E, H, F]")
     num_experts, hidden, intermediate = down_weight_EHF.shape
@@ -261,5 +245,11 @@ def _check_experts(x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, down_we
             f"moe_mlp: x {tuple(x_TH.shape)}, gate_up_weight {tuple(gate_up_weight_EUH.shape)} and down_weight "
             f"{tuple(down_weight_EHF.shape)} do not fit: [T, H], [E, 2 F, H], [E, H, F]"
         )
+    if experts_TC.dim() != 2 or experts_TC.shape[0] != x_TH.shape[0] or weights_TC.shape != experts_TC.shape:
+        raise ValueError(f"moe_mlp: weights {tuple(weights_TC.shape)} and experts {tuple(experts_TC.shape)} must be [T, top_k]")
     if any(x.stride(-1) != 1 for x in (x_TH, gate_up_weight_EUH, down_weight_EHF)):
         raise ValueError("moe_mlp: the last dimension of x and of the weights must be contiguous")
+    if not weights_TC.is_contiguous() or not experts_TC.is_contiguous():
+        raise ValueError("moe_mlp: weights and experts must be contiguous")
+    if weights_TC.dtype != torch.float32 or experts_TC.dtype != torch.int32:
+        raise ValueError(f"moe_mlp: weights must be float32, experts int32: {weights_TC.dtype}, {experts_TC.dtype}")

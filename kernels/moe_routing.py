@@ -8,8 +8,6 @@ T tokens, E experts, C = top_k choices. Sources: Jiang et al. 2024, "Mixtral of 
 norm_topk_prob decides).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -23,40 +21,8 @@ TOLERANCE = (1e-5, 1e-6)
 MAX_EXPERTS = 0x2000  # of a routing key
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChosenExperts:
-    """What route_tokens answers: weights [T, C] float32, experts [T, C] int32; a negative id belongs to another rank."""
-
-    weights_TC: torch.Tensor
-    experts_TC: torch.Tensor
-
-    @property
-    def num_choices(self) -> int:
-        return self.experts_TC.shape[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterLogits:
-    """What route_tokens is asked, for kernels that choose themselves."""
-
-    logits_TE: torch.Tensor
-    num_choices: int
-    renormalize: bool
-
-
 def route_tokens(logits_TE: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights_TC float32, experts_TC int32). ValueError where top_k is not in 1..E or logits are not [T, E]."""
-    check_routing(logits_TE, top_k)
-    backend = choose_backend("route_tokens", logits_TE)
-    if backend == "cpp":
-        return cpu_ops.route_tokens(logits_TE, top_k, renormalize=renormalize)
-    if backend == "triton":
-        return _route_tokens_triton(logits_TE, top_k, renormalize=renormalize)
-    return route_tokens_ref(logits_TE, top_k, renormalize=renormalize)
-
-
-def check_routing(logits_TE: torch.Tensor, top_k: int) -> None:
-    """ValueError where a token's experts cannot be chosen from these logits."""
     if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
         raise ValueError(f"route_tokens: logits {tuple(logits_TE.shape)} {logits_TE.dtype} must be float [tokens, experts]")
     if logits_TE.stride(1) != 1:
@@ -65,6 +31,12 @@ def check_routing(logits_TE: torch.Tensor, top_k: int) -> None:
         raise ValueError(f"route_tokens: top_k {top_k} must be between 1 and the {logits_TE.shape[1]} experts")
     if logits_TE.shape[1] > MAX_EXPERTS:
         raise ValueError(f"route_tokens: {logits_TE.shape[1]} experts are more than the {MAX_EXPERTS} that a key can name")
+    backend = choose_backend("route_tokens", logits_TE)
+    if backend == "cpp":
+        return cpu_ops.route_tokens(logits_TE, top_k, renormalize=renormalize)
+    if backend == "triton":
+        return _route_tokens_triton(logits_TE, top_k, renormalize=renormalize)
+    return route_tokens_ref(logits_TE, top_k, renormalize=renormalize)
 
 
 def route_tokens_ref(logits_TE: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +48,7 @@ def route_tokens_ref(logits_TE: torch.Tensor, top_k: int, *, renormalize: bool) 
 
 
 @triton.jit
-def routing_keys(logits, expert, num_experts):
+def _keys_of(logits, expert, num_experts):
     """Integers whose order is that in which experts are chosen: of larger logits, of equals of the lower id. Unique.
 
     `logits` of any shape and float dtype, `expert` their ids in a shape that fits; ids from num_experts on get the lowest key.
@@ -93,44 +65,14 @@ def routing_keys(logits, expert, num_experts):
 
 
 @triton.jit
-def expert_of(key):
-    return 0x1FFF - (key & 0x1FFF).to(tl.int32)
-
-
-@triton.jit
-def logit_of(key):
-    """float32, exactly the logit that went into the key, but for the sign of zero."""
-    if key.dtype == tl.int64:
-        order = (key >> 32).to(tl.int32)
+def _logits_of(keys):
+    """float32, exactly the logits that went into the keys, but for the sign of zero."""
+    if keys.dtype == tl.int64:
+        order = (keys >> 32).to(tl.int32)
         bits = order ^ ((order >> 31) & 0x7FFFFFFF)
     else:
-        bits = (key ^ ((key >> 31) & 0x7FFFFFFF)) & -0x2000
+        bits = (keys ^ ((keys >> 31) & 0x7FFFFFFF)) & -0x2000
     return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def largest_keys(keys_RE, TOP_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[R, BLOCK_C]: of each row the TOP_K largest, largest first, and its least one in the columns beyond."""
-    choice = tl.arange(0, BLOCK_C)[None, :]
-    least_R = tl.min(keys_RE, axis=1)
-    chosen_RC = tl.broadcast_to(least_R[:, None], [keys_RE.shape[0], BLOCK_C])
-    for c in tl.static_range(TOP_K):
-        best_R = tl.max(keys_RE, axis=1)
-        keys_RE = tl.where(keys_RE == best_R[:, None], least_R[:, None], keys_RE)
-        chosen_RC = tl.where(choice == c, best_R[:, None], chosen_RC)
-    return chosen_RC
-
-
-@triton.jit
-def routing_weights(chosen_RC, logits_RE, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """float32 [R, BLOCK_C], 0 in the columns beyond TOP_K. `logits_RE` are -inf beyond the experts."""
-    inside = tl.arange(0, BLOCK_C)[None, :] < TOP_K
-    chosen_logits_RC = tl.where(inside, logit_of(chosen_RC), -float("inf"))
-    largest_R1 = tl.max(chosen_logits_RC, axis=1)[:, None]
-    weights_RC = tl.exp(chosen_logits_RC - largest_R1)
-    # The sum over all experts cancels when the chosen ones' weights are divided by theirs.
-    total_R = tl.sum(weights_RC, axis=1) if RENORMALIZE else tl.sum(tl.exp(logits_RE.to(tl.float32) - largest_R1), axis=1)
-    return weights_RC / total_R[:, None]
 
 
 @triton.jit
@@ -148,20 +90,30 @@ def _route_tokens_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program BLOCK_T tokens: takes the largest logit left TOP_K times."""
+    """One program BLOCK_T tokens: takes the largest key left TOP_K times."""
     let_next_start(EARLY_START)
     wait_for_previous(EARLY_START)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)[None, :]
     logits_TE = logits + token.to(tl.int64)[:, None] * stride_logits + expert
     logits_TE = tl.load(logits_TE, (token < num_tokens)[:, None] & (expert < num_experts), other=-float("inf"))
-    chosen_TC = largest_keys(routing_keys(logits_TE, expert, num_experts), TOP_K, BLOCK_C)
-    weights_TC = routing_weights(chosen_TC, logits_TE, TOP_K, RENORMALIZE, BLOCK_C)
+    keys_TE = _keys_of(logits_TE, expert, num_experts)
+    least_T = tl.min(keys_TE, axis=1)
     choice = tl.arange(0, BLOCK_C)[None, :]
-    inside = (token < num_tokens)[:, None] & (choice < TOP_K)
+    chosen_TC = tl.broadcast_to(least_T[:, None], [BLOCK_T, BLOCK_C])
+    for c in tl.static_range(TOP_K):
+        best_T = tl.max(keys_TE, axis=1)
+        keys_TE = tl.where(keys_TE == best_T[:, None], least_T[:, None], keys_TE)
+        chosen_TC = tl.where(choice == c, best_T[:, None], chosen_TC)
+    chosen_logits_TC = tl.where(choice < TOP_K, _logits_of(chosen_TC), -float("inf"))
+    largest_T1 = tl.max(chosen_logits_TC, axis=1)[:, None]
+    weights_TC = tl.exp(chosen_logits_TC - largest_T1)
+    # The sum over all experts cancels when the chosen ones' weights are divided by theirs.
+    total_T = tl.sum(weights_TC, axis=1) if RENORMALIZE else tl.sum(tl.exp(logits_TE.to(tl.float32) - largest_T1), axis=1)
     pair = token.to(tl.int64)[:, None] * TOP_K + choice
-    tl.store(weights + pair, weights_TC, inside)
-    tl.store(experts + pair, expert_of(chosen_TC), inside)
+    inside = (token < num_tokens)[:, None] & (choice < TOP_K)
+    tl.store(weights + pair, weights_TC / total_T[:, None], inside)
+    tl.store(experts + pair, 0x1FFF - (chosen_TC & 0x1FFF).to(tl.int32), inside)
 
 
 def _route_tokens_triton(logits_TE: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,14 +10,19 @@ T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediat
 from __future__ import annotations
 
 import ctypes
+import logging
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
+from itertools import pairwise
 
 import torch
 import triton
 
 from .cuda import loader
-from .gated_activation import ACTIVATIONS
+from .gated_activation import ACTIVATIONS, gated_activation_ref
+
+logger = logging.getLogger(__name__)
 
 SOURCE = "streaming_experts"
 ROWS, TILES = (8, 16, 32, 64), (64, 128, 256)
@@ -63,14 +68,14 @@ def streaming_experts(
 ) -> None:
     """Writes y of each pair of an expert. Gated where `activation` is named (U = 2 N), else scaled by pair (U = N).
 
-    Row pair // (P / R) of x belongs to a pair. With `sorted_rows` y of the gated product, and x of the other, have their rows in
-    the order of `pairs`. ValueError where `unfit_reason` has one, or x is not aligned.
+    Row pair // (P / R) of x belongs to a pair. With `sorted_rows` y of the gated product, and x of the other, have their rows
+    in the order of `pairs`. ValueError where `unfit_reason` has one.
     """
-    reason = unfit_reason(config, weight_EUK, gated=activation is not None)
-    if reason is None and (x_RK.stride(0) % 8 or x_RK.data_ptr() % 16):
-        reason = f"rows of x (stride {x_RK.stride(0)}) must lie apart by multiples of 16 bytes and begin at one"
+    reason = unfit_reason(config, weight_EUK, x_RK.dtype, gated=activation is not None)
     if reason is not None:
         raise ValueError(f"streaming_experts: {reason}")
+    if x_RK.stride(0) % 8 or x_RK.data_ptr() % 16:
+        x_RK = x_RK.clone(memory_format=torch.contiguous_format)  # rows at multiples of 16 bytes
     num_experts, weight_rows, num_inputs = weight_EUK.shape
     num_outputs = y_PN.shape[1]
     outputs = config.tile // (1 if activation is None else 2)
@@ -105,27 +110,67 @@ def streaming_experts(
     )
 
 
+def streaming_experts_ref(
+    x_RK: torch.Tensor,
+    weight_EUK: torch.Tensor,
+    scales: torch.Tensor | None,
+    y_PN: torch.Tensor,
+    pairs_P: torch.Tensor,
+    expert_starts: torch.Tensor,
+    *,
+    activation: str | None,
+    sorted_rows: bool,
+) -> None:
+    for expert, (first, end) in enumerate(pairwise(expert_starts.tolist())):
+        pairs = pairs_P[first:end].long()
+        places = torch.arange(first, end, device=pairs.device)
+        rows = places if sorted_rows and activation is None else pairs // (y_PN.shape[0] // x_RK.shape[0])
+        y = x_RK[rows].float() @ weight_EUK[expert].float().T
+        if scales is not None:
+            y *= scales.flatten()[pairs, None]
+        if activation is not None:
+            y = gated_activation_ref(y.to(y_PN.dtype), activation)
+        y_PN[places if sorted_rows and activation is not None else pairs] = y.to(y_PN.dtype)
+
+
 def shared_bytes(config: StreamingConfig) -> int:
     """Dynamic shared memory of a CTA: its stages, and the sums of a pass."""
     stage = (config.tile + config.rows) * STEP_INPUTS * 2
     return 1024 + config.num_stages * stage + config.rows * (config.tile + 4) * 4
 
 
-def unfit_reason(config: StreamingConfig, weight_EUK: torch.Tensor, *, gated: bool) -> str | None:
-    """Why the kernel cannot run with this config on this weight, or None. Compiles at the first call."""
+def serves(config: StreamingConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> bool:
+    """Whether the kernel can run; where not, the reason has been logged once. Compiles at the first call."""
+    reason = unfit_reason(config, weight_EUK, dtype, gated=gated)
+    if reason is not None and loader.unavailable_reason() is None:  # without a compiler the loader has warned itself
+        _warn_once(reason)
+    return reason is None
+
+
+def unfit_reason(config: StreamingConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> str | None:
+    """Why the kernel cannot run with this config on this weight and x of this dtype, or None. Compiles at the first call."""
     num_experts, weight_rows, num_inputs = weight_EUK.shape
+    reason = _unfit_config(config)
+    if reason is not None:
+        return reason
+    if num_experts > MAX_EXPERTS or num_inputs % STEP_INPUTS or (weight_rows // (2 if gated else 1)) % 4:
+        return f"weights {tuple(weight_EUK.shape)}: at most {MAX_EXPERTS} experts, inputs by {STEP_INPUTS}, outputs by 4"
+    if weight_EUK.dtype not in (torch.bfloat16, torch.float16) or dtype != weight_EUK.dtype:
+        return f"x is {dtype}, the weight {weight_EUK.dtype}: both must be bfloat16 or both float16"
+    if not weight_EUK.is_contiguous() or weight_EUK.data_ptr() % 16:
+        return f"the weight (strides {weight_EUK.stride()}) must be contiguous and begin at a multiple of 16 bytes"
+    if not loader.can_run_on(weight_EUK.device):
+        return f"it is for compute capability {'.'.join(map(str, loader.CAPABILITY))}, the weight is on {weight_EUK.device}"
+    is_loaded = _load(config, weight_EUK, gated=gated) is not None
+    return None if is_loaded else f"it cannot be compiled: {loader.unavailable_reason()}"
+
+
+@cache
+def _unfit_config(config: StreamingConfig) -> str | None:
     if config.tile not in TILES or config.rows not in ROWS or not 2 <= config.num_stages <= MAX_STAGES:
         return f"{config} is not of tiles {TILES}, rows {ROWS} and 2 to {MAX_STAGES} stages"
     if shared_bytes(config) > loader.MAX_SHARED_BYTES:
         return f"{config} needs {shared_bytes(config)} bytes of shared memory, there are {loader.MAX_SHARED_BYTES}"
-    if num_experts > MAX_EXPERTS or num_inputs % STEP_INPUTS or (weight_rows // (2 if gated else 1)) % 4:
-        return f"weights {tuple(weight_EUK.shape)}: at most {MAX_EXPERTS} experts, inputs by {STEP_INPUTS}, outputs by 4"
-    if weight_EUK.dtype not in (torch.bfloat16, torch.float16) or not weight_EUK.is_contiguous() or weight_EUK.data_ptr() % 16:
-        return f"the weight must be contiguous bfloat16 or float16, not {weight_EUK.dtype} of strides {weight_EUK.stride()}"
-    if weight_EUK.device.type != "cuda" or torch.cuda.get_device_capability(weight_EUK.device) != loader.CAPABILITY:
-        return f"it is for compute capability {'.'.join(map(str, loader.CAPABILITY))}, the weight is on {weight_EUK.device}"
-    if _load(config, weight_EUK, gated=gated) is None:
-        return f"it cannot be compiled: {loader.unavailable_reason()}"
     return None
 
 
@@ -137,3 +182,8 @@ def _load(config: StreamingConfig, weight_EUK: torch.Tensor, *, gated: bool) -> 
         ("FLOAT16", int(weight_EUK.dtype == torch.float16)),
     )
     return loader.load(SOURCE, macros, weight_EUK.device.index)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    logger.warning("streaming_experts does not serve a layer that the tuned table gives it, another kernel does: %s", reason)

@@ -105,7 +105,7 @@ def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gate
         return f"the weight is {weight_NK.dtype}, it takes bfloat16 and float16"
     if not _is_aligned(weight_NK):
         return f"the weight's rows (stride {weight_NK.stride(0)}) must lie apart by multiples of 16 bytes and begin at one"
-    if not _is_on_hopper(weight_NK):
+    if not loader.can_run_on(weight_NK.device):
         return f"it is for compute capability {'.'.join(map(str, loader.CAPABILITY))}, the weight is on {weight_NK.device}"
     plan = plan_launch(config, num_rows, num_outputs // 2 if gated else num_outputs, num_inputs, gated)
     if _load(plan, weight_NK) is None:
@@ -204,15 +204,6 @@ def _aligned(x_MK: torch.Tensor) -> torch.Tensor:
     num_rows, num_inputs = x_MK.shape
     copy = x_MK.new_empty(num_rows, triton.cdiv(num_inputs, 8) * 8)[:, :num_inputs]
     return copy.copy_(x_MK)
-
-
-def _is_on_hopper(weight_NK: torch.Tensor) -> bool:
-    return weight_NK.device.type == "cuda" and _capability(weight_NK.device) == loader.CAPABILITY
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @cache

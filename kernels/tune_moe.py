@@ -9,12 +9,14 @@ from functools import partial
 import torch
 import triton
 
+from .cuda import loader
 from .graph_timing import num_calls
 from .grouped_tiles import GroupedConfig
 from .moe_config import MoeConfig, MoeSizes, gemv_block_k, parse_config, rule, table_config
 from .moe_gemv import GemvConfig
-from .moe_mlp import prepare_routing, run_down, run_gate_up
-from .moe_routing import RouterLogits
+from .moe_mlp import run_down, run_gate_up
+from .moe_sort import sort_pairs
+from .streaming_experts import StreamingConfig
 from .tuning import Config
 
 # (experts, choices, hidden, intermediate) of a model's sparse layers on one GPU.
@@ -22,19 +24,16 @@ MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
 MAX_GEMV_ROWS = 16  # beyond, two tokens share an expert too often
+MAX_STREAMING_ROWS = 64
 # Tall tiles (block_m, block_n, block_k, num_warps, num_stages, tma, persistent). A gated tile is twice as wide. Two tiles of 4
 # warps and at most 113 KB (stages of (block_m + width) * block_k) fit a multiprocessor: one computes while the other fills or
 # stores.
 TALL_TILES = {
     "moe_gate_up": [
-        (64, 64, 64, 4, 4, True, False),
-        (64, 128, 64, 4, 4, True, False),
+        (64, 64, 64, 4, 4, False, False),
         (64, 128, 64, 8, 4, False, False),
-        (128, 64, 64, 4, 3, True, False),
-        (128, 64, 64, 4, 3, True, True),
-        (128, 128, 64, 8, 4, True, False),
-        (128, 128, 64, 8, 3, True, True),
-        (128, 128, 64, 8, 4, True, True),
+        (128, 64, 64, 4, 3, False, False),
+        (128, 128, 64, 8, 3, False, False),
     ],
     "moe_down": [
         (64, 128, 64, 4, 4, True, True),
@@ -67,6 +66,8 @@ SHORT_TILES = {
         (128, 128, 4, 3, 8),
     ],
 }
+# (tile, rows, num_stages, programs): as many programs as fit an H200 at once.
+STREAMING_TILES = [(64, 16, 6, 396), (128, 8, 6, 264), (256, 16, 6, 132)]
 GEMV_TILES = {
     "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
     "moe_down": [(1, 256, 4), (2, 256, 4), (2, 256, 8), (4, 256, 8), (4, 256, 16), (8, 256, 16)],
@@ -77,7 +78,7 @@ GEMV_TILES = {
 class MoeCase:
     """One GEMM of one layer in bfloat16.
 
-    The time of the first includes routing and sorting where its kernel needs them done, the second's the sum.
+    The time of the first includes the sorting where its kernel needs it, the second's the sum.
     """
 
     op: str
@@ -119,14 +120,26 @@ class MoeCase:
         x = torch.randn(num_inputs, columns, device="cuda", generator=generator).bfloat16()
         calls: list[Callable[[], torch.Tensor]] = []
         for _ in range(1 if num_weights else num_calls(self.read_bytes)):
-            logits = torch.randn(moe.num_tokens, moe.num_experts, device="cuda", generator=generator).bfloat16()
-            routing = RouterLogits(logits_TE=logits, num_choices=moe.num_choices, renormalize=True)
+            scores = torch.rand(moe.num_tokens, moe.num_experts, device="cuda", generator=generator)
+            weights_TC, experts_TC = scores.topk(moe.num_choices)
+            experts_TC = experts_TC.int()
             if self.op == "moe_gate_up":
-                calls.append(partial(_route_and_gate_up, x, weight, routing, config=parsed, sorted_rows=sorted_rows))
+                calls.append(partial(_sort_and_gate_up, x, weight, experts_TC, config=parsed, sorted_rows=sorted_rows))
             else:
-                prepared = prepare_routing(routing, moe.num_experts, parsed)
+                order = sort_pairs(experts_TC, moe.num_experts)
+                torch.cuda.synchronize()  # as run_down asks of a caller that has not launched run_gate_up just before
                 calls.append(
-                    partial(run_down, x, weight, *prepared, config=parsed, sorted_rows=sorted_rows, after_gate_up=True)
+                    partial(
+                        run_down,
+                        x,
+                        weight,
+                        weights_TC,
+                        experts_TC,
+                        order,
+                        config=parsed,
+                        sorted_rows=sorted_rows,
+                        after_gate_up=True,
+                    )
                 )
         return calls
 
@@ -148,6 +161,9 @@ class MoeCase:
                         num_stages=num_stages,
                         prefetch_lines=prefetch_lines,
                     )
+        if 1 < moe.num_tokens <= MAX_STREAMING_ROWS and _is_on_hopper():
+            for tile, rows, num_stages, programs in STREAMING_TILES:
+                yield StreamingConfig(tile=tile, rows=rows, num_stages=num_stages, programs=programs)
         if average >= 16:
             for block_m, block_n, block_k, num_warps, num_stages, tma, persistent in TALL_TILES[self.op]:
                 if average >= 64 if block_m == 128 else average < 256:
@@ -162,11 +178,15 @@ class MoeCase:
                     )
 
 
-def _route_and_gate_up(
-    x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, routing: RouterLogits, *, config: MoeConfig, sorted_rows: bool
+def _is_on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == loader.CAPABILITY
+
+
+def _sort_and_gate_up(
+    x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, experts_TC: torch.Tensor, *, config: MoeConfig, sorted_rows: bool
 ) -> torch.Tensor:
-    prepared = prepare_routing(routing, gate_up_weight_EUH.shape[0], config)
-    return run_gate_up(x_TH, gate_up_weight_EUH, *prepared, "silu", config=config, sorted_rows=sorted_rows)
+    order = None if isinstance(config, GemvConfig) else sort_pairs(experts_TC, gate_up_weight_EUH.shape[0])
+    return run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, "silu", config=config, sorted_rows=sorted_rows)
 
 
 def moe_cases(shapes: Iterable[str], rows: Iterable[int] = MOE_ROWS) -> list[MoeCase]:

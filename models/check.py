@@ -1,7 +1,8 @@
 """Proves a checkpoint: its weights load strictly, and its logits and greedy tokens are those of transformers in float32.
 
 Random prompts of mixed lengths run in one batch through the paged cache: prefill, then decode steps, then once more with the
-prefill in chunks that mix with decode rows. The reference runs each prompt alone through untouched transformers.
+prefill in chunks that mix with decode rows. The reference runs each prompt alone through untouched transformers. The same again
+over several ranks, each a process on this machine's CPU that reads its own slices.
 
 V vocabulary, P prompt and decoded tokens.
 """
@@ -9,8 +10,9 @@ V vocabulary, P prompt and decoded tokens.
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +21,16 @@ import transformers
 from ..common.errors import ModelLoadError
 from .build import load_model
 from .causal_lm import CausalLM
+from .local_ranks import RanksFailedError, run_ranks
 from .paged_sequences import PagedSequences
+from .parallel import Parallel
 
 # Largest |logit - reference|, relative to the largest reference logit (or to 1 where that is less).
 TOLERANCE = 1e-4
 NUM_DECODE_STEPS = 16
 _CHUNK_TOKENS = 7
+# One rank's rows as JSON carries them.
+RankRows = list[tuple[str, bool, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +51,10 @@ class Reference:
     logits_PV: torch.Tensor
 
 
-def check_model(path: str | Path, *, device: str = "cpu", seed: int = 0) -> list[CheckRow]:
+def check_model(path: str | Path, *, device: str = "cpu", seed: int = 0, tensor_parallel: int = 1) -> list[CheckRow]:
     """The proof of the checkpoint directory, a row a claim; what fails to load ends it early with a row that is not ok.
 
-    Needs memory for the model twice, once of them in float32.
+    Needs memory for the model twice, once of them in float32, and once more with tensor_parallel.
     """
     try:
         model = load_model(path, device=device, dtype="float32")
@@ -61,7 +67,8 @@ def check_model(path: str | Path, *, device: str = "cpu", seed: int = 0) -> list
         return [*rows, CheckRow("reference", False, f"transformers {transformers.__version__} cannot load it: {error}")]
     prompts = choose_prompts(model, seed=seed)
     references = [run_reference(untouched.eval(), prompt) for prompt in prompts]
-    return rows + compare(model, references)
+    rows += compare(model, references)
+    return rows if tensor_parallel == 1 else rows + compare_ranks(path, references, size=tensor_parallel)
 
 
 def choose_prompts(model: CausalLM, *, seed: int) -> list[list[int]]:
@@ -104,6 +111,42 @@ def compare(model: CausalLM, references: Sequence[Reference]) -> list[CheckRow]:
         _tokens_row([torch.cat([prefill[i][-1:], decode[i][:-1]]) for i in range(len(references))], references),
         _logits_row("chunked prefill", [(chunked[i], r.logits_PV) for i, r in enumerate(references)]),
     ]
+
+
+def compare_ranks(path: str | Path, references: Sequence[Reference], *, size: int) -> list[CheckRow]:
+    """The rows of `compare` over `size` ranks of this machine's CPU; a row is ok when every rank says so."""
+    with tempfile.TemporaryDirectory(prefix="pilotfish-check-") as directory:
+        file = Path(directory) / "references.pt"
+        save_references(references, file)
+        try:
+            ranks: list[RankRows] = run_ranks(size, compare_on_rank, str(path), str(file))
+        except RanksFailedError as error:
+            return [CheckRow(f"{size} ranks", False, str(error))]
+    return [_merge(size, rows) for rows in zip(*ranks, strict=False)]  # what cannot be loaded has one row only
+
+
+def save_references(references: Sequence[Reference], file: Path) -> None:
+    """For compare_on_rank."""
+    torch.save([asdict(reference) for reference in references], file)
+
+
+def compare_on_rank(parallel: Parallel, path: str, references_file: str) -> RankRows:
+    """One rank's part of compare_ranks."""
+    try:
+        model = load_model(path, device="cpu", dtype="float32", parallel=parallel)
+    except ModelLoadError as error:
+        return [("weights", False, error.message)]
+    references = [Reference(**fields) for fields in torch.load(references_file, mmap=True, weights_only=True)]
+    rows = [CheckRow("weights", True, f"{model.num_parameters / 1e6:.1f} M parameters"), *compare(model, references)]
+    return [(row.name, row.ok, row.detail) for row in rows]
+
+
+def _merge(size: int, ranks: Sequence[tuple[str, bool, str]]) -> CheckRow:
+    """Every rank's row of one claim: what the first has against it, else what all say."""
+    wrong = [f"rank {rank}: {detail}" for rank, (_, ok, detail) in enumerate(ranks) if not ok]
+    details = [detail for _, _, detail in ranks]
+    detail = " + ".join(details) if len(set(details)) > 1 else details[0]
+    return CheckRow(f"{size} ranks: {ranks[0][0]}", not wrong, wrong[0] if wrong else detail)
 
 
 def _run_in_chunks(model: CausalLM, references: Sequence[Reference], max_len: int) -> list[torch.Tensor]:

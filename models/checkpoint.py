@@ -65,7 +65,7 @@ class Checkpoint:
         self._open_files.close()
 
     def read(self, name: str, region: tuple[slice, ...]) -> torch.Tensor:
-        """The tensor's region, as stored. Only its bytes are read from disk."""
+        """The tensor's region, as stored: a view of the mapping, whose bytes the disk is asked for when it is copied."""
         stored = self.tensors[name]
         try:
             return self._slices[name][region]

@@ -2,6 +2,8 @@
 
 Passed explicitly when a model is built; nothing looks it up. A share says which rows or columns of a checkpoint tensor this
 rank keeps; the two collectives are given by whoever owns the process group (workers), so that models know no NCCL.
+
+Nothing has to divide: parts are contiguous, in rank order and as even as they can be.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from ..common.errors import ModelLoadError
+
+# Elements: 16 bytes of a 16-bit dtype, as vector loads and TMA want the rows of a weight to begin.
+ALIGNED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,12 @@ def whole(total: int) -> Share:
 class Parallel:
     """Rank `rank` of `size`.
 
+    Every rank calls the same collectives in the same order, with tensors of the same shape and dtype, and goes on with the
+    result: they are ordered with the device's work like a kernel, and may be captured in a CUDA graph.
+
     Attributes:
-        all_reduce: sums a tensor over the ranks and returns it.
-        all_gather: joins every rank's equally shaped tensor along the last dimension, in rank order.
+        all_reduce: sums a contiguous tensor over the ranks and returns it; it may work in place.
+        all_gather: joins every rank's contiguous, equally shaped tensor along the last dimension, in rank order.
     """
 
     rank: int = 0
@@ -55,21 +63,44 @@ class Parallel:
         if self.size > 1 and (self.all_reduce is None or self.all_gather is None):
             raise ValueError(f"{self.size} ranks need all_reduce and all_gather")
 
-    def share(self, total: int, *, what: str, unit: int = 1) -> Share:
-        """This rank's equal part of `total` things of `unit` rows each. ModelLoadError where it does not divide."""
-        if total % self.size:
-            raise ModelLoadError(
-                f"{what} {total} cannot be split over {self.size} ranks: use a number of ranks that divides it"
-            )
-        part = total // self.size * unit
-        return Share(self.rank * part, (self.rank + 1) * part, total * unit)
+    def share(self, total: int, *, what: str, unit: int = 1, multiple: int = 1) -> Share:
+        """This rank's part of `total` things of `unit` rows each: never none.
+
+        Parts are whole multiples of `multiple` things (of a half, a quarter... of it where there are fewer of them than ranks),
+        with what is left over in the last. ModelLoadError for fewer things than ranks.
+        """
+        if total < self.size:
+            raise ModelLoadError(f"{what} {total} cannot be split over {self.size} ranks: use at most {total} ranks")
+        run = multiple
+        while -(-total // run) < self.size:
+            run //= 2
+        start, stop = (min(run * _first(rank, -(-total // run), self.size), total) for rank in (self.rank, self.rank + 1))
+        return Share(start * unit, stop * unit, total * unit)
 
     def kv_head_share(self, num_kv_heads: int, *, unit: int) -> Share:
-        """As `share`, but with fewer heads than ranks each head is kept by several ranks."""
-        if num_kv_heads >= self.size or self.size % num_kv_heads:
+        """As `share`; where heads are fewer than ranks, each is kept by one or several ranks."""
+        if num_kv_heads >= self.size:
             return self.share(num_kv_heads, what="the number of key/value heads", unit=unit)
         head = self.rank * num_kv_heads // self.size
         return Share(head * unit, (head + 1) * unit, num_kv_heads * unit)
+
+    def query_head_share(self, num_heads: int, num_kv_heads: int, *, unit: int) -> Share:
+        """The query heads that read this rank's kv heads; ranks that keep the same kv head share its query heads.
+
+        So every rank has the same number of query heads for each of its kv heads, as attention kernels want it.
+        ModelLoadError for fewer query heads than ranks.
+        """
+        if num_heads < self.size:
+            raise ModelLoadError(
+                f"the {num_heads} attention heads cannot be split over {self.size} ranks: use at most {num_heads} ranks; "
+                f"{_equal_sizes(num_heads, num_kv_heads)} share them equally"
+            )
+        group, kv = num_heads // num_kv_heads, self.kv_head_share(num_kv_heads, unit=1)
+        if num_kv_heads >= self.size:
+            return Share(kv.start * group * unit, kv.stop * group * unit, num_heads * unit)
+        first, behind = (_first(head, self.size, num_kv_heads) for head in (kv.start, kv.stop))  # the ranks that keep it
+        start, stop = (kv.start * group + _first(rank - first, group, behind - first) for rank in (self.rank, self.rank + 1))
+        return Share(start * unit, stop * unit, num_heads * unit)
 
     def vocab_share(self, vocab_size: int) -> Share:
         """Equal parts rounded up; the last ranks may own less."""
@@ -81,9 +112,23 @@ class Parallel:
         return x if self.all_reduce is None else self.all_reduce(x)
 
     def gather_vocab(self, x_RV: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Joins the vocabulary shares of all ranks: [R, vocab_size]."""
+        """Joins the vocabulary shares of all ranks: [R, vocab_size] on every rank, rows contiguous, equal to the bit."""
         if self.all_gather is None:
             return x_RV
         part = -(-vocab_size // self.size)
-        padded_RV = torch.nn.functional.pad(x_RV, (0, part - x_RV.shape[1]))
-        return self.all_gather(padded_RV)[:, :vocab_size]
+        if x_RV.shape[1] < part:
+            x_RV = torch.nn.functional.pad(x_RV, (0, part - x_RV.shape[1]))
+        return self.all_gather(x_RV)[:, :vocab_size]
+
+
+def _first(part: int, total: int, num_parts: int) -> int:
+    """Where part `part` begins when `total` things are dealt as evenly as possible; the first part is one of the larger."""
+    return -(-part * total // num_parts)
+
+
+def _equal_sizes(num_heads: int, num_kv_heads: int) -> str:
+    """Numbers of ranks for which every rank has equally many query heads and kv heads."""
+    group = num_heads // num_kv_heads
+    sizes = {size for size in range(1, num_kv_heads + 1) if num_kv_heads % size == 0}
+    sizes |= {num_kv_heads * parts for parts in range(1, group + 1) if group % parts == 0}
+    return ", ".join(map(str, sorted(sizes)))

@@ -3,9 +3,9 @@
 One JSON row a number of tokens and op: microseconds a call (median of replays of a CUDA graph; each call has a random router
 of its own, so that its experts are others, and weights that have left L2), the experts that it touches, TB/s of the bytes that
 it must move and TFLOP/s, with their fractions of --bandwidth and --flops. "layer" is what SparseMlp runs: router GEMM, routing
-and experts. With --parts also "gate_up" (with routing and sorting, where its kernel needs them) and "down" (with the sum). With
---baseline also a loop over the touched experts, with their tokens chosen before: three cuBLAS GEMMs in the dtype of the model,
-the activation and an index_add_ each.
+and experts. With --parts also "gate_up" (with the sorting, where a kernel needs it) and "down" (with the sum). With --baseline
+also a loop over the touched experts, with their tokens chosen before: three cuBLAS GEMMs in the dtype of the model, the
+activation and an index_add_ each.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from pilotfish.kernels.graph_timing import num_calls, num_copies, time_in_graph
-from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.linear import linear
-from pilotfish.kernels.moe_config import MoeSizes, choose_config, table_config
-from pilotfish.kernels.moe_mlp import prepare_routing, routed_moe_mlp, run_down, run_gate_up
-from pilotfish.kernels.moe_routing import RouterLogits, route_tokens
+from pilotfish.kernels.moe_config import MoeConfig, MoeSizes, choose_config, table_config
+from pilotfish.kernels.moe_gemv import GemvConfig
+from pilotfish.kernels.moe_mlp import moe_mlp, run_down, run_gate_up
+from pilotfish.kernels.moe_routing import route_tokens
+from pilotfish.kernels.moe_sort import sort_pairs
 
 NUM_EXPERTS, NUM_CHOICES, HIDDEN, INTERMEDIATE = 128, 8, 2048, 768
 ELEMENT_BYTES = 2
@@ -42,8 +43,7 @@ class Layer:
         self.routers = random(self.num_calls, NUM_EXPERTS, HIDDEN, scale=HIDDEN**-0.5)
         self.gate_ups = [random(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, scale=HIDDEN**-0.5) for _ in range(copies)]
         self.downs = [random(NUM_EXPERTS, HIDDEN, INTERMEDIATE, scale=INTERMEDIATE**-0.5) for _ in range(copies)]
-        self.logits = [linear(self.x, router) for router in self.routers]
-        self.routes = [route_tokens(logits, NUM_CHOICES, renormalize=True) for logits in self.logits]
+        self.routes = [route_tokens(linear(self.x, router), NUM_CHOICES, renormalize=True) for router in self.routers]
         self.touched = [int(experts.unique().numel()) for _, experts in self.routes]
         self.num_touched = sum(self.touched) / len(self.touched)
         self.sizes = MoeSizes(
@@ -58,7 +58,13 @@ class Layer:
         return self.gate_ups[call % len(self.gate_ups)], self.downs[call % len(self.downs)]
 
     def run(self, call: int) -> torch.Tensor:
-        return routed_moe_mlp(self.x, *self.weights(call), routing(linear(self.x, self.routers[call])), "silu")
+        routing = route_tokens(linear(self.x, self.routers[call]), NUM_CHOICES, renormalize=True)
+        return moe_mlp(self.x, *self.weights(call), *routing, "silu")
+
+    def config(self, op: str) -> MoeConfig:
+        """Of "gate_up" or "down"."""
+        weight = (self.gate_ups if op == "gate_up" else self.downs)[0]
+        return choose_config(f"moe_{op}", self.sizes, self.x, weight)
 
     def baseline(self, call: int) -> Callable[[], torch.Tensor]:
         gate_up, down = self.weights(call)
@@ -79,24 +85,22 @@ class Layer:
 
     def parts(self, call: int) -> dict[str, Callable[[], torch.Tensor]]:
         gate_up_weight, down_weight = self.weights(call)
-        gate_up, down = (choose_config(op, self.sizes, self.x) for op in ("moe_gate_up", "moe_down"))
-        sorted_rows = isinstance(gate_up, GroupedConfig) and isinstance(down, GroupedConfig)
-        unprepared = routing(self.logits[call])
-        prepared = prepare_routing(unprepared, NUM_EXPERTS, gate_up, down)
+        weights_TC, experts_TC = self.routes[call]
+        gate_up, down = self.config("gate_up"), self.config("down")
+        num_gemv = sum(isinstance(config, GemvConfig) for config in (gate_up, down))
+        order = sort_pairs(experts_TC, NUM_EXPERTS)
 
-        def route_and_gate_up() -> torch.Tensor:
-            ready = prepare_routing(unprepared, NUM_EXPERTS, gate_up, down)
-            return run_gate_up(self.x, gate_up_weight, *ready, "silu", config=gate_up, sorted_rows=sorted_rows)
+        def sort_and_gate_up() -> torch.Tensor:
+            own_order = None if num_gemv == 2 else sort_pairs(experts_TC, NUM_EXPERTS)
+            return run_gate_up(self.x, gate_up_weight, experts_TC, own_order, "silu", config=gate_up, sorted_rows=num_gemv == 0)
 
-        h = route_and_gate_up()
+        h = sort_and_gate_up()
         return {
-            "gate_up": route_and_gate_up,
-            "down": lambda: run_down(h, down_weight, *prepared, config=down, sorted_rows=sorted_rows, after_gate_up=True),
+            "gate_up": sort_and_gate_up,
+            "down": lambda: run_down(
+                h, down_weight, weights_TC, experts_TC, order, config=down, sorted_rows=num_gemv == 0, after_gate_up=True
+            ),
         }
-
-
-def routing(logits_TE: torch.Tensor) -> RouterLogits:
-    return RouterLogits(logits_TE=logits_TE, num_choices=NUM_CHOICES, renormalize=True)
 
 
 def random(*shape: int, scale: float) -> torch.Tensor:
@@ -125,7 +129,7 @@ def describe(layer: Layer, op: str, time_us: float, args: argparse.Namespace) ->
         "fraction_of_flops": round(flops / time_us / 1e6 / args.flops, 3),
     }
     if op in ("gate_up", "down"):
-        row["config"] = dict(table_config(choose_config(f"moe_{op}", layer.sizes, layer.x)))
+        row["config"] = dict(table_config(layer.config(op)))
     return row
 
 

@@ -96,6 +96,12 @@ def unavailable_reason() -> str | None:
 
 
 @functools.cache
+def can_run_on(device: torch.device) -> bool:
+    """Whether it is a GPU of the CAPABILITY that the kernels are for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
+
+
+@functools.cache
 def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
     """The function of the name of `source`.cu, compiled with `macros`; None where it cannot be had."""
     global _failure  # noqa: PLW0603 - one compiler a process, so one failure

@@ -20,12 +20,12 @@ from .rotary import RotaryTable
 
 
 class Attention(torch.nn.Module):
-    """Layer `layer` of the model; ranks share the heads."""
+    """Layer `layer` of the model; ranks share the heads, perhaps unevenly."""
 
     def __init__(self, shape: ModelShape, layer: int, *, rotary: RotaryTable, placement: Placement) -> None:
         super().__init__()
         parallel, head_dim = placement.parallel, shape.head_dim
-        q_rows = parallel.share(shape.num_heads, what="the number of attention heads", unit=head_dim)
+        q_rows = parallel.query_head_share(shape.num_heads, shape.num_kv_heads, unit=head_dim)
         kv_rows = parallel.kv_head_share(shape.num_kv_heads, unit=head_dim)
         self.layer = layer
         self.rotary = rotary

@@ -8,6 +8,7 @@ import torch
 
 from ...kernels.gated_linear import gated_linear
 from ..model_shape import ModelShape
+from ..parallel import ALIGNED
 from ..weight_source import Placement, WeightSource
 from .linear import column_linear, row_linear
 
@@ -17,7 +18,7 @@ class Mlp(torch.nn.Module):
 
     def __init__(self, shape: ModelShape, *, placement: Placement) -> None:
         super().__init__()
-        rows = placement.parallel.share(shape.intermediate_size, what="the intermediate size")
+        rows = placement.parallel.share(shape.intermediate_size, what="the intermediate size", multiple=ALIGNED)
         self.activation = shape.activation
         self.gate_up_proj = column_linear(
             {"gate_proj": rows, "up_proj": rows}, shape.hidden_size, bias=shape.mlp_bias, placement=placement

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.moe_mlp import routed_moe_mlp
-from ...kernels.moe_routing import RouterLogits
+from ...kernels.moe_mlp import moe_mlp
+from ...kernels.moe_routing import route_tokens
 from ..model_shape import ModelShape, MoeShape
-from ..parallel import whole
+from ..parallel import ALIGNED, whole
 from ..weight_source import Placement, WeightSource
 from .linear import column_linear
 
@@ -57,7 +57,7 @@ class SparseMlp(torch.nn.Module):
         self.moe = moe
         self.activation = shape.activation
         self.parallel = placement.parallel
-        self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size")
+        self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size", multiple=ALIGNED)
         self.router = column_linear(
             {self.names.router: whole(moe.num_experts)}, shape.hidden_size, bias=False, placement=placement
         )
@@ -65,10 +65,8 @@ class SparseMlp(torch.nn.Module):
         self.down_weight = placement.matrix(moe.num_experts, shape.hidden_size, self.intermediate.size)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        routing = RouterLogits(
-            logits_TE=self.router.forward(x_TH), num_choices=self.moe.top_k, renormalize=self.moe.renormalize
-        )
-        out_TH = routed_moe_mlp(x_TH, self.gate_up_weight, self.down_weight, routing, self.activation)
+        weights_TC, experts_TC = route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
+        out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
         return self.parallel.sum(out_TH)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:

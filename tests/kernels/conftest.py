@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.rms_norm import _rms_norm_kernel
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -57,3 +58,14 @@ def _interpreter(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_loader(monkeypatch, tmp_path):
+    """The folder of a cache without kernels; loading one answers what was compiled."""
+    monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path))
+    monkeypatch.setattr(loader, "_failure", None)
+    monkeypatch.setattr(loader, "_load_function", lambda path, name, index: (path.read_bytes(), name, index))
+    loader.load.cache_clear()
+    yield tmp_path / "kernels"
+    loader.load.cache_clear()

@@ -1,20 +1,14 @@
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.moe_gemv import GemvConfig
-from pilotfish.kernels.moe_mlp import (
-    TOLERANCE,
-    _moe_mlp_triton,
-    moe_mlp,
-    moe_mlp_ref,
-    prepare_routing,
-    routed_moe_mlp,
-    run_experts,
-)
-from pilotfish.kernels.moe_routing import ChosenExperts, RouterLogits, route_tokens, route_tokens_ref
+from pilotfish.kernels.moe_mlp import TOLERANCE, _moe_mlp_triton, moe_mlp, moe_mlp_ref, run_experts
+from pilotfish.kernels.moe_routing import route_tokens, route_tokens_ref
 from pilotfish.kernels.rms_norm import rms_norm
+from pilotfish.kernels.streaming_experts import StreamingConfig
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -41,11 +35,7 @@ LARGE = {
 CUDA_CASES = {torch.float32: {"few", "two_tiles", "qwen3_four"}, torch.float16: {"few", "aligned", "odd_prefill"}}  # compiling
 
 
-def run_interpreted(x, gate_up, down, weights, experts, activation):
-    return _moe_mlp_triton(x, gate_up, down, ChosenExperts(weights_TC=weights, experts_TC=experts), activation)
-
-
-RUN = {"cpu": run_interpreted, "cuda": moe_mlp}
+RUN = {"cpu": _moe_mlp_triton, "cuda": moe_mlp}
 
 
 def make(case, device="cpu", dtype=torch.float32):
@@ -89,10 +79,11 @@ CONFIGS = [
 ]
 EARLY_GEMV = GemvConfig(block_n=2, block_k=256, num_warps=4)
 EARLY_GROUPED = GroupedConfig(block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=4, prefetch_lines=4)
+STREAMING = StreamingConfig(tile=64, rows=8, num_stages=4, programs=50)
 TMA = GroupedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, tma=True)
-EARLY = [(first, second) for first in (EARLY_GEMV, EARLY_GROUPED) for second in (EARLY_GEMV, EARLY_GROUPED)]
 LISTED = replace(TMA, persistent=True)
-EARLY += [(TMA, TMA), (LISTED, LISTED), (EARLY_GROUPED, LISTED), (LISTED, EARLY_GROUPED)]
+EARLY = list(product((EARLY_GEMV, EARLY_GROUPED, STREAMING), repeat=2))
+EARLY += [(EARLY_GROUPED, TMA), (EARLY_GROUPED, LISTED), (STREAMING, LISTED)]
 PAIRS = [(config, config) for config in CONFIGS]
 PAIRS += [(CONFIGS[0], CONFIGS[3]), (CONFIGS[3], CONFIGS[1]), (CONFIGS[4], CONFIGS[2])]
 
@@ -103,30 +94,9 @@ def test_every_kernel_serves_any_shape(device, dtype, sizes, first, second):
     """Whatever a table says: each kernel computes both GEMMs, for any number of tokens, with some choices of other ranks."""
     x, gate_up, down, weights, experts = make(sizes, device, dtype)
     experts[1::3, 0] = -1
-    prepared = prepare_routing(ChosenExperts(weights_TC=weights, experts_TC=experts), down.shape[0], first, second)
-    out = run_experts(x, gate_up, down, *prepared, "silu", gate_up=first, down=second)
+    out = run_experts(x, gate_up, down, weights, experts, "silu", gate_up=first, down=second)
     rtol, atol = TOLERANCE[dtype]
     torch.testing.assert_close(out, moe_mlp_ref(x, gate_up, down, weights, experts, "silu"), rtol=rtol, atol=atol)
-
-
-def test_logits_choose_what_route_tokens_does(device, dtype, case):
-    """Matrix-vector kernels choose for themselves: the experts are those of the reference, also of equal logits."""
-    num_tokens, _, _, num_experts, top_k = case
-    renormalize = num_tokens % 2 == 0
-    x, gate_up, down, _, _ = make(case, device, dtype)
-    logits = torch.randint(-4, 4, (num_tokens, num_experts + 1), device=device).to(dtype)[:, :num_experts] / 4
-    routing = RouterLogits(logits_TE=logits, num_choices=top_k, renormalize=renormalize)
-    weights, experts = route_tokens_ref(logits, top_k, renormalize=renormalize)
-    expected = moe_mlp_ref(x, gate_up, down, weights, experts, "silu")
-    rtol, atol = TOLERANCE[dtype]
-    if device == "cpu":
-        out = _moe_mlp_triton(x, gate_up, down, routing, "silu")
-        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
-    torch.testing.assert_close(routed_moe_mlp(x, gate_up, down, routing, "silu"), expected, rtol=rtol, atol=atol)
-    if num_tokens > 0:
-        gemv = GemvConfig(block_n=32, block_k=64, num_warps=2)
-        out = run_experts(x, gate_up, down, routing, None, "silu", gate_up=gemv, down=gemv)
-        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.gpu
@@ -146,10 +116,9 @@ def test_a_captured_layer_follows_its_inputs(num_tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("from_logits", [True, False])
 @pytest.mark.parametrize("configs", EARLY, ids=lambda configs: "-".join(type(config).__name__[:4] for config in configs))
 @pytest.mark.parametrize("num_tokens", [1, 8, 300])
-def test_captured_layers_wait_for_each_other(num_tokens, configs, from_logits):
+def test_captured_layers_wait_for_each_other(num_tokens, configs):
     """Kernels start while the one before ends: a chain of layers gives the bits of layers run one by one."""
     x, gate_up, down, _, _ = make((num_tokens, 512, 256, 16, 4), "cuda", torch.bfloat16)
     ones = torch.ones(512, device="cuda", dtype=torch.bfloat16)
@@ -157,13 +126,11 @@ def test_captured_layers_wait_for_each_other(num_tokens, configs, from_logits):
     def run_layers(pause):
         y = x
         for _ in range(8):
-            routing = RouterLogits(logits_TE=y[:, :16], num_choices=4, renormalize=True)
-            if not from_logits:
-                weights, experts = route_tokens(y[:, :16], 4, renormalize=True)
-                routing = ChosenExperts(weights_TC=weights, experts_TC=experts)
+            weights, experts = route_tokens(y[:, :16], 4, renormalize=True)
             pause()
-            prepared = prepare_routing(routing, 16, *configs)
-            y = rms_norm(y + run_experts(y, gate_up, down, *prepared, "silu", gate_up=configs[0], down=configs[1]), ones, 1e-6)
+            out = run_experts(y, gate_up, down, weights, experts, "silu", gate_up=configs[0], down=configs[1])
+            pause()
+            y = rms_norm(y + out, ones, 1e-6)
             pause()
         return y
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pilotfish.kernels import gated_linear as gated_linear_module
 from pilotfish.kernels import linear as linear_module
-from pilotfish.kernels import streaming_linear, tuning
+from pilotfish.kernels import tuning
 from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.gated_activation import ACTIVATIONS, gated_activation
 from pilotfish.kernels.gated_linear import gated_linear_ref
@@ -281,16 +281,6 @@ def test_the_configs_to_try_are_few_and_fit():
 # --- the loader
 
 
-@pytest.fixture
-def fresh_loader(monkeypatch, tmp_path):
-    monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path))
-    monkeypatch.setattr(loader, "_failure", None)
-    monkeypatch.setattr(loader, "_load_function", lambda path, name, index: (path.read_bytes(), name, index))
-    loader.load.cache_clear()
-    yield tmp_path / "kernels"
-    loader.load.cache_clear()
-
-
 MACROS = (("ROWS", 8), ("TILE", 64), ("GATED", 0), ("FLOAT16", 0))
 
 
@@ -320,7 +310,7 @@ def test_without_a_compiler_there_is_one_warning_and_no_kernel(fresh_loader, mon
 
 def test_without_a_compiler_the_table_s_choice_is_passed_over(fresh_loader, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    monkeypatch.setattr(streaming_linear, "_is_on_hopper", lambda weight: True)
+    monkeypatch.setattr(loader, "can_run_on", lambda device: True)
     monkeypatch.setattr(tuning, "lookup", lambda *args: config_of())
     weight = torch.zeros(64, 128, dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING):

@@ -1,7 +1,11 @@
 import pytest
 import torch
+from pilotfish.kernels import tune_moe, tuning
+from pilotfish.kernels.cuda import loader
+from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.moe_config import MoeSizes, parse_config, rule, table_config
 from pilotfish.kernels.moe_gemv import GemvConfig
+from pilotfish.kernels.streaming_experts import StreamingConfig, shared_bytes
 from pilotfish.kernels.tune import measure
 from pilotfish.kernels.tune_moe import MOE_ROWS, MoeCase, moe_cases
 
@@ -16,16 +20,29 @@ def test_cases_cover_both_gemms_of_every_number_of_tokens():
     assert moe_cases(["qwen3-8b"]) == []
 
 
-def test_configs_survive_the_table_and_fit_the_gpu():
+@pytest.mark.parametrize("on_hopper", [True, False])
+def test_configs_survive_the_table_and_fit_the_gpu(monkeypatch, on_hopper):
+    monkeypatch.setattr(tune_moe, "_is_on_hopper", lambda: on_hopper)
     for case in moe_cases(["qwen3-30b-a3b"]):
-        assert case.candidates()
-        for fields in [*case.candidates(), case.baseline]:
-            config = parse_config(fields)
-            assert table_config(config) == fields
-            if not isinstance(config, GemvConfig):
-                gated = case.op == "moe_gate_up"
-                rows = config.block_m + config.block_n * (2 if gated else 1)
+        configs = [parse_config(fields) for fields in case.candidates()]
+        assert configs
+        assert [table_config(config) for config in configs] == case.candidates()
+        has_streaming = any(isinstance(config, StreamingConfig) for config in configs)
+        assert has_streaming == (on_hopper and 2 <= case.num_rows <= 64)
+        for config in [*configs, parse_config(case.baseline)]:
+            if isinstance(config, GroupedConfig):
+                rows = config.block_m + config.block_n * (2 if case.op == "moe_gate_up" else 1)
                 assert rows * config.block_k * 2 * config.num_stages <= SHARED_BYTES
+            if isinstance(config, StreamingConfig):
+                assert shared_bytes(config) <= loader.MAX_SHARED_BYTES
+                assert config.programs == 132 * (SHARED_BYTES // shared_bytes(config))
+
+
+def test_the_tables_in_the_package_can_be_used():
+    for path in tuning.TABLES.glob("*.json"):
+        for entry in tuning.load_entries(path):
+            if entry.op.startswith("moe"):
+                parse_config(entry.config)
 
 
 def test_read_bytes_are_of_the_touched_experts():

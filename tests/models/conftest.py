@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def save_checkpoint() -> SaveCheckpoint:
     return _save_checkpoint
 

@@ -9,6 +9,7 @@ from pilotfish.models.dummy import build_dummy
 from pilotfish.models.dummy_shapes import SHAPES, dummy_shape
 from pilotfish.models.layers.moe import SparseMlp
 from pilotfish.models.paged_sequences import PagedSequences
+from pilotfish.models.parallel import Parallel
 from pilotfish.models.registry import lookup
 from pilotfish.models.store import resolve
 
@@ -19,7 +20,6 @@ from pilotfish.models.store import resolve
 )
 def test_a_named_shape_has_the_published_number_of_parameters(name: str, millions: float, monkeypatch) -> None:
     from pilotfish.models.causal_lm import CausalLM
-    from pilotfish.models.parallel import Parallel
     from pilotfish.models.weight_source import Placement
 
     placement = Placement(
@@ -41,6 +41,19 @@ def test_a_dummy_computes_logits_of_a_sensible_size_and_its_seed_decides_them(na
     assert not torch.equal(first, other)
     assert 0.05 < float(first.std()) < 5
     assert len(set(first.argmax(dim=-1).tolist())) > 1
+
+
+@pytest.mark.parametrize("name", ["dummy:tiny", "dummy:tiny-moe"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_have_the_slices_of_one_model(name: str, size: int) -> None:
+    def no_collective(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("weights need none")
+
+    whole = {source.name: source.target for source in build_dummy(name, device="cpu", seed=1).weight_sources()}
+    for rank in range(size):
+        parallel = Parallel(rank=rank, size=size, all_reduce=no_collective, all_gather=no_collective)
+        for source in build_dummy(name, device="cpu", seed=1, parallel=parallel).weight_sources():
+            assert torch.equal(source.target, whole[source.name][source.region]), source.name
 
 
 def test_tokens_spread_over_the_experts_and_every_layer_chooses_for_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pilotfish.common.errors import ConfigError, ModelLoadError
 from pilotfish.models.build import load_model
+from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.checkpoint import SINGLE_FILE, Checkpoint
 from pilotfish.models.loader import load_weights
 from pilotfish.models.parallel import Parallel
@@ -109,23 +111,74 @@ def only_loaded(x: torch.Tensor) -> torch.Tensor:
     raise AssertionError("loading needs no collective")
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def load_ranks(path: Path, size: int) -> list[CausalLM]:
+    ranks = [Parallel(rank=rank, size=size, all_reduce=only_loaded, all_gather=only_loaded) for rank in range(size)]
+    return [load_model(path, device="cpu", parallel=parallel) for parallel in ranks]
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_rank_reads_its_slices_only(architecture: str, fused: bool, tmp_path: Path, save_checkpoint: SaveCheckpoint) -> None:
-    save_checkpoint(tmp_path, architecture, save={"save_original_format": not fused}, num_key_value_heads=3)
-    names = load_file(tmp_path / SINGLE_FILE)
-    assert any("experts.gate_up_proj" in name for name in names) == (fused and architecture != "LlamaForCausalLM")
-    replicated = sum(tensor.nbytes for name, tensor in names.items() if "norm" in name or ".gate.weight" in name)
-    total = sum(tensor.nbytes for tensor in names.values())
-    read: list[int] = []
-    for rank in range(3):
-        calls: list[tuple[int, int]] = []
-        parallel = Parallel(rank=rank, size=3, all_reduce=only_loaded, all_gather=only_loaded)
-        model = load_model(tmp_path, device="cpu", parallel=parallel, progress=lambda *call, to=calls: to.append(call))
-        assert calls[-1] == (model.weight_bytes, model.weight_bytes)
-        read.append(calls[-1][0])
-    assert sum(read) == total + 2 * replicated
-    assert max(read) - min(read) <= 2 * 48 * 4  # one row of the embedding and one of the head: 131 = 44 + 44 + 43
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_read_every_byte_once(
+    size: int, architecture: str, fused: bool, tmp_path: Path, save_checkpoint: SaveCheckpoint
+) -> None:
+    biases = {} if architecture in ("LlamaForCausalLM", "MixtralForCausalLM") else {"attention_bias": True}
+    save_checkpoint(tmp_path, architecture, save={"save_original_format": not fused}, **biases)
+    stored = load_file(tmp_path / SINGLE_FILE)
+    assert any("experts.gate_up_proj" in name for name in stored) == (fused and "M" in architecture.removesuffix("LM"))
+    num_reads = {name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in stored.items()}
+    reports = []
+    for model in load_ranks(tmp_path, size):
+        with Checkpoint(tmp_path) as checkpoint:
+            reports.append(load_weights(checkpoint, model.weight_sources()))
+        for source in model.weight_sources():
+            num_reads[source.name][source.region] += 1
+        assert reports[-1].num_bytes == model.weight_bytes
+    for name, count in num_reads.items():
+        if "norm" in name or ".gate.weight" in name or "o_proj.bias" in name:
+            assert bool((count == size).all()), name
+        elif size == 4 and (".k_proj." in name or ".v_proj." in name):  # two ranks keep the first of three kv heads
+            assert count.view(3, -1).unique(dim=1).tolist() == [[2], [1], [1]], name
+        else:
+            assert bool((count == 1).all()), name
+    assert sum(report.num_bytes for report in reports) == sum(
+        int(count.sum()) * stored[name].itemsize for name, count in num_reads.items()
+    )
+
+
+def test_columns_cost_their_rows(llama: Path) -> None:
+    """What the disk reads of a row-parallel weight does not shrink with the number of ranks, and the report says so."""
+    model = load_ranks(llama, 3)[1]
+    with Checkpoint(llama) as checkpoint:
+        report = load_weights(checkpoint, model.weight_sources())
+        split_by_columns = sum(
+            4 * math.prod(stored.shape)
+            for name, stored in checkpoint.tensors.items()
+            if name.endswith(("o_proj.weight", "down_proj.weight"))
+        )
+    assert report.num_disk_bytes - report.num_bytes == split_by_columns * 2 // 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts the pages of a mapping, which Linux tells")
+def test_a_slice_of_rows_touches_its_own_pages_only(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(8192, 1024)}, tmp_path / SINGLE_FILE)  # 32 MiB
+    neighbours = 6 << 20  # a touch may map a huge page, 2 MiB, at either end
+    with Checkpoint(tmp_path) as checkpoint:
+        before = mapped_bytes(tmp_path / SINGLE_FILE)
+        part = checkpoint.read("w", (slice(2048, 4096), slice(None))).clone()
+        touched = mapped_bytes(tmp_path / SINGLE_FILE) - before
+    assert part.nbytes <= touched <= part.nbytes + neighbours
+
+
+def mapped_bytes(path: Path) -> int:
+    """Bytes of the file's mappings in this process that have been touched."""
+    total, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0].islower() or line[0].isdigit():
+            is_ours = line.endswith(str(path))
+        elif is_ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])

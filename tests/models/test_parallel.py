@@ -1,4 +1,4 @@
-"""Tensor parallelism over threads: every rank of 2 or 3 gives the logits of transformers."""
+"""Tensor parallelism over threads: what each rank keeps, and every rank gives the logits of transformers."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ class ThreadGroup:
         (3, "Qwen2ForCausalLM", {"num_key_value_heads": 1}),
         (3, "Qwen3MoeForCausalLM", {"attention_bias": True, "decoder_sparse_step": 2}),
         (2, "MixtralForCausalLM", {"num_key_value_heads": 2, "save": {"save_original_format": False}}),
+        (2, "Qwen3ForCausalLM", {"attention_bias": True}),
+        (4, "Qwen3MoeForCausalLM", {"intermediate_size": 100, "moe_intermediate_size": 36}),
     ],
 )
 def test_ranks_agree_with_transformers(
@@ -72,11 +74,63 @@ def test_ranks_agree_with_transformers(
             assert all(row.ok for row in rows), rows
 
 
-def test_heads_that_do_not_divide_are_refused(llama: Path) -> None:
-    with pytest.raises(ModelLoadError, match="attention heads 6 cannot be split over 4 ranks"):
-        load_model(llama, device="cpu", parallel=ThreadGroup(4).parallel(0))
-    with pytest.raises(ModelLoadError, match="key/value heads 3 cannot be split over 2 ranks"):
-        load_model(llama, device="cpu", parallel=ThreadGroup(2).parallel(0))
+def heads(num_heads: int, num_kv_heads: int, size: int) -> list[tuple[range, range]]:
+    """Each rank's query heads and kv heads."""
+    ranks = [ThreadGroup(size).parallel(rank) for rank in range(size)]
+    shares = [(p.query_head_share(num_heads, num_kv_heads, unit=1), p.kv_head_share(num_kv_heads, unit=1)) for p in ranks]
+    return [(range(q.start, q.stop), range(kv.start, kv.stop)) for q, kv in shares]
+
+
+def test_smollm2_heads_over_any_number_of_ranks() -> None:
+    assert heads(9, 3, 2) == [(range(6), range(2)), (range(6, 9), range(2, 3))]
+    assert heads(9, 3, 3) == [(range(3 * i, 3 * i + 3), range(i, i + 1)) for i in range(3)]
+    assert heads(9, 3, 4) == [
+        (range(2), range(1)),
+        (range(2, 3), range(1)),
+        (range(3, 6), range(1, 2)),
+        (range(6, 9), range(2, 3)),
+    ]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (32, 8), (14, 2), (28, 4), (5, 1), (7, 7), (64, 8)])
+def test_heads_are_dealt_once_and_evenly(num_heads: int, num_kv_heads: int) -> None:
+    group = num_heads // num_kv_heads
+    for size in range(1, num_heads + 1):
+        ranks = heads(num_heads, num_kv_heads, size)
+        assert [head for q, _ in ranks for head in q] == list(range(num_heads))
+        for q, kv in ranks:
+            assert len(q) > 0
+            assert len(q) % len(kv) == 0
+            # The kernels' rule, query head n reads kv head n // (N / K), holds among this rank's heads.
+            assert [kv[n // (len(q) // len(kv))] for n in range(len(q))] == [head // group for head in q]
+        assert {head for _, kv in ranks for head in kv} == set(range(num_kv_heads))
+        num_kv = [len(kv) for _, kv in ranks]
+        assert max(num_kv) - min(num_kv) <= 1
+        assert max(num_kv) == max(1, -(-num_kv_heads // size))
+
+
+def test_more_ranks_than_query_heads_are_refused(llama: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"6 attention heads .* 7 ranks: use at most 6 ranks; 1, 3, 6 share them equally"):
+        load_model(llama, device="cpu", parallel=ThreadGroup(7).parallel(0))
+    with pytest.raises(ModelLoadError, match="the intermediate size 4 cannot be split over 6 ranks: use at most 4"):
+        ThreadGroup(6).parallel(0).share(4, what="the intermediate size", multiple=8)
+
+
+def shares(total: int, size: int, **options: int) -> list[Share]:
+    return [ThreadGroup(size).parallel(rank).share(total, what="it", **options) for rank in range(size)]
+
+
+def test_shares_are_of_whole_multiples() -> None:
+    assert [share.size for share in shares(72, 3, multiple=8)] == [24, 24, 24]
+    assert [share.size for share in shares(11008, 3, multiple=8)] == [3672, 3672, 3664]
+    assert [share.size for share in shares(100, 3, multiple=8)] == [40, 32, 28]  # the last has what is left over
+    assert [share.size for share in shares(36, 7, multiple=8)] == [8, 4, 4, 8, 4, 4, 4]  # five 8s are too few
+    assert shares(5, 2, unit=10) == [Share(0, 30, 50), Share(30, 50, 50)]
+    for total in range(1, 80):
+        for size in range(1, total + 1):
+            parts = shares(total, size, multiple=8)
+            assert [index for part in parts for index in range(part.start, part.stop)] == list(range(total))
+            assert min(part.size for part in parts) > 0
 
 
 def test_fewer_kv_heads_than_ranks_are_repeated() -> None:

@@ -1,0 +1,43 @@
+"""What ranks of a tensor-parallel group do in tests: here, because processes that are spawned must be able to import it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pilotfish.models.build import load_model
+from pilotfish.models.causal_lm import CausalLM
+from pilotfish.models.check import RankRows, compare_on_rank
+from pilotfish.models.paged_sequences import PagedSequences
+from pilotfish.models.parallel import Parallel
+
+
+def compare_all(parallel: Parallel, checkpoints: Sequence[tuple[str, str]]) -> list[RankRows]:
+    """Of each (checkpoint, file of references)."""
+    return [compare_on_rank(parallel, path, references) for path, references in checkpoints]
+
+
+def load_and_decode(parallel: Parallel, path: str, prompt: list[int], num_tokens: int) -> list[int]:
+    return decode_greedily(load_model(path, device="cpu", parallel=parallel), prompt, num_tokens)
+
+
+def decode_greedily(model: CausalLM, prompt: list[int], num_tokens: int) -> list[int]:
+    paged, new, tokens = PagedSequences(model, num_sequences=1, max_len=len(prompt) + num_tokens), prompt, []
+    while len(tokens) < num_tokens:
+        new = [int(paged.extend({0: new})[0][-1].argmax())]
+        tokens += new
+    return tokens
+
+
+def fail_on_the_last_rank(parallel: Parallel) -> None:
+    if parallel.rank == parallel.size - 1:
+        raise ValueError("no more")
+    parallel.sum(torch.ones(1))  # waits for it
+
+
+def hang(parallel: Parallel, pid_directory: str) -> None:
+    (Path(pid_directory) / str(os.getpid())).touch()
+    time.sleep(600)
