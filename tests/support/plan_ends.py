@@ -12,6 +12,7 @@ from multiprocessing.context import SpawnProcess
 
 from pilotfish.common.errors import PilotfishError
 from pilotfish.workers.plan_channel import Reader, Writer
+from pilotfish.workers.plan_stream import PlanFollower
 
 PATIENCE_S = 60.0
 
@@ -38,6 +39,20 @@ def write_and_wait(pipe: Connection, name: str, epoch: int) -> None:
     writer.send(b"one", PATIENCE_S)
     pipe.send("sent")
     pipe.poll(PATIENCE_S)
+
+
+def follow_all(pipe: Connection, address: str, epoch: int, follower: str) -> None:
+    """As `read_all`, over gRPC."""
+    plans = PlanFollower(address, epoch=epoch, follower=follower, timeout_s=PATIENCE_S)
+    pipe.send("here")
+    try:
+        while True:
+            message = plans.receive(PATIENCE_S)
+            assert message is not None
+            pipe.send((len(message), zlib.crc32(message)))
+    except PilotfishError as error:
+        pipe.send(error.message)
+    plans.close()
 
 
 @contextmanager
