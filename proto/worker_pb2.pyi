@@ -247,3 +247,17 @@ class DrainResponse(_message.Message):
     NUM_LEFT_FIELD_NUMBER: _ClassVar[int]
     num_left: int
     def __init__(self, num_left: _Optional[int] = ...) -> None: ...
+
+class FollowRequest(_message.Message):
+    __slots__ = ("epoch", "follower")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWER_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    follower: str
+    def __init__(self, epoch: _Optional[int] = ..., follower: _Optional[str] = ...) -> None: ...
+
+class PlanMessage(_message.Message):
+    __slots__ = ("plan",)
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    plan: bytes
+    def __init__(self, plan: _Optional[bytes] = ...) -> None: ...

@@ -184,3 +184,80 @@ class Worker:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class PlanStreamStub:
+    """What the leader of a replica speaks to its ranks on other nodes.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Follow = channel.unary_stream(
+                '/pilotfish.v1.PlanStream/Follow',
+                request_serializer=pilotfish_dot_proto_dot_worker__pb2.FollowRequest.SerializeToString,
+                response_deserializer=pilotfish_dot_proto_dot_worker__pb2.PlanMessage.FromString,
+                _registered_method=True)
+
+
+class PlanStreamServicer:
+    """What the leader of a replica speaks to its ranks on other nodes.
+    """
+
+    def Follow(self, request, context):
+        """Every step plan from the first of the epoch on, until the leader ends the epoch. Each rank follows once: plans are changes,
+        and one that missed some has to begin with a new epoch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PlanStreamServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=pilotfish_dot_proto_dot_worker__pb2.FollowRequest.FromString,
+                    response_serializer=pilotfish_dot_proto_dot_worker__pb2.PlanMessage.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'pilotfish.v1.PlanStream', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('pilotfish.v1.PlanStream', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PlanStream:
+    """What the leader of a replica speaks to its ranks on other nodes.
+    """
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pilotfish.v1.PlanStream/Follow',
+            pilotfish_dot_proto_dot_worker__pb2.FollowRequest.SerializeToString,
+            pilotfish_dot_proto_dot_worker__pb2.PlanMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -1,0 +1,137 @@
+"""From the leader's `send` to the plan that a rank has received and decoded, between processes of one machine.
+
+Run `python benchmarks/bench_plan_channel.py`; it needs neither a model nor a GPU. The leader sends the plan of a step that
+decodes, as often as a step would, and stamps it with a clock that all processes share; each rank subtracts. Encoding is timed
+apart, since the leader may do it while the step before runs. One JSON row for each number of processes. A process that finds no
+free core waits for one: the figures count on a machine with as many idle cores as processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+import uuid
+from multiprocessing.connection import Connection
+
+from pilotfish.common.requests import EngineRequest, TokenSampling
+from pilotfish.scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan
+from pilotfish.workers.plan_channel import Reader, Writer
+from pilotfish.workers.plan_codec import PlanDecoder, encode_plan
+
+EPOCH = 1
+BLOCK_SIZE = 16
+STAMP_BYTES = 8
+PATIENCE_S = 60.0
+NUM_WARM_UP = 50
+
+
+def first_plan(num_sequences: int) -> StepPlan:
+    sampling = TokenSampling(temperature=0.0, max_tokens=1000, seed=0)
+    prompt = tuple(range(100))
+    admitted = [
+        AdmittedSequence(
+            EngineRequest(request_id=f"request-{slot}", prompt_token_ids=prompt, sampling=sampling), slot, prompt, (), 0, 0
+        )
+        for slot in range(num_sequences)
+    ]
+    return StepPlan(1, tuple(admitted), (), ())
+
+
+def decode_plan(num_sequences: int, step_id: int) -> StepPlan:
+    """Every sequence decodes; one in BLOCK_SIZE gets a block."""
+    rows = [
+        PlannedRow(
+            f"request-{slot}", slot, 98 + step_id, 1, True, (slot,) if (slot + step_id) % BLOCK_SIZE == 0 else (), step_id - 2
+        )
+        for slot in range(num_sequences)
+    ]
+    return StepPlan(step_id, (), tuple(rows), ())
+
+
+def follow(pipe: Connection, name: str, index: int, num_steps: int, spin_us: float) -> None:
+    reader = Reader(name, epoch=EPOCH, index=index, timeout_s=PATIENCE_S, spin_s=spin_us * 1e-6)
+    decoder = PlanDecoder(epoch=EPOCH)
+    received_us, decoded_us = [], []
+    cpu_s = time.process_time()
+    for _ in range(num_steps):
+        message = reader.receive(PATIENCE_S)
+        received_ns = time.monotonic_ns()
+        assert message is not None
+        decoder.decode(memoryview(message)[STAMP_BYTES:])
+        decoded_ns = time.monotonic_ns()
+        sent_ns = int.from_bytes(message[:STAMP_BYTES], "little")
+        received_us.append((received_ns - sent_ns) / 1e3)
+        decoded_us.append((decoded_ns - sent_ns) / 1e3)
+    pipe.send((received_us, decoded_us, time.process_time() - cpu_s))
+    reader.close()
+
+
+def measure(num_readers: int, args: argparse.Namespace) -> dict[str, object]:
+    name = f"pilotfish-bench-{uuid.uuid4().hex}-epoch-{EPOCH}"
+    context = multiprocessing.get_context("spawn")
+    writer = Writer(name, epoch=EPOCH, readers=[f"rank {index + 1}" for index in range(num_readers)])
+    pipes, ranks = [], []
+    try:
+        for index in range(num_readers):
+            ours, theirs = context.Pipe()
+            rank = context.Process(target=follow, args=(theirs, name, index, args.steps, args.spin_us), daemon=True)
+            rank.start()
+            pipes.append(ours)
+            ranks.append(rank)
+        writer.wait_for_readers(PATIENCE_S)
+        encode_us, num_bytes, start_s = [], 0, time.monotonic()
+        for step_id in range(1, args.steps + 1):
+            plan = first_plan(args.sequences) if step_id == 1 else decode_plan(args.sequences, step_id)
+            encode_start_ns = time.monotonic_ns()
+            message = encode_plan(plan, epoch=EPOCH)
+            encode_us.append((time.monotonic_ns() - encode_start_ns) / 1e3)
+            num_bytes = len(message)
+            time.sleep(max(0.0, start_s + step_id * args.step_ms * 1e-3 - time.monotonic()))
+            writer.send(time.monotonic_ns().to_bytes(STAMP_BYTES, "little") + message, PATIENCE_S)
+        results = [pipe.recv() if pipe.poll(PATIENCE_S) else None for pipe in pipes]
+        wall_s = time.monotonic() - start_s
+    finally:
+        writer.close()
+        for rank in ranks:
+            rank.join(1.0)
+            rank.kill()
+    received_us = [value for result in results for value in result[0][NUM_WARM_UP:]]
+    decoded_us = [value for result in results for value in result[1][NUM_WARM_UP:]]
+    return {
+        "processes": 1 + num_readers,
+        "sequences": args.sequences,
+        "step_ms": args.step_ms,
+        "spin_us": args.spin_us,
+        "message_bytes": num_bytes,
+        "encode_p50_us": round(statistics.median(encode_us), 1),
+        "received_p50_us": quantile(received_us, 0.5),
+        "received_p99_us": quantile(received_us, 0.99),
+        "decoded_p50_us": quantile(decoded_us, 0.5),
+        "decoded_p99_us": quantile(decoded_us, 0.99),
+        "reader_cpu_share": round(max(result[2] for result in results) / wall_s, 3),
+    }
+
+
+def quantile(values: list[float], share: float) -> float:
+    return round(sorted(values)[int(len(values) * share)], 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--step-ms", type=float, default=5.0)
+    parser.add_argument("--spin-us", type=float, default=50.0)
+    args = parser.parse_args()
+    machine = {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    for num_readers in (1, 3):
+        print(json.dumps(measure(num_readers, args) | machine), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Ends of a plan channel in processes of their own; each says what happened through a pipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+
+from pilotfish.common.errors import PilotfishError
+from pilotfish.workers.plan_channel import Reader, Writer
+from pilotfish.workers.plan_stream import PlanFollower
+
+PATIENCE_S = 60.0
+
+
+def read_all(pipe: Connection, name: str, epoch: int, index: int, delay_s: float) -> None:
+    """Tells the length and CRC of each message, then the error that ended it."""
+    reader = Reader(name, epoch=epoch, index=index, timeout_s=PATIENCE_S)
+    pipe.send("here")
+    try:
+        while True:
+            time.sleep(delay_s)
+            message = reader.receive(PATIENCE_S)
+            assert message is not None
+            pipe.send((len(message), zlib.crc32(message)))
+    except PilotfishError as error:
+        pipe.send(error.message)
+    reader.close()
+
+
+def write_and_wait(pipe: Connection, name: str, epoch: int) -> None:
+    """Sends one message, and keeps the channel open."""
+    writer = Writer(name, epoch=epoch, readers=["rank 1"])
+    writer.wait_for_readers(PATIENCE_S)
+    writer.send(b"one", PATIENCE_S)
+    pipe.send("sent")
+    pipe.poll(PATIENCE_S)
+
+
+def follow_all(pipe: Connection, address: str, epoch: int, follower: str) -> None:
+    """As `read_all`, over gRPC."""
+    plans = PlanFollower(address, epoch=epoch, follower=follower, timeout_s=PATIENCE_S)
+    pipe.send("here")
+    try:
+        while True:
+            message = plans.receive(PATIENCE_S)
+            assert message is not None
+            pipe.send((len(message), zlib.crc32(message)))
+    except PilotfishError as error:
+        pipe.send(error.message)
+    plans.close()
+
+
+@contextmanager
+def process(target: Callable[..., None], *args: object) -> Iterator[tuple[SpawnProcess, Connection]]:
+    """Runs the function in a process with one end of a pipe; ended with the block, whatever happens in it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=target, args=(theirs, *args), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        yield child, ours
+    finally:
+        child.kill()
+        child.join(PATIENCE_S)
+        ours.close()
+
+
+def hear(pipe: Connection) -> object:
+    assert pipe.poll(PATIENCE_S), "the other process is silent"
+    return pipe.recv()
