@@ -191,7 +191,7 @@ class Fleet:
             if silent_s > self._config.heartbeat_timeout_s:
                 return f"its worker has been silent for {silent_s:.1f} s"
             if link.failed:
-                return "its engine failed"
+                return f"its engine failed: {link.failure}" if link.failure else "its engine failed"
             if link.step_age_s > self._stall_timeout_s:
                 return f"a step has been running for {link.step_age_s:.0f} s (stall_timeout_s is {self._stall_timeout_s:g})"
 

@@ -1,8 +1,9 @@
 """Worker processes as Ray actors: detached and named, so that a restarted controller finds them again.
 
-A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed on as few nodes as they fit) where it has
-several. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The ranks
-end together: when one has died the others are of no use. The actor class is handed in: the controller does not know workers/.
+A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed on as few nodes as they fit) where it
+has several. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The
+ranks end together: when one has died the others are of no use. The actor class is handed in: the controller does not know
+workers/.
 """
 
 from __future__ import annotations
@@ -128,9 +129,7 @@ class RayLauncher:
             raise
         return group
 
-    def _make_actor(
-        self, replica: str, epoch: int, rank: int, device: str, group: PlacementGroup | None
-    ) -> ActorHandle:
+    def _make_actor(self, replica: str, epoch: int, rank: int, device: str, group: PlacementGroup | None) -> ActorHandle:
         options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
         if group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
@@ -154,9 +153,7 @@ class RayLauncher:
         for rank, handle in enumerate(handles):
             place = None
             if len(handles) > 1:
-                place = RankPlace(
-                    rank=rank, size=len(handles), epoch=epoch, address=address, host="", timeout_s=timeout_s
-                )
+                place = RankPlace(rank=rank, size=len(handles), epoch=epoch, address=address, host="", timeout_s=timeout_s)
             starts.append(
                 asyncio.ensure_future(
                     handle.start.remote(
@@ -206,8 +203,8 @@ class RayLauncher:
         num_wanted = num_replicas * self._num_ranks
         if num_gpus < num_wanted:
             raise ConfigError(
-                f"{num_replicas} replicas of {self._num_ranks} ranks need {num_wanted} GPUs, but the Ray cluster has {num_gpus}: "
-                f"that is enough for {num_gpus // self._num_ranks} replicas; or use CPUs with device cpu"
+                f"{num_replicas} replicas of {self._num_ranks} ranks need {num_wanted} GPUs, but the Ray cluster has "
+                f"{num_gpus}: that is enough for {num_gpus // self._num_ranks} replicas; or use CPUs with device cpu"
             )
         return "cuda"
 

@@ -54,8 +54,8 @@ class WorkerLink:
     Attributes:
         connected: the worker has greeted; what is submitted now leaves now.
         last_message_time: of the monotonic clock.
-        load, step_id, step_age_s, failed: as of the last message; `step_age_s` is 0 when no step runs, `failed` says that
-            the engine cannot go on.
+        load, step_id, step_age_s, failed, failure: as of the last message; `step_age_s` is 0 when no step runs, `failed` says
+            that the engine cannot go on, `failure` why.
     """
 
     def __init__(self, *, address: str, epoch: int, controller_id: str, listener: LinkListener) -> None:
@@ -66,6 +66,7 @@ class WorkerLink:
         self.step_id = 0
         self.step_age_s = 0.0
         self.failed = False
+        self.failure = ""
         self._epoch = epoch
         self._controller_id = controller_id
         self._listener = listener
@@ -139,6 +140,7 @@ class WorkerLink:
                 case "heartbeat":
                     beat = message.heartbeat
                     self.load, self.step_age_s, self.failed = load_from_proto(beat.load), beat.step_age_s, beat.failed
+                    self.failure = beat.message
                 case "hello":
                     self._greeted()
 

@@ -24,6 +24,7 @@ from .engine_interface import FAILED_PHASE, EngineInterface
 logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.5
+_LAST_WORD_S = 1.2  # a heartbeat tells the controller why
 _EXIT_CODE_ENGINE_FAILED = 70
 
 
@@ -65,7 +66,13 @@ class WorkerActor:
             PilotfishError: why it cannot start.
         """
         try:
-            self._serving = self._start(model_config, engine_config, epoch, controller_node, num_node_workers, place)
+            engine_config = _share_of_node(engine_config, num_node_workers)
+            if place is not None:
+                place = replace(place, host=ray.util.get_node_ip_address())
+            if place is not None and not place.is_leader:
+                self._follow(model_config, engine_config, place)
+            else:
+                self._serving = self._serve(model_config, engine_config, place, epoch=epoch, controller_node=controller_node)
         except PilotfishError:
             raise
         except Exception as error:
@@ -81,49 +88,56 @@ class WorkerActor:
         """Returns after `timeout_s`; fails when the process ends before."""
         threading.Event().wait(timeout_s)
 
-    def _start(
+    def _follow(self, model_config: ModelConfig, engine_config: EngineConfig, place: RankPlace) -> None:
+        # Imported here and below: this class also travels through the controller's process, which has no use for torch.
+        from .ranks import Follower
+
+        Follower(model_config, engine_config, place, on_end=_end_process).start()
+        logger.info("rank %d of %d follows under epoch %d", place.rank, place.size, place.epoch)
+
+    def _serve(
         self,
         model_config: ModelConfig,
         engine_config: EngineConfig,
+        place: RankPlace | None,
+        *,
         epoch: int,
         controller_node: str,
-        num_node_workers: int,
-        place: RankPlace | None,
-    ) -> ServingWorker | None:
-        # Imported here: this class also travels through the controller's process, which has no use for torch.
-        from .cpu_threads import usable_cores
+    ) -> ServingWorker:
         from .engine import Engine
-        from .ranks import Follower
         from .server import WorkerServer
         from .worker_service import ServerLimits
 
-        if engine_config.device == "cpu":
-            fraction = engine_config.kv_memory_fraction or DEFAULT_KV_MEMORY_FRACTION["cpu"]
-            engine_config = replace(
-                engine_config,
-                num_threads=engine_config.num_threads or max(1, usable_cores() // num_node_workers),
-                kv_memory_fraction=fraction / num_node_workers,
-            )
-        node = ray.util.get_node_ip_address()
-        if place is not None:
-            place = replace(place, host=node)
-            if not place.is_leader:
-                Follower(model_config, engine_config, place, on_end=_end_process).start()
-                return None
         server = WorkerServer(ServerLimits())
         engine = Engine(model_config, engine_config, on_step=server.on_step, place=place)
         info = replace(engine.start(), epoch=epoch, pid=os.getpid())
         is_local = ray.get_runtime_context().get_node_id() == controller_node
+        node = ray.util.get_node_ip_address()
         address = server.start(engine, info, host="127.0.0.1" if is_local else node)
         threading.Thread(target=_exit_when_failed, args=(engine,), name="engine-watch", daemon=True).start()
         logger.info("serving %s at %s under epoch %d", info.model_name, address, epoch)
         return ServingWorker(address=address, node=node, info=info)
 
 
+def _share_of_node(config: EngineConfig, num_node_workers: int) -> EngineConfig:
+    """On CPUs the workers of a node share its cores and memory."""
+    if config.device != "cpu":
+        return config
+    from .cpu_threads import usable_cores
+
+    fraction = config.kv_memory_fraction or DEFAULT_KV_MEMORY_FRACTION["cpu"]
+    return replace(
+        config,
+        num_threads=config.num_threads or max(1, usable_cores() // num_node_workers),
+        kv_memory_fraction=fraction / num_node_workers,
+    )
+
+
 def _exit_when_failed(engine: EngineInterface) -> None:
     """A process whose engine cannot go on is of no use; its successor gets a fresh device."""
     while (health := engine.health()).phase != FAILED_PHASE:
         threading.Event().wait(_WATCH_INTERVAL_S)
+    threading.Event().wait(_LAST_WORD_S)
     _end_process(f"the engine failed: {health}")
 
 

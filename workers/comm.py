@@ -1,11 +1,10 @@
 """The ranks of one replica as a process group: the only file that knows torch.distributed.
 
-Life cycle: the leader opens a Rendezvous on a free port; every rank joins it with `RankGroup.join`, in any order, and leaves at its
-end. All ranks call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception,
-after which the group is of no use and its processes end. A message of another epoch is never seen, because the epoch is part of
-every key of the store.
+Life cycle: the leader opens a Rendezvous on a free port; every rank joins it with `RankGroup.join`, in any order. All ranks
+call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
+the group is of no use and its processes end. A message of another epoch is never seen: it is part of every key of the store.
 
-gloo serves CPUs and NCCL GPUs. NVLink multicast stays off (NCCL_NVLS_ENABLE=0 in the worker's environment, see ray_launcher.py).
+gloo serves CPUs, NCCL GPUs. NVLink multicast stays off (NCCL_NVLS_ENABLE=0 in the worker's environment, see ray_launcher.py).
 """
 
 from __future__ import annotations
@@ -30,10 +29,33 @@ class Rendezvous:
         self.address = f"{host}:{self._store.port}"
 
 
+class RankStore:
+    """Words that ranks leave for each other, through a connection of its own. The methods raise RuntimeError where it broke."""
+
+    def __init__(self, place: RankPlace) -> None:
+        host, _, port = place.address.rpartition(":")
+        timeout = timedelta(seconds=place.timeout_s)
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+        self.store = dist.PrefixStore(f"epoch-{place.epoch}", store)
+        self._timeout = timeout
+
+    def tell(self, key: str, value: str) -> None:
+        self.store.set(key, value)
+
+    def hear(self, key: str) -> str:
+        """Waits for the word, up to the place's timeout."""
+        self.store.wait([key], self._timeout)
+        return str(self.store.get(key).decode())
+
+    def told(self, key: str) -> str | None:
+        """The word, None if there is none yet."""
+        return str(self.store.get(key).decode()) if self.store.check([key]) else None
+
+
 class RankGroup:
     """The collectives of one replica, as one rank sees them."""
 
-    def __init__(self, place: RankPlace, store: dist.Store, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, place: RankPlace, store: RankStore, group: dist.ProcessGroup, device: torch.device) -> None:
         self.place = place
         self._store = store
         self._group = group
@@ -46,18 +68,16 @@ class RankGroup:
         Raises:
             InternalError: they have not all come within the timeout.
         """
-        host, _, port = place.address.rpartition(":")
-        timeout = timedelta(seconds=place.timeout_s)
         try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
-            store = dist.PrefixStore(f"epoch-{place.epoch}", store)
-            group = _nccl_group(place, store, device) if device.type == "cuda" else _gloo_group(place, store)
+            store = RankStore(place)
+            make = _nccl_group if device.type == "cuda" else _gloo_group
+            group = make(place, dist.PrefixStore("group", store.store), device)
             joined = cls(place, store, group, device)
             joined.agree_on_least(place.rank)  # the first collective connects them
         except (RuntimeError, ValueError) as error:
             raise InternalError(
-                f"rank {place.rank} of {place.size} found no group of all ranks at {place.address} within {place.timeout_s:g} s: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"rank {place.rank} of {place.size} found no group of all ranks at {place.address} within "
+                f"{place.timeout_s:g} s: {' '.join(str(error).split())[:300]}"
             ) from error
         return joined
 
@@ -95,19 +115,22 @@ class RankGroup:
 
     def tell(self, key: str, value: str) -> None:
         """Leaves a word for the other ranks."""
-        self._store.set(key, value)
+        self._store.tell(key, value)
 
     def hear(self, key: str) -> str:
-        """Waits for a word that a rank leaves. Raises DistStoreError (a RuntimeError) at the timeout."""
-        self._store.wait([key], timedelta(seconds=self.place.timeout_s))
-        return str(self._store.get(key).decode())
+        """Waits for a word that a rank leaves. Raises InternalError at the timeout."""
+        try:
+            return self._store.hear(key)
+        except RuntimeError as error:
+            raise InternalError(f"no rank has said {key!r} within {self.place.timeout_s:g} s: {error}") from error
 
 
-def _gloo_group(place: RankPlace, store: dist.Store) -> dist.ProcessGroup:
+def _gloo_group(place: RankPlace, store: dist.Store, device: torch.device) -> dist.ProcessGroup:
+    assert device.type == "cpu"
     backend = dist.ProcessGroupGloo
-    options = backend._Options()  # noqa: SLF001 - what torch itself builds them with; it has no other name
-    options._devices = [backend.create_device(hostname=place.host)]  # noqa: SLF001
-    options._timeout = timedelta(seconds=place.timeout_s)  # noqa: SLF001
+    options = backend._Options()
+    options._devices = [backend.create_device(hostname=place.host)]
+    options._timeout = timedelta(seconds=place.timeout_s)
     return backend(store, place.rank, place.size, options)
 
 
@@ -116,5 +139,5 @@ def _nccl_group(place: RankPlace, store: dist.Store, device: torch.device) -> di
     torch.cuda.set_device(device)
     backend = dist.ProcessGroupNCCL
     options = backend.Options()
-    options._timeout = timedelta(seconds=place.timeout_s)  # noqa: SLF001
+    options._timeout = timedelta(seconds=place.timeout_s)
     return backend(store, place.rank, place.size, options)

@@ -11,7 +11,7 @@ FAILED_PHASE = "failed"
 
 
 class EngineHealth(Protocol):
-    """`ok`: steps complete, or there is nothing to do. `step_age_s` is how long the current step has run, 0 when idle.
+    """`ok`: steps complete, or there is nothing to do; else `message` says why not. `step_age_s`: of this step, 0 when idle.
 
     An engine whose `phase` is FAILED_PHASE cannot go on and does not answer its requests.
     """
@@ -24,6 +24,8 @@ class EngineHealth(Protocol):
     def step_id(self) -> int: ...
     @property
     def step_age_s(self) -> float: ...
+    @property
+    def message(self) -> str: ...
 
 
 class EngineSnapshot(Protocol):

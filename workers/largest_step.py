@@ -42,9 +42,7 @@ def measure_largest_step(
         ConfigError: it does not fit into the device's memory.
     """
     cache = KvCache(one_page.layers, -(-max_model_len // config.block_size), config.block_size)
-    runner = ModelRunner(
-        model, config=config, kv_cache=cache, max_model_len=max_model_len, device=model.device, group=group
-    )
+    runner = ModelRunner(model, config=config, kv_cache=cache, max_model_len=max_model_len, device=model.device, group=group)
     plan = _largest_plan(num_tokens, num_rows=config.max_num_seqs, max_model_len=max_model_len, block_size=config.block_size)
     try:
         with measure_peak(model.device) as peak:

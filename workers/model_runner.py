@@ -125,7 +125,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, *, isolate_failures: bool = True) -> PendingStep:
-        """Applies the plan and queues its work; without `isolate_failures`, or with several ranks, the first exception is raised.
+        """Applies the plan and queues its work. Without `isolate_failures`, or with ranks, the first exception is raised.
 
         Raises:
             torch.AcceleratorError: the device is lost.

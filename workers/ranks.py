@@ -1,9 +1,9 @@
 """Several ranks compute one replica: the leader plans and ships each plan, the others follow.
 
-The leader's StepLoop launches through a LeadingRunner: a plan goes to the followers before the leader's own work is queued, so that
-all ranks queue the same collectives in the same order. A follower decides nothing: it launches each plan as it comes, and the
-leader's drawn tokens reach it by a collective (sampler.py). An error on any rank ends the whole replica: that rank's process
-ends, the others' collectives fail, and the fleet starts the replica again under a new epoch.
+The leader's StepLoop launches through a LeadingRunner: a plan goes to the followers before the leader's own work is queued, so
+that all ranks queue the same collectives in the same order. A follower decides nothing: it launches each plan as it comes, and
+the leader's drawn tokens reach it by a collective (sampler.py). An error on any rank ends the whole replica: that rank's
+process ends, the others' collectives fail, and the fleet starts the replica again under a new epoch.
 """
 
 from __future__ import annotations
@@ -21,21 +21,50 @@ from ..common.requests import WorkerInfo
 from ..scheduler.step_plan import StepPlan
 from .comm import RankGroup
 from .model_runner import ModelRunner, PendingStep
+from .plan_channel import ChannelClosed
+from .plan_codec import PlanDecoder, encode_plan
+from .plan_routes import PlanReceiver, PlanSender, open_receiver
+from .rank_watch import Beat, RankWatch
 from .runner_setup import choose_device, set_up_runner
 
 logger = logging.getLogger(__name__)
 
+_IDLE_WAIT_S = 1.0
+_MAX_IN_FLIGHT = 2  # steps that a follower has launched and whose end it has not seen
+
 
 class LeadingRunner:
-    """A ModelRunner at the head of others."""
+    """A ModelRunner at the head of others. `close` ends the followers; `failure` says which is stuck, "" while none is."""
 
-    def __init__(self, runner: ModelRunner, ship: Callable[[StepPlan], None]) -> None:
+    def __init__(self, runner: ModelRunner, sender: PlanSender, watch: RankWatch, place: RankPlace) -> None:
         self._runner = runner
-        self._ship = ship
+        self._sender = sender
+        self._watch = watch
+        self._place = place
+
+    @property
+    def failure(self) -> str:
+        return self._watch.failure
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        self._ship(plan)
+        self._sender.send(encode_plan(plan, epoch=self._place.epoch), self._place.timeout_s)
         return self._runner.launch(plan)
+
+    def close(self) -> None:
+        self._watch.close()
+        self._sender.close()
+
+
+def lead(model_config: ModelConfig, engine_config: EngineConfig, place: RankPlace) -> tuple[LeadingRunner, WorkerInfo]:
+    """Sets the leader up together with its followers.
+
+    Raises:
+        PilotfishError: this rank cannot start, or another did not come in time.
+    """
+    group = RankGroup.join(place, choose_device(engine_config))
+    runner, info = set_up_runner(model_config, engine_config, group=group)
+    sender = PlanSender(group)
+    return LeadingRunner(runner, sender, RankWatch(place), place), info
 
 
 class Follower:
@@ -59,10 +88,9 @@ class Follower:
     def _run(self) -> None:
         place = self._place
         try:
-            device = choose_device(self._engine_config)
-            group = RankGroup.join(place, device)
+            group = RankGroup.join(place, choose_device(self._engine_config))
             runner, _ = set_up_runner(self._model_config, self._engine_config, group=group)
-            plans = open_reader(group)
+            plans, beat = open_receiver(group), Beat(place)
         except Exception as error:
             if not isinstance(error, PilotfishError):
                 logger.exception("rank %d cannot start", place.rank)
@@ -70,8 +98,27 @@ class Follower:
             return
         self._started.set_result(None)
         try:
-            reason = follow(runner, plans)
+            reason = _follow(runner, plans, beat, epoch=place.epoch)
         except Exception as error:
             logger.exception("rank %d failed", place.rank)
             reason = f"rank {place.rank} failed: {type(error).__name__}: {error}"
+        beat.close()
         self._on_end(reason)
+
+
+def _follow(runner: ModelRunner, plans: PlanReceiver, beat: Beat, *, epoch: int) -> str:
+    """Until the leader ends; returns what it said."""
+    decoder, in_flight = PlanDecoder(epoch=epoch), deque[PendingStep]()
+    while True:
+        try:
+            message = plans.receive(_IDLE_WAIT_S)
+        except ChannelClosed as end:
+            return str(end)
+        if message is None:
+            continue
+        plan = decoder.decode(message)
+        beat.say(plan.step_id, "step")
+        in_flight.append(runner.launch(plan))
+        if len(in_flight) == _MAX_IN_FLIGHT:
+            in_flight.popleft().result()
+        beat.say(plan.step_id, "waiting")

@@ -280,4 +280,5 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             phase=health.phase,
             load=load_to_proto(self._load),
             failed=health.phase == FAILED_PHASE,
+            message=health.message,
         )
