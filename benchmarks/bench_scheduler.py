@@ -1,4 +1,4 @@
-"""What the scheduler costs: planning a step, taking its result, matching a prompt, and the prefix cache at growing sizes.
+"""What the scheduler costs: planning a step, taking its result, matching a prompt, the prefix cache at growing sizes, and EPLB.
 
 Run `python benchmarks/bench_scheduler.py`; it needs neither a model nor a GPU. Times are CPU time of the one thread that
 runs: wall time on a quiet machine, and comparable on a busy one.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pilotfish.common.hashing import block_hashes, root_hash
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.scheduler.block_manager import BlockManager
 from pilotfish.scheduler.block_trie import BlockTrie, TrieNode
+from pilotfish.scheduler.eplb import ExpertLayout, ExpertPlacement, place_experts, rebalance_experts
 from pilotfish.scheduler.router import Router, RouterConfig
 from pilotfish.scheduler.step_plan import StepPlan, StepResult
 from pilotfish.scheduler.step_scheduler import SchedulerConfig, StepScheduler
@@ -150,6 +152,32 @@ def bench_route(num_replicas: int, *, num_tokens: int = 8192) -> None:
     print(f"  route     {num_replicas:5} replicas            {spread(route_ms)}")
 
 
+def bench_eplb(layout: ExpertLayout, *, num_layers: int) -> None:
+    """Placing experts by skewed loads, then again after each load changed by up to a tenth, or altogether."""
+    rng = random.Random(0)
+    loads = [[rng.paretovariate(1.5) for _ in range(layout.num_logical)] for _ in range(num_layers)]
+    drifted = [[load * rng.uniform(0.9, 1.1) for load in layer] for layer in loads]
+    new = [[rng.paretovariate(1.5) for _ in layer] for layer in loads]
+    placement = place_experts(loads, layout)
+
+    def imbalance(placement: ExpertPlacement, loads: list[list[float]]) -> float:
+        """Largest rank load over the average, mean of layers."""
+        ratios = [max(placement.rank_loads(i, layer)) * layout.num_ranks / sum(layer) for i, layer in enumerate(loads)]
+        return statistics.mean(ratios)
+
+    where = f"{layout.num_nodes} nodes" if layout.num_parts > 1 else "no nodes"
+    place_ms = [timed_ms(lambda: place_experts(loads, layout)) for _ in range(5)]
+    print(f"  place     {where:8}             {spread(place_ms)}   largest rank {imbalance(placement, loads):.3f} of average")
+    for name, changed in (("drifted", drifted), ("new", new)):
+        move_ms = [timed_ms(lambda changed=changed: rebalance_experts(changed, placement)) for _ in range(5)]
+        moved, moves = rebalance_experts(changed, placement)
+        share = len(moves) / (num_layers * layout.num_physical)
+        print(
+            f"  rebalance {where:8} {name:7}     {spread(move_ms)}   largest rank {imbalance(placement, changed):.3f} -> "
+            f"{imbalance(moved, changed):.3f} of average, {share:.1%} of the experts moved"
+        )
+
+
 def main() -> None:
     print(f"Python {platform.python_version()}, {platform.machine()}, blocks of {BLOCK_SIZE} tokens")
     print("One step, all sequences decoding:")
@@ -164,6 +192,10 @@ def main() -> None:
     print("The router, a prompt of 8192 tokens:")
     for num_replicas in (2, 16):
         bench_route(num_replicas)
+    print("EPLB: 256 experts, 288 slots, 32 ranks, 58 layers:")
+    for num_nodes, num_groups in ((1, 1), (4, 8)):
+        layout = ExpertLayout(num_logical=256, num_physical=288, num_ranks=32, num_nodes=num_nodes, num_groups=num_groups)
+        bench_eplb(layout, num_layers=58)
 
 
 if __name__ == "__main__":

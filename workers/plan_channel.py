@@ -19,8 +19,10 @@ Fragment f (from 0) goes to slot f % slots with number f + 1. Why that is safe w
 - A reader raises its count after it has copied and checked the bytes, the writer fills a slot after it has seen the counts.
   Both stores depend on a branch over what was loaded, and no processor makes such a store visible before the loads.
 
-Waiting is polling. A reader first spins for `spin_s`, then sleeps, 20 us at a time at first and at most 1/500 of the time that
-the channel has been silent, up to 1 ms. Whoever holds an end is known to live by a lock that dies with its process.
+Waiting is polling. A reader first spins for `spin_s`, then sleeps, 20 us at a time at first (Linux adds 50 us of timer slack)
+and at most 1/500 of the time that the channel has been silent, up to 1 ms. A rank with a core to spare may spin through a whole
+step; other threads of its process run all the same, at Python's switch interval. Whoever holds an end is known to live by a
+lock that dies with its process.
 """
 
 from __future__ import annotations
@@ -277,7 +279,7 @@ class _Pause:
         if now_s >= self._deadline_s:
             return False
         if now_s < self._spin_until_s:
-            time.sleep(0)  # other threads of this process may run
+            os.sched_yield()  # not sleep(0), which sets a timer: some 50 us
             return True
         sleep_s = max(_MIN_SLEEP_S, (now_s - self._silent_since_s) * _SLEEP_SHARE)
         time.sleep(min(sleep_s, _MAX_SLEEP_S, self._deadline_s - now_s))
