@@ -19,7 +19,7 @@ import grpc
 import pytest
 import ray
 from pilotfish.common.cluster_state import ClusterState, ReplicaState
-from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
+from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ParallelConfig, ServeConfig
 from pilotfish.common.errors import ConfigError, ModelLoadError, PilotfishError
 from pilotfish.controller.deployment import Deployment, deploy, find
 from pilotfish.controller.service import Addresses
@@ -66,11 +66,12 @@ class Served:
     addresses: Addresses
 
 
-def config(model_path: Path, *, num_replicas: int = 2, grpc_port: int = 0) -> ServeConfig:
+def config(model_path: Path, *, num_replicas: int = 2, grpc_port: int = 0, tensor_parallel: int = 1) -> ServeConfig:
     return ServeConfig(
         model=ModelConfig(model=str(model_path), served_name="tiny"),
         engine=EngineConfig(device="cpu", num_kv_blocks=512, num_threads=1, max_num_seqs=8),
         gateway=GatewayConfig(grpc_port=grpc_port, http_port=0),
+        parallel=ParallelConfig(tensor_parallel=tensor_parallel),
         fleet=FleetConfig(num_replicas=num_replicas),
     )
 
@@ -202,6 +203,28 @@ def test_shutdown_ends_every_actor_and_process(served: Served) -> None:
     assert ray.util.list_named_actors() == []
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the processes' end")
     assert find() is None
+
+
+def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_path: Path) -> None:
+    """Two ranks compute what one does; when the follower is killed, the replica starts anew and the stream goes on."""
+    ranks = config(model_path, num_replicas=1, tensor_parallel=2)
+    deployment = deploy(ranks, model_path=str(model_path), worker_class=ray.remote(WorkerActor))
+    try:
+        served = Served(deployment, deployment.wait_ready(timeout_s=120))
+        expected = Reader(served, max_tokens=300).finish()
+        reader = Reader(served, max_tokens=300)
+        reader.wait_for(20)
+        (name,) = [name for name in ray.util.list_named_actors() if name.endswith(".1")]
+        ray.kill(ray.get_actor(name))
+        reader.finish()
+        assert reader.token_ids == expected.token_ids
+        assert reader.text == expected.text
+        wait_until(lambda: all_ready(deployment, restarts=1), "the replica's successor")
+        assert len([name for name in ray.util.list_named_actors() if name.startswith("replica-0.")]) == 2
+    finally:
+        deployment.shutdown()
+    assert ray.util.list_named_actors() == []
+    assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
 
 
 def test_a_port_in_use_is_named(local_ray: None, model_path: Path) -> None:
