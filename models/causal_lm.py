@@ -9,7 +9,7 @@ from collections.abc import Iterator, Set
 
 import torch
 
-from .family_spec import FamilySpec
+from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
 from .layers.attention import Attention
 from .layers.decoder import DecoderLayer
@@ -18,7 +18,8 @@ from .layers.mlp import Mlp
 from .layers.moe import SparseMlp
 from .layers.norm import RmsNorm
 from .layers.rotary import RotaryTable
-from .model_shape import ModelShape
+from .layers.shared_experts import SharedExperts
+from .model_shape import ModelShape, MoeShape
 from .weight_source import Placement, WeightSource
 
 
@@ -90,22 +91,33 @@ def _build_layer(
 ) -> DecoderLayer:
     mlp: Mlp | SparseMlp
     if spec.moe is not None and shape.moe is not None and layer in shape.moe.layers:
-        mlp = SparseMlp(
-            shape,
-            shape.moe,
-            layouts=spec.moe.layouts,
-            checkpoint_names=checkpoint_names,
-            prefix=_prefix(layer),
-            placement=placement,
-        )
+        mlp = _build_sparse(shape, shape.moe, spec.moe, layer, checkpoint_names=checkpoint_names, placement=placement)
     else:
-        mlp = Mlp(shape, placement=placement)
+        mlp = Mlp(shape, shape.intermediate_size, placement=placement)
     input_norm, post_attention_norm = (
         RmsNorm(name, shape.hidden_size, eps=shape.norm_eps, placement=placement)
         for name in ("input_layernorm", "post_attention_layernorm")
     )
     attention = Attention(shape, layer, rotary=rotary, placement=placement)
     return DecoderLayer(input_norm=input_norm, attention=attention, post_attention_norm=post_attention_norm, mlp=mlp)
+
+
+def _build_sparse(
+    shape: ModelShape, moe: MoeShape, spec: MoeSpec, layer: int, *, checkpoint_names: Set[str], placement: Placement
+) -> SparseMlp:
+    shared = None
+    if spec.shared is not None:
+        name, gate = spec.shared.name, spec.shared.gate
+        shared = SharedExperts(shape, moe.shared_size, name=name, gate=gate, placement=placement)
+    return SparseMlp(
+        shape,
+        moe,
+        layouts=spec.layouts,
+        checkpoint_names=checkpoint_names,
+        prefix=_prefix(layer),
+        placement=placement,
+        shared=shared,
+    )
 
 
 def _prefix(layer: int) -> str:

@@ -25,6 +25,15 @@ class Field:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharedExpertsSpec:
+    """An MLP that every token of a sparse layer goes through. `name` and `gate` as in layers.shared_experts."""
+
+    intermediate_size: Callable[[ConfigReader], int]
+    name: str
+    gate: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoeSpec:
     """The sparse layers.
 
@@ -32,6 +41,7 @@ class MoeSpec:
         layers: which layers are sparse; None is all of them.
         renormalize: the chosen experts' weights are divided by their sum.
         layouts: the namings of the experts' tensors that a checkpoint may use, the usual one first.
+        shared: beside the chosen experts; None where the family has none.
     """
 
     num_experts: Field
@@ -39,6 +49,7 @@ class MoeSpec:
     renormalize: Field | bool
     layouts: tuple[ExpertNames, ...]
     layers: SparseRule | None = None
+    shared: SharedExpertsSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,12 +86,13 @@ def same_window(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]
 def window_by_layer_type(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     """`layer_types` says which layers slide."""
     layer_types = reader.get("layer_types", ())
-    window = _window(reader)
+    slides = "sliding_attention" in layer_types
+    window = _window(reader) if slides else reader.get("sliding_window")  # may be 0 where nothing slides
     assert len(layer_types) == num_layers  # checked by transformers
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise reader.error(f"layer_types holds {', '.join(sorted(unknown))}: only full_attention and sliding_attention work")
-    if "sliding_attention" in layer_types and window is None:
+    if slides and window is None:
         raise reader.error("layer_types holds sliding_attention, but sliding_window is not set")
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
 

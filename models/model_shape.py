@@ -23,6 +23,7 @@ class MoeShape:
     Attributes:
         layers: which layers are sparse; the others have a plain MLP.
         renormalize: the chosen experts' weights are divided by their sum.
+        shared_size: intermediate size of the MLP that every token goes through besides; 0 where there is none.
     """
 
     layers: frozenset[int]
@@ -30,6 +31,7 @@ class MoeShape:
     top_k: int
     intermediate_size: int
     renormalize: bool
+    shared_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

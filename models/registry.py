@@ -17,6 +17,7 @@ ARCHITECTURES: dict[str, str] = {
     "MistralForCausalLM": "llama:MISTRAL",
     "MixtralForCausalLM": "mixtral:SPEC",
     "Qwen2ForCausalLM": "qwen2:SPEC",
+    "Qwen2MoeForCausalLM": "qwen2_moe:SPEC",
     "Qwen3ForCausalLM": "qwen3:SPEC",
     "Qwen3MoeForCausalLM": "qwen3_moe:SPEC",
 }

@@ -75,6 +75,7 @@ def _read_moe(reader: ConfigReader, spec: FamilySpec, num_layers: int) -> MoeSha
         top_k=reader.size("num_experts_per_tok"),
         intermediate_size=reader.size(spec.moe.intermediate_size.name),
         renormalize=bool(_value(reader, spec.moe.renormalize)),
+        shared_size=spec.moe.shared.intermediate_size(reader) if spec.moe.shared else 0,
     )
     if moe.top_k > moe.num_experts:
         raise reader.error(f"num_experts_per_tok {moe.top_k} is more than the {moe.num_experts} experts")

@@ -16,6 +16,7 @@ from ..model_shape import ModelShape, MoeShape
 from ..parallel import whole
 from ..weight_source import Placement, WeightSource
 from .linear import column_linear
+from .shared_experts import SharedExperts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,7 @@ class SparseMlp(torch.nn.Module):
     Args:
         layouts: the namings a checkpoint of this family may use; the first that the checkpoint's names fit is taken.
         prefix: of the decoder layer in the checkpoint, with its dot.
+        shared: what every token goes through besides.
     """
 
     def __init__(
@@ -51,10 +53,12 @@ class SparseMlp(torch.nn.Module):
         checkpoint_names: Set[str],
         prefix: str,
         placement: Placement,
+        shared: SharedExperts | None = None,
     ) -> None:
         super().__init__()
         self.names = next((names for names in layouts if prefix + names.down.format(expert=0) in checkpoint_names), layouts[0])
         self.moe = moe
+        self.shared = shared
         self.activation = shape.activation
         self.parallel = placement.parallel
         self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size")
@@ -69,6 +73,8 @@ class SparseMlp(torch.nn.Module):
             logits_TE=self.router.forward(x_TH), num_choices=self.moe.top_k, renormalize=self.moe.renormalize
         )
         out_TH = routed_moe_mlp(x_TH, self.gate_up_weight, self.down_weight, routing, self.activation)
+        if self.shared is not None:
+            out_TH = out_TH + self.shared.addend(x_TH)
         return self.parallel.sum(out_TH)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -77,6 +83,8 @@ class SparseMlp(torch.nn.Module):
             yield from self._sources_per_expert(prefix)
         else:
             yield from self._fused_sources(prefix)
+        if self.shared is not None:
+            yield from self.shared.weight_sources(prefix)
 
     def _sources_per_expert(self, prefix: str) -> Iterator[WeightSource]:
         hidden, rows = self.gate_up_weight.shape[2], self.intermediate

@@ -22,7 +22,13 @@ TINY = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
-TINY_MOE = {"num_experts_per_tok": 2, "num_local_experts": 5, "num_experts": 5, "moe_intermediate_size": 24}
+TINY_MOE = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
+# What a family has besides, or calls by another name.
+SIZES = {
+    "MixtralForCausalLM": {"num_experts_per_tok": 2, "num_local_experts": 5},
+    "Qwen2MoeForCausalLM": TINY_MOE | {"shared_expert_intermediate_size": 36},
+    "Qwen3MoeForCausalLM": TINY_MOE,
+}
 
 SaveCheckpoint = Callable[..., transformers.PreTrainedModel]
 
@@ -53,11 +59,7 @@ def _save_checkpoint(
 ) -> transformers.PreTrainedModel:
     """Writes a checkpoint as transformers does, and returns the same model in float32."""
     model_class = getattr(transformers, architecture)
-    is_moe = architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
-    sizes = TINY | (TINY_MOE if is_moe else {}) | config
-    if architecture == "MixtralForCausalLM":
-        del sizes["num_experts"]
-    model = model_class(model_class.config_class(**sizes))
+    model = model_class(model_class.config_class(**(TINY | SIZES.get(architecture, {}) | config)))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from pilotfish.models.build import load_model
 from pilotfish.models.checkpoint import SINGLE_FILE, Checkpoint
 from pilotfish.models.loader import load_weights
 from pilotfish.models.parallel import Parallel
+from pilotfish.models.registry import ARCHITECTURES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -128,7 +129,7 @@ def test_a_rank_reads_its_slices_only(architecture: str, fused: bool, tmp_path: 
     assert max(read) - min(read) <= 2 * 48 * 4  # one row of the embedding and one of the head: 131 = 44 + 44 + 43
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_element_of_every_parameter_is_filled_once(
     architecture: str, tmp_path: Path, save_checkpoint: SaveCheckpoint
 ) -> None:

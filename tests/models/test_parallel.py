@@ -50,6 +50,7 @@ class ThreadGroup:
         (2, "LlamaForCausalLM", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
         (3, "Qwen2ForCausalLM", {"num_key_value_heads": 1}),
         (3, "Qwen3MoeForCausalLM", {"attention_bias": True, "decoder_sparse_step": 2}),
+        (3, "Qwen2MoeForCausalLM", {}),
         (2, "MixtralForCausalLM", {"num_key_value_heads": 2, "save": {"save_original_format": False}}),
     ],
 )

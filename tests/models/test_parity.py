@@ -42,6 +42,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("MistralForCausalLM", "sliding window", {"sliding_window": 11}),
     ("MistralForCausalLM", "no window", {"sliding_window": None}),
     ("Qwen2ForCausalLM", "biases, tied", {"tie_word_embeddings": True}),
+    ("Qwen2ForCausalLM", "biases, stored in bfloat16", {"dtype": torch.bfloat16}),
     ("Qwen2ForCausalLM", "upper layers slide", SLIDING | {"max_window_layers": 1}),
     ("Qwen3ForCausalLM", "head norms", {}),
     (
@@ -58,6 +59,9 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("Qwen3MoeForCausalLM", "every second layer, biases", {"decoder_sparse_step": 2, "attention_bias": True}),
     ("Qwen3MoeForCausalLM", "one dense layer, bfloat16", {"mlp_only_layers": [1], "dtype": torch.bfloat16}),
     ("Qwen3MoeForCausalLM", "sliding window, fused experts", SLIDING | FUSED),
+    ("Qwen2MoeForCausalLM", "a gated shared expert", {}),
+    ("Qwen2MoeForCausalLM", "renormalized, no biases, fused experts", {"norm_topk_prob": True, "qkv_bias": False} | FUSED),
+    ("Qwen2MoeForCausalLM", "sliding window, one dense layer", SLIDING | {"mlp_only_layers": [1], "dtype": torch.bfloat16}),
     ("MixtralForCausalLM", "tensors for each expert", {}),
     ("MixtralForCausalLM", "sliding window, fused experts", {"sliding_window": 11} | FUSED),
 ]
