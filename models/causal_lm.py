@@ -31,6 +31,7 @@ class CausalLM(torch.nn.Module):
         num_kv_heads: kv heads of this rank: what its KV cache holds.
         device, dtype: where it computes, and the dtype of activations (weights may be stored in another).
         num_parameters, weight_bytes: of this rank.
+        ignored_prefixes: of tensors that the checkpoint may hold though the model has no place for them.
     """
 
     def __init__(self, shape: ModelShape, spec: FamilySpec, *, checkpoint_names: Set[str], placement: Placement) -> None:
@@ -52,6 +53,7 @@ class CausalLM(torch.nn.Module):
         self.layers = torch.nn.ModuleList(self.decoder_layers)  # the same objects, so that torch finds their parameters
         self.final_norm = RmsNorm("norm", shape.hidden_size, eps=shape.norm_eps, placement=placement)
         self.num_kv_heads = self.decoder_layers[0].attention.num_kv_heads
+        self.ignored_prefixes = tuple(_prefix(shape.num_layers + index) for index in range(shape.num_extra_layers))
         # A shared (tied) parameter comes once.
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
         self.weight_bytes = sum(parameter.nbytes for parameter in self.parameters())
@@ -116,6 +118,7 @@ def _build_sparse(
         checkpoint_names=checkpoint_names,
         prefix=_prefix(layer),
         placement=placement,
+        correction=spec.correction,
         shared=shared,
     )
 

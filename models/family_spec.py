@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..kernels.expert_scoring import ExpertScoring
 from .config_reader import ConfigReader
 from .layers.moe import ExpertNames
 
@@ -41,6 +42,8 @@ class MoeSpec:
         layers: which layers are sparse; None is all of them.
         renormalize: the chosen experts' weights are divided by their sum.
         layouts: the namings of the experts' tensors that a checkpoint may use, the usual one first.
+        scoring: how experts are chosen; None is by softmax alone.
+        correction: the checkpoint's name of the correction of scores, below the decoder layer.
         shared: beside the chosen experts; None where the family has none.
     """
 
@@ -49,6 +52,8 @@ class MoeSpec:
     renormalize: Field | bool
     layouts: tuple[ExpertNames, ...]
     layers: SparseRule | None = None
+    scoring: Callable[[ConfigReader], ExpertScoring] | None = None
+    correction: str | None = None
     shared: SharedExpertsSpec | None = None
 
 
@@ -62,15 +67,20 @@ class FamilySpec:
         qk_norm: queries and keys are normed by head before the rotary embedding.
         windows: each layer's sliding window; None where the family has none.
         attention_soft_cap: attention scores become cap * tanh(score / cap).
+        partial_rotary: the rope parameter partial_rotary_factor is followed: only so much of a head turns.
+        extra_layers: layers that a checkpoint may hold behind the model's own, such as those that predict further tokens;
+            they are not loaded.
     """
 
     model_type: str
     qkv_bias: Field | bool
     output_bias: Field | bool
     mlp_bias: Field | bool
-    qk_norm: bool
+    qk_norm: Field | bool
     windows: WindowRule | None = None
     attention_soft_cap: Field | None = None
+    partial_rotary: bool = False
+    extra_layers: Field | None = None
     moe: MoeSpec | None = None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..kernels.expert_scoring import ExpertScoring
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotaryShape:
@@ -23,6 +25,7 @@ class MoeShape:
     Attributes:
         layers: which layers are sparse; the others have a plain MLP.
         renormalize: the chosen experts' weights are divided by their sum.
+        scoring: how experts are chosen; None is by softmax alone.
         shared_size: intermediate size of the MLP that every token goes through besides; 0 where there is none.
     """
 
@@ -31,6 +34,7 @@ class MoeShape:
     top_k: int
     intermediate_size: int
     renormalize: bool
+    scoring: ExpertScoring | None = None
     shared_size: int = 0
 
 
@@ -44,6 +48,7 @@ class ModelShape:
         windows: a layer's sliding window in tokens; None sees everything.
         output_bias: of the attention's output projection.
         moe: None for a dense model.
+        num_extra_layers: that the checkpoint may hold behind these and that are not loaded.
     """
 
     architecture: str
@@ -66,3 +71,4 @@ class ModelShape:
     rotary: RotaryShape
     windows: tuple[int | None, ...]
     moe: MoeShape | None
+    num_extra_layers: int = 0

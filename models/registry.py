@@ -13,6 +13,7 @@ from .family_spec import FamilySpec
 
 # Name in config.json -> "module:object" below models/families.
 ARCHITECTURES: dict[str, str] = {
+    "Glm4MoeForCausalLM": "glm4_moe:SPEC",
     "LlamaForCausalLM": "llama:SPEC",
     "MistralForCausalLM": "llama:MISTRAL",
     "MixtralForCausalLM": "mixtral:SPEC",

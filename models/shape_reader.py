@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .config_reader import ConfigReader
-from .family_spec import FamilySpec, Field
+from .family_spec import FamilySpec, Field, MoeSpec
 from .layers.rotary import SCALINGS
 from .model_shape import ModelShape, MoeShape, RotaryShape
 
@@ -27,7 +27,7 @@ def read_shape(reader: ConfigReader, spec: FamilySpec, *, architecture: str) -> 
     if num_heads % num_kv_heads:
         raise reader.error(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     head_dim = reader.size("head_dim", hidden_size // num_heads)
-    rotary, max_position = _read_rotary(reader, head_dim)
+    rotary, max_position = _read_rotary(reader, head_dim, partial=spec.partial_rotary)
     soft_cap = _value(reader, spec.attention_soft_cap)
     shape = ModelShape(
         architecture=architecture,
@@ -44,12 +44,13 @@ def read_shape(reader: ConfigReader, spec: FamilySpec, *, architecture: str) -> 
         qkv_bias=bool(_value(reader, spec.qkv_bias)),
         output_bias=bool(_value(reader, spec.output_bias)),
         mlp_bias=bool(_value(reader, spec.mlp_bias)),
-        qk_norm=spec.qk_norm,
+        qk_norm=bool(_value(reader, spec.qk_norm)),
         attention_soft_cap=None if soft_cap is None else float(soft_cap),
         tied_embeddings=bool(reader.get("tie_word_embeddings")),
         rotary=rotary,
         windows=spec.windows(reader, num_layers) if spec.windows else (None,) * num_layers,
-        moe=_read_moe(reader, spec, num_layers),
+        moe=_read_moe(reader, spec.moe, num_layers),
+        num_extra_layers=_value(reader, spec.extra_layers) or 0,
     )
     reader.check_all_read()
     return shape
@@ -66,23 +67,27 @@ def _read_activation(reader: ConfigReader) -> str:
     return _ACTIVATIONS[name]
 
 
-def _read_moe(reader: ConfigReader, spec: FamilySpec, num_layers: int) -> MoeShape | None:
-    if spec.moe is None:
+def _read_moe(reader: ConfigReader, spec: MoeSpec | None, num_layers: int) -> MoeShape | None:
+    if spec is None:
         return None
     moe = MoeShape(
-        layers=spec.moe.layers(reader, num_layers) if spec.moe.layers else frozenset(range(num_layers)),
-        num_experts=reader.size(spec.moe.num_experts.name),
+        layers=spec.layers(reader, num_layers) if spec.layers else frozenset(range(num_layers)),
+        num_experts=reader.size(spec.num_experts.name),
         top_k=reader.size("num_experts_per_tok"),
-        intermediate_size=reader.size(spec.moe.intermediate_size.name),
-        renormalize=bool(_value(reader, spec.moe.renormalize)),
-        shared_size=spec.moe.shared.intermediate_size(reader) if spec.moe.shared else 0,
+        intermediate_size=reader.size(spec.intermediate_size.name),
+        renormalize=bool(_value(reader, spec.renormalize)),
+        scoring=spec.scoring(reader) if spec.scoring else None,
+        shared_size=spec.shared.intermediate_size(reader) if spec.shared else 0,
     )
     if moe.top_k > moe.num_experts:
         raise reader.error(f"num_experts_per_tok {moe.top_k} is more than the {moe.num_experts} experts")
+    problem = moe.scoring.problem(moe.num_experts, moe.top_k) if moe.scoring else None
+    if problem is not None:
+        raise reader.error(problem)
     return moe
 
 
-def _read_rotary(reader: ConfigReader, head_dim: int) -> tuple[RotaryShape, int]:
+def _read_rotary(reader: ConfigReader, head_dim: int, *, partial: bool) -> tuple[RotaryShape, int]:
     """The rotary embedding, and how many positions the model has with it.
 
     transformers has put the older layout (rope_theta beside rope_scaling) into `rope_parameters` already.
@@ -91,8 +96,12 @@ def _read_rotary(reader: ConfigReader, head_dim: int) -> tuple[RotaryShape, int]
     scaling = parameters.pop("rope_type", "default")
     parameters.pop("type", None)
     theta = parameters.pop("rope_theta", None)
-    if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
+    rotary_part = parameters.pop("partial_rotary_factor", 1.0)
+    if rotary_part != 1.0 and not partial:
         raise reader.error("partial_rotary_factor other than 1 is not supported by this architecture")
+    rotary_dim = int(head_dim * rotary_part)
+    if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        raise reader.error(f"{rotary_dim} of a head's {head_dim} numbers cannot turn in pairs")
     if scaling not in SCALINGS:
         raise reader.error(f"rope_type {scaling!r} is not supported: known are {', '.join(SCALINGS)}")
     kind = SCALINGS[scaling]
@@ -108,4 +117,4 @@ def _read_rotary(reader: ConfigReader, head_dim: int) -> tuple[RotaryShape, int]
     if scaling == "yarn":
         # Such configs often keep max_position_embeddings at the length before the scaling.
         max_position = max(max_position, int(parameters["factor"] * parameters["original_max_position_embeddings"]))
-    return RotaryShape(theta=float(theta), rotary_dim=head_dim, scaling=scaling, parameters=parameters), max_position
+    return RotaryShape(theta=float(theta), rotary_dim=rotary_dim, scaling=scaling, parameters=parameters), max_position

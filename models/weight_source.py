@@ -49,5 +49,9 @@ class Placement:
         """Of matrices: linear layers want it in the dtype of its matrix."""
         return self.matrix(*shape)
 
+    def exact_vector(self, size: int) -> torch.nn.Parameter:
+        """float32 whatever is computed in."""
+        return torch.nn.Parameter(torch.empty(size, dtype=torch.float32, device=self.device), requires_grad=False)
+
     def vector(self, size: int) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.empty(size, dtype=self.compute_dtype, device=self.device), requires_grad=False)

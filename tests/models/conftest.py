@@ -25,6 +25,12 @@ TINY = {
 TINY_MOE = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
 # What a family has besides, or calls by another name.
 SIZES = {
+    "Glm4MoeForCausalLM": {
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "routed_scaling_factor": 1.5,
+    },
     "MixtralForCausalLM": {"num_experts_per_tok": 2, "num_local_experts": 5},
     "Qwen2MoeForCausalLM": TINY_MOE | {"shared_expert_intermediate_size": 36},
     "Qwen3MoeForCausalLM": TINY_MOE,
@@ -70,6 +76,9 @@ def _save_checkpoint(
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(path, **(save or {}))
     if dtype != torch.float32:
         # Not model.float(): the rotary buffers went to the lower precision too.

@@ -54,6 +54,15 @@ def test_a_derived_table_of_old_checkpoints_is_left_out(llama: Path) -> None:
     load_model(llama, device="cpu")
 
 
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, save_checkpoint: SaveCheckpoint) -> None:
+    save_checkpoint(tmp_path, "Glm4MoeForCausalLM", num_mtp_layers=1)
+    change(tmp_path, {"model.layers.3.eh_proj.weight": torch.zeros(4), "model.layers.3.mlp.gate.weight": torch.zeros(4)})
+    load_model(tmp_path, device="cpu")
+    change(tmp_path, {"model.layers.30.eh_proj.weight": torch.zeros(4), "model.layers.4.eh_proj.weight": torch.zeros(4)})
+    with pytest.raises(ModelLoadError, match=r"layers\.30\.eh_proj\.weight .* has no place.*layers\.4\.eh_proj\.weight"):
+        load_model(tmp_path, device="cpu")
+
+
 def test_truncated_checkpoint(llama: Path) -> None:
     content = (llama / SINGLE_FILE).read_bytes()
     (llama / SINGLE_FILE).write_bytes(content[: len(content) // 2])

@@ -64,6 +64,17 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("Qwen2MoeForCausalLM", "sliding window, one dense layer", SLIDING | {"mlp_only_layers": [1], "dtype": torch.bfloat16}),
     ("MixtralForCausalLM", "tensors for each expert", {}),
     ("MixtralForCausalLM", "sliding window, fused experts", {"sliding_window": 11} | FUSED),
+    ("Glm4MoeForCausalLM", "half of a head turns", {}),
+    (
+        "Glm4MoeForCausalLM",
+        "groups, head norms, biases",
+        {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "attention_bias": True, "norm_topk_prob": False},
+    ),
+    (
+        "Glm4MoeForCausalLM",
+        "all sparse, two shared experts, bfloat16, fused experts",
+        {"first_k_dense_replace": 0, "n_shared_experts": 2, "dtype": torch.bfloat16} | FUSED,
+    ),
 ]
 
 
