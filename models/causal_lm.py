@@ -14,6 +14,7 @@ from .forward_batch import ForwardBatch
 from .layers.attention import Attention
 from .layers.decoder import DecoderLayer
 from .layers.embedding import Embedding
+from .layers.latent_attention import LatentAttention
 from .layers.mlp import Mlp
 from .layers.moe import SparseMlp
 from .layers.norm import RmsNorm
@@ -100,7 +101,11 @@ def _build_layer(
         RmsNorm(name, shape.hidden_size, eps=shape.norm_eps, placement=placement)
         for name in ("input_layernorm", "post_attention_layernorm")
     )
-    attention = Attention(shape, layer, rotary=rotary, placement=placement)
+    attention: Attention | LatentAttention
+    if shape.latent is None:
+        attention = Attention(shape, layer, rotary=rotary, placement=placement)
+    else:
+        attention = LatentAttention(shape, shape.latent, layer, rotary=rotary, placement=placement)
     return DecoderLayer(input_norm=input_norm, attention=attention, post_attention_norm=post_attention_norm, mlp=mlp)
 
 

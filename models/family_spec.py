@@ -58,6 +58,17 @@ class MoeSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention.
+
+    Attributes:
+        interleaved: numbers that turn together lie side by side in the checkpoint, not half a head apart.
+    """
+
+    interleaved: Field | bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FamilySpec:
     """A decoder of Llama's structure with these settings.
 
@@ -67,6 +78,7 @@ class FamilySpec:
         qk_norm: queries and keys are normed by head before the rotary embedding.
         windows: each layer's sliding window; None where the family has none.
         attention_soft_cap: attention scores become cap * tanh(score / cap).
+        latent: None for attention with keys and values of its own for each kv head.
         partial_rotary: the rope parameter partial_rotary_factor is followed: only so much of a head turns.
         extra_layers: layers that a checkpoint may hold behind the model's own, such as those that predict further tokens;
             they are not loaded.
@@ -79,6 +91,7 @@ class FamilySpec:
     qk_norm: Field | bool
     windows: WindowRule | None = None
     attention_soft_cap: Field | None = None
+    latent: LatentSpec | None = None
     partial_rotary: bool = False
     extra_layers: Field | None = None
     moe: MoeSpec | None = None

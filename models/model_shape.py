@@ -39,15 +39,42 @@ class MoeShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LatentShape:
+    """Latent attention: what is cached of a token are `kv_rank` numbers and `turning_dim` more that turn with its position.
+
+    Attributes:
+        q_rank: numbers that all heads' queries are made from; None where they are made from the hidden state.
+        still_dim, turning_dim: numbers of a head's query and key that do not turn with the position, and that do.
+        value_dim: numbers of a head's value.
+        interleaved: numbers that turn together lie side by side in the checkpoint, not half a head apart.
+        scale: of attention scores.
+    """
+
+    kv_rank: int
+    q_rank: int | None
+    still_dim: int
+    turning_dim: int
+    value_dim: int
+    interleaved: bool
+    scale: float
+
+    @property
+    def cached_dim(self) -> int:
+        return self.kv_rank + self.turning_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """Sizes are the whole model's, not a rank's.
 
     Attributes:
         architecture: as config.json names it.
+        num_kv_heads, head_dim: as cached: with latent attention one head, whose values are the first numbers of its keys.
         max_position: positions the model has: the longest sequence.
         windows: a layer's sliding window in tokens; None sees everything.
         output_bias: of the attention's output projection.
         moe: None for a dense model.
+        latent: None for attention with keys and values of its own for each kv head.
         num_extra_layers: that the checkpoint may hold behind these and that are not loaded.
     """
 
@@ -71,4 +98,5 @@ class ModelShape:
     rotary: RotaryShape
     windows: tuple[int | None, ...]
     moe: MoeShape | None
+    latent: LatentShape | None = None
     num_extra_layers: int = 0

@@ -13,6 +13,8 @@ from .family_spec import FamilySpec
 
 # Name in config.json -> "module:object" below models/families.
 ARCHITECTURES: dict[str, str] = {
+    "DeepseekV2ForCausalLM": "deepseek:V2",
+    "DeepseekV3ForCausalLM": "deepseek:V3",
     "Glm4MoeForCausalLM": "glm4_moe:SPEC",
     "LlamaForCausalLM": "llama:SPEC",
     "MistralForCausalLM": "llama:MISTRAL",

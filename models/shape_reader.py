@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .config_reader import ConfigReader
-from .family_spec import FamilySpec, Field, MoeSpec
-from .layers.rotary import SCALINGS
-from .model_shape import ModelShape, MoeShape, RotaryShape
+from .family_spec import FamilySpec, Field, LatentSpec, MoeSpec
+from .layers.rotary import SCALINGS, yarn_magnitude
+from .model_shape import LatentShape, ModelShape, MoeShape, RotaryShape
 
 # config.json's names for the activations that kernels have.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -26,8 +26,14 @@ def read_shape(reader: ConfigReader, spec: FamilySpec, *, architecture: str) -> 
     num_kv_heads = reader.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise reader.error(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-    head_dim = reader.size("head_dim", hidden_size // num_heads)
+    head_dim = reader.size("head_dim", hidden_size // num_heads)  # with latent attention, of what turns
     rotary, max_position = _read_rotary(reader, head_dim, partial=spec.partial_rotary)
+    latent = None
+    if spec.latent is not None:
+        latent = _read_latent(reader, spec.latent, rotary)
+        if num_kv_heads != num_heads:
+            raise reader.error(f"num_key_value_heads {num_kv_heads} is not num_attention_heads {num_heads}")
+        num_kv_heads, head_dim = 1, latent.cached_dim
     soft_cap = _value(reader, spec.attention_soft_cap)
     shape = ModelShape(
         architecture=architecture,
@@ -50,6 +56,7 @@ def read_shape(reader: ConfigReader, spec: FamilySpec, *, architecture: str) -> 
         rotary=rotary,
         windows=spec.windows(reader, num_layers) if spec.windows else (None,) * num_layers,
         moe=_read_moe(reader, spec.moe, num_layers),
+        latent=latent,
         num_extra_layers=_value(reader, spec.extra_layers) or 0,
     )
     reader.check_all_read()
@@ -85,6 +92,25 @@ def _read_moe(reader: ConfigReader, spec: MoeSpec | None, num_layers: int) -> Mo
     if problem is not None:
         raise reader.error(problem)
     return moe
+
+
+def _read_latent(reader: ConfigReader, spec: LatentSpec, rotary: RotaryShape) -> LatentShape:
+    still_dim, turning_dim = reader.size("qk_nope_head_dim"), reader.size("qk_rope_head_dim")
+    if turning_dim != rotary.rotary_dim:
+        raise reader.error(f"head_dim {rotary.rotary_dim} is not qk_rope_head_dim {turning_dim}")
+    scale = (still_dim + turning_dim) ** -0.5
+    if rotary.parameters.get("mscale_all_dim"):
+        # YaRN's attention factor is here on the scores, not on cos and sin alone, which leave out what does not turn.
+        scale *= yarn_magnitude(rotary.parameters["factor"], rotary.parameters["mscale_all_dim"]) ** 2
+    return LatentShape(
+        kv_rank=reader.size("kv_lora_rank"),
+        q_rank=reader.size("q_lora_rank") if reader.get("q_lora_rank") is not None else None,
+        still_dim=still_dim,
+        turning_dim=turning_dim,
+        value_dim=reader.size("v_head_dim"),
+        interleaved=bool(_value(reader, spec.interleaved)),
+        scale=scale,
+    )
 
 
 def _read_rotary(reader: ConfigReader, head_dim: int, *, partial: bool) -> tuple[RotaryShape, int]:

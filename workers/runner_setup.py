@@ -110,6 +110,7 @@ def _allocate_measured(model: CausalLM, config: EngineConfig, *, max_num_batched
         num_kv_heads=model.num_kv_heads,
         head_dim=model.config.head_dim,
         dtype=model.dtype,
+        values_in_keys=model.config.latent is not None,
     )
     temporary_bytes = available = 0
     if config.num_kv_blocks is None:

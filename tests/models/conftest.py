@@ -23,14 +23,22 @@ TINY = {
     "tie_word_embeddings": False,
 }
 TINY_MOE = {"num_experts_per_tok": 2, "num_experts": 5, "moe_intermediate_size": 24}
+ROUTED = {"n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "routed_scaling_factor": 1.5}
+LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 10,
+    "first_k_dense_replace": 1,
+}
 # What a family has besides, or calls by another name.
 SIZES = {
-    "Glm4MoeForCausalLM": {
-        "n_routed_experts": 12,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "routed_scaling_factor": 1.5,
-    },
+    "DeepseekV2ForCausalLM": ROUTED | LATENT,
+    "DeepseekV3ForCausalLM": ROUTED | LATENT | {"n_group": 4, "topk_group": 2},
+    "Glm4MoeForCausalLM": ROUTED,
     "MixtralForCausalLM": {"num_experts_per_tok": 2, "num_local_experts": 5},
     "Qwen2MoeForCausalLM": TINY_MOE | {"shared_expert_intermediate_size": 36},
     "Qwen3MoeForCausalLM": TINY_MOE,

@@ -25,6 +25,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK_YARN = YARN | {"factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.1}
+GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+MANY_HEADS = {"hidden_size": 64, "num_attention_heads": 32, "num_key_value_heads": 32}
 SLIDING = {"use_sliding_window": True, "sliding_window": 11}
 FUSED = {"save": {"save_original_format": False}}
 
@@ -74,6 +77,30 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
         "Glm4MoeForCausalLM",
         "all sparse, two shared experts, bfloat16, fused experts",
         {"first_k_dense_replace": 0, "n_shared_experts": 2, "dtype": torch.bfloat16} | FUSED,
+    ),
+    ("DeepseekV2ForCausalLM", "greedy, queries from a latent", {}),
+    ("DeepseekV2ForCausalLM", "groups, yarn", GROUPED | {"rope_parameters": DEEPSEEK_YARN}),
+    (
+        "DeepseekV2ForCausalLM",
+        "queries without a latent, biases",
+        {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True},
+    ),
+    ("DeepseekV2ForCausalLM", "all sparse, bfloat16", {"first_k_dense_replace": 0, "dtype": torch.bfloat16}),
+    ("DeepseekV3ForCausalLM", "groups", {}),
+    (
+        "DeepseekV3ForCausalLM",
+        "yarn, biases, fused experts",
+        {"rope_parameters": DEEPSEEK_YARN, "attention_bias": True} | FUSED,
+    ),
+    (
+        "DeepseekV3ForCausalLM",
+        "32 heads, halves, not renormalized",
+        MANY_HEADS | {"rope_interleave": False, "norm_topk_prob": False},
+    ),
+    (
+        "DeepseekV3ForCausalLM",
+        "wide latent, no latent of queries",
+        {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "q_lora_rank": None},
     ),
 ]
 
