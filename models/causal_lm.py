@@ -12,6 +12,7 @@ import torch
 from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
 from .layers.attention import Attention
+from .layers.biased_moe import BiasedSparseMlp
 from .layers.decoder import DecoderLayer
 from .layers.embedding import Embedding
 from .layers.latent_attention import LatentAttention
@@ -92,7 +93,7 @@ def _build_layer(
     checkpoint_names: Set[str],
     placement: Placement,
 ) -> DecoderLayer:
-    mlp: Mlp | SparseMlp
+    mlp: Mlp | SparseMlp | BiasedSparseMlp
     if spec.moe is not None and shape.moe is not None and layer in shape.moe.layers:
         mlp = _build_sparse(shape, shape.moe, spec.moe, layer, checkpoint_names=checkpoint_names, placement=placement)
     else:
@@ -111,7 +112,9 @@ def _build_layer(
 
 def _build_sparse(
     shape: ModelShape, moe: MoeShape, spec: MoeSpec, layer: int, *, checkpoint_names: Set[str], placement: Placement
-) -> SparseMlp:
+) -> SparseMlp | BiasedSparseMlp:
+    if moe.clamped_gate is not None:
+        return BiasedSparseMlp(shape, moe, moe.clamped_gate, names=spec.layouts[0], placement=placement)
     shared = None
     if spec.shared is not None:
         name, gate = spec.shared.name, spec.shared.gate

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..kernels.expert_scoring import ExpertScoring
 from .config_reader import ConfigReader
 from .layers.moe import ExpertNames
+from .model_shape import ClampedGate
 
 # From the config and the number of layers: one entry a layer, None for a layer that sees everything.
 WindowRule = Callable[[ConfigReader, int], tuple[int | None, ...]]
@@ -45,6 +46,7 @@ class MoeSpec:
         scoring: how experts are chosen; None is by softmax alone.
         correction: the checkpoint's name of the correction of scores, below the decoder layer.
         shared: beside the chosen experts; None where the family has none.
+        clamped_gate: of experts with biases, which also means another layout, see layers.biased_moe; None is without.
     """
 
     num_experts: Field
@@ -55,6 +57,7 @@ class MoeSpec:
     scoring: Callable[[ConfigReader], ExpertScoring] | None = None
     correction: str | None = None
     shared: SharedExpertsSpec | None = None
+    clamped_gate: Callable[[ConfigReader], ClampedGate] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +81,7 @@ class FamilySpec:
         qk_norm: queries and keys are normed by head before the rotary embedding.
         windows: each layer's sliding window; None where the family has none.
         attention_soft_cap: attention scores become cap * tanh(score / cap).
+        sinks: each head's softmax has one term more, a number of the checkpoint's.
         latent: None for attention with keys and values of its own for each kv head.
         partial_rotary: the rope parameter partial_rotary_factor is followed: only so much of a head turns.
         extra_layers: layers that a checkpoint may hold behind the model's own, such as those that predict further tokens;
@@ -91,6 +95,7 @@ class FamilySpec:
     qk_norm: Field | bool
     windows: WindowRule | None = None
     attention_soft_cap: Field | None = None
+    sinks: bool = False
     latent: LatentSpec | None = None
     partial_rotary: bool = False
     extra_layers: Field | None = None

@@ -19,6 +19,14 @@ class RotaryShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClampedGate:
+    """The numbers of kernels.biased_moe_mlp."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoeShape:
     """The mixture-of-experts layers.
 
@@ -27,6 +35,7 @@ class MoeShape:
         renormalize: the chosen experts' weights are divided by their sum.
         scoring: how experts are chosen; None is by softmax alone.
         shared_size: intermediate size of the MLP that every token goes through besides; 0 where there is none.
+        clamped_gate: of experts with biases; None for experts without.
     """
 
     layers: frozenset[int]
@@ -36,6 +45,7 @@ class MoeShape:
     renormalize: bool
     scoring: ExpertScoring | None = None
     shared_size: int = 0
+    clamped_gate: ClampedGate | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +84,7 @@ class ModelShape:
         windows: a layer's sliding window in tokens; None sees everything.
         output_bias: of the attention's output projection.
         moe: None for a dense model.
+        sinks: each head's softmax has one term more, a number of the checkpoint's.
         latent: None for attention with keys and values of its own for each kv head.
         num_extra_layers: that the checkpoint may hold behind these and that are not loaded.
     """
@@ -98,5 +109,6 @@ class ModelShape:
     rotary: RotaryShape
     windows: tuple[int | None, ...]
     moe: MoeShape | None
+    sinks: bool = False
     latent: LatentShape | None = None
     num_extra_layers: int = 0

@@ -16,6 +16,7 @@ ARCHITECTURES: dict[str, str] = {
     "DeepseekV2ForCausalLM": "deepseek:V2",
     "DeepseekV3ForCausalLM": "deepseek:V3",
     "Glm4MoeForCausalLM": "glm4_moe:SPEC",
+    "GptOssForCausalLM": "gpt_oss:SPEC",
     "LlamaForCausalLM": "llama:SPEC",
     "MistralForCausalLM": "llama:MISTRAL",
     "MixtralForCausalLM": "mixtral:SPEC",

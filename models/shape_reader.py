@@ -56,6 +56,7 @@ def read_shape(reader: ConfigReader, spec: FamilySpec, *, architecture: str) -> 
         rotary=rotary,
         windows=spec.windows(reader, num_layers) if spec.windows else (None,) * num_layers,
         moe=_read_moe(reader, spec.moe, num_layers),
+        sinks=spec.sinks,
         latent=latent,
         num_extra_layers=_value(reader, spec.extra_layers) or 0,
     )
@@ -85,6 +86,7 @@ def _read_moe(reader: ConfigReader, spec: MoeSpec | None, num_layers: int) -> Mo
         renormalize=bool(_value(reader, spec.renormalize)),
         scoring=spec.scoring(reader) if spec.scoring else None,
         shared_size=spec.shared.intermediate_size(reader) if spec.shared else 0,
+        clamped_gate=spec.clamped_gate(reader) if spec.clamped_gate else None,
     )
     if moe.top_k > moe.num_experts:
         raise reader.error(f"num_experts_per_tok {moe.top_k} is more than the {moe.num_experts} experts")

@@ -41,6 +41,9 @@ class Attention(torch.nn.Module):
             placement=placement,
         )
         self.o_proj = row_linear("o_proj", shape.hidden_size, q_rows, bias=shape.output_bias, placement=placement)
+        # A query head's own number; ranks share them like the heads.
+        self.heads = parallel.share(shape.num_heads, what="the number of attention heads")
+        self.sinks = placement.vector(self.heads.size) if shape.sinks else None
         self.q_norm = self.k_norm = None
         if shape.qk_norm:
             self.q_norm = RmsNorm("q_norm", head_dim, eps=shape.norm_eps, placement=placement)
@@ -77,6 +80,7 @@ class Attention(torch.nn.Module):
             scale=self.head_dim**-0.5,
             window=self.window,
             soft_cap=self.soft_cap,
+            sinks_N=self.sinks,
         )
         return self.o_proj.forward(out_TND.view(x_TH.shape[0], -1))
 
@@ -84,3 +88,6 @@ class Attention(torch.nn.Module):
         for part in (self.qkv_proj, self.o_proj, self.q_norm, self.k_norm):
             if part is not None:
                 yield from part.weight_sources(prefix)
+        if self.sinks is not None:
+            heads = self.heads
+            yield WeightSource(name=f"{prefix}sinks", shape=(heads.total,), region=(heads.range,), target=self.sinks)

@@ -12,6 +12,7 @@ import torch
 from ..forward_batch import ForwardBatch
 from ..weight_source import WeightSource
 from .attention import Attention
+from .biased_moe import BiasedSparseMlp
 from .latent_attention import LatentAttention
 from .mlp import Mlp
 from .moe import SparseMlp
@@ -25,7 +26,7 @@ class DecoderLayer(torch.nn.Module):
         input_norm: RmsNorm,
         attention: Attention | LatentAttention,
         post_attention_norm: RmsNorm,
-        mlp: Mlp | SparseMlp,
+        mlp: Mlp | SparseMlp | BiasedSparseMlp,
     ) -> None:
         super().__init__()
         self.input_norm = input_norm

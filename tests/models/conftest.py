@@ -39,6 +39,7 @@ SIZES = {
     "DeepseekV2ForCausalLM": ROUTED | LATENT,
     "DeepseekV3ForCausalLM": ROUTED | LATENT | {"n_group": 4, "topk_group": 2},
     "Glm4MoeForCausalLM": ROUTED,
+    "GptOssForCausalLM": {"num_experts_per_tok": 2, "num_local_experts": 5, "sliding_window": 11},
     "MixtralForCausalLM": {"num_experts_per_tok": 2, "num_local_experts": 5},
     "Qwen2MoeForCausalLM": TINY_MOE | {"shared_expert_intermediate_size": 36},
     "Qwen3MoeForCausalLM": TINY_MOE,

@@ -10,9 +10,14 @@ import torch
 from pilotfish.common.errors import ConfigError, ModelLoadError
 from pilotfish.models.build import load_model
 from pilotfish.models.checkpoint import SINGLE_FILE, Checkpoint
+from pilotfish.models.dummy_shapes import dummy_shape
+from pilotfish.models.families import gpt_oss
+from pilotfish.models.layers.biased_moe import BiasedSparseMlp
 from pilotfish.models.loader import load_weights
+from pilotfish.models.model_shape import ClampedGate
 from pilotfish.models.parallel import Parallel
 from pilotfish.models.registry import ARCHITECTURES
+from pilotfish.models.weight_source import Placement
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -61,6 +66,15 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, save_ch
     change(tmp_path, {"model.layers.30.eh_proj.weight": torch.zeros(4), "model.layers.4.eh_proj.weight": torch.zeros(4)})
     with pytest.raises(ModelLoadError, match=r"layers\.30\.eh_proj\.weight .* has no place.*layers\.4\.eh_proj\.weight"):
         load_model(tmp_path, device="cpu")
+
+
+def test_experts_without_a_kernel_are_refused_on_cuda() -> None:
+    gpu = Placement(device=torch.device("cuda"), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, parallel=Parallel())
+    gate = ClampedGate(alpha=1.702, limit=7.0)
+    shape = dummy_shape("dummy:tiny-moe")
+    assert shape.moe is not None
+    with pytest.raises(ModelLoadError, match="runs on a CPU only"):
+        BiasedSparseMlp(shape, shape.moe, gate, names=gpt_oss.SPEC.moe.layouts[0], placement=gpu)
 
 
 def test_truncated_checkpoint(llama: Path) -> None:

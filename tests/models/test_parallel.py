@@ -53,6 +53,7 @@ class ThreadGroup:
         (3, "Qwen2MoeForCausalLM", {}),
         (3, "DeepseekV2ForCausalLM", {"q_lora_rank": None, "v_head_dim": 9}),
         (2, "DeepseekV3ForCausalLM", {"attention_bias": True}),
+        (3, "GptOssForCausalLM", {}),
         (3, "Glm4MoeForCausalLM", {"use_qk_norm": True, "attention_bias": True}),
         (2, "MixtralForCausalLM", {"num_key_value_heads": 2, "save": {"save_original_format": False}}),
     ],

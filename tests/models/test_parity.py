@@ -28,6 +28,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_
 DEEPSEEK_YARN = YARN | {"factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.1}
 GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 MANY_HEADS = {"hidden_size": 64, "num_attention_heads": 32, "num_key_value_heads": 32}
+ROPE = {"rope_type": "default", "rope_theta": 100.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 11}
 FUSED = {"save": {"save_original_format": False}}
 
@@ -102,6 +103,9 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
         "wide latent, no latent of queries",
         {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "q_lora_rank": None},
     ),
+    ("GptOssForCausalLM", "sinks, windows, yarn", {}),
+    ("GptOssForCausalLM", "often clamped, default rope", {"swiglu_limit": 0.5, "swiglu_alpha": 1.1, "rope_parameters": ROPE}),
+    ("GptOssForCausalLM", "no biases of attention, bfloat16", {"attention_bias": False, "dtype": torch.bfloat16}),
 ]
 
 
