@@ -13,6 +13,7 @@ from ...kernels.paged_attention import paged_attention
 from ...kernels.qkv_prepare import prepare_qkv
 from ..forward_batch import ForwardBatch
 from ..model_shape import ModelShape
+from ..parallel import Share
 from ..weight_source import Placement, WeightSource
 from .linear import column_linear, row_linear
 from .norm import RmsNorm
@@ -41,8 +42,7 @@ class Attention(torch.nn.Module):
             placement=placement,
         )
         self.o_proj = row_linear("o_proj", shape.hidden_size, q_rows, bias=shape.output_bias, placement=placement)
-        # A query head's own number; ranks share them like the heads.
-        self.heads = parallel.share(shape.num_heads, what="the number of attention heads")
+        self.heads = Share(q_rows.start // head_dim, q_rows.stop // head_dim, shape.num_heads)
         self.sinks = placement.vector(self.heads.size) if shape.sinks else None
         self.q_norm = self.k_norm = None
         if shape.qk_norm:
