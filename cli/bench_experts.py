@@ -11,7 +11,6 @@ from typing import cast
 import torch
 
 from ..common.requests import WorkerInfo
-from ..kernels.moe_routing import route_tokens
 from ..models.build import DtypeName, load_model
 from ..models.causal_lm import CausalLM
 from ..models.dummy import build_dummy
@@ -47,5 +46,5 @@ def _count_in_last_step(model: CausalLM, batch: Sequence[tuple[int, ...]]) -> fl
 
 
 def _count(counts: list[int], layer: SparseMlp, inputs: tuple[torch.Tensor, ...]) -> None:
-    _, experts_TC = route_tokens(layer.router(inputs[0]), layer.moe.top_k, renormalize=layer.moe.renormalize)
+    _, experts_TC = layer.choose(inputs[0])
     counts.append(experts_TC.unique().numel())

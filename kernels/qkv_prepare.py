@@ -6,8 +6,8 @@
 The norms are optional. Rounding is that of the three ops one after another (rms_norm, rotary, store_kv): the norm's result
 and the rotated values are each rounded to the dtype of q. On CUDA it is one kernel; elsewhere it is the three ops.
 
-T tokens, N query heads, K kv heads, D head_dim, P positions in the table, C = rotary dims / 2, B blocks in the cache,
-L page length in tokens.
+T tokens, N query heads, K kv heads, D head_dim of q and k, V of v (see store_kv.py), P positions in the table, C = rotary
+dims / 2, B blocks in the cache, L page length in tokens.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,12 @@ _BLOCK_HEADS = 8
 def prepare_qkv(
     q_TND: torch.Tensor,
     k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    v_TKV: torch.Tensor,
     cos_PC: torch.Tensor,
     sin_PC: torch.Tensor,
     positions_T: torch.Tensor,
     k_cache_BLKD: torch.Tensor,
-    v_cache_BLKD: torch.Tensor,
+    v_cache_BLKV: torch.Tensor,
     slots_T: torch.Tensor,
     *,
     q_norm_D: torch.Tensor | None = None,
@@ -49,10 +49,10 @@ def prepare_qkv(
     ValueError where shapes or dtypes do not fit.
     """
     _check_norms(q_TND, k_TKD, q_norm_D, k_norm_D)
-    tensors = (q_TND, k_TKD, v_TKD, cos_PC, sin_PC, positions_T, k_cache_BLKD, v_cache_BLKD, slots_T)
+    tensors = (q_TND, k_TKD, v_TKV, cos_PC, sin_PC, positions_T, k_cache_BLKD, v_cache_BLKV, slots_T)
     if q_TND.is_cuda and choose_backend("prepare_qkv", q_TND, k_cache_BLKD) == "triton":
         check_rotary(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
-        check_store_kv(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
+        check_store_kv(k_TKD, v_TKV, k_cache_BLKD, v_cache_BLKV, slots_T)
         _prepare_qkv_triton(*tensors, q_norm_D=q_norm_D, k_norm_D=k_norm_D, norm_eps=norm_eps)
     else:
         _one_after_another((rms_norm, apply_rotary, store_kv), *tensors, norms=(q_norm_D, k_norm_D), norm_eps=norm_eps)
@@ -61,19 +61,19 @@ def prepare_qkv(
 def prepare_qkv_ref(
     q_TND: torch.Tensor,
     k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    v_TKV: torch.Tensor,
     cos_PC: torch.Tensor,
     sin_PC: torch.Tensor,
     positions_T: torch.Tensor,
     k_cache_BLKD: torch.Tensor,
-    v_cache_BLKD: torch.Tensor,
+    v_cache_BLKV: torch.Tensor,
     slots_T: torch.Tensor,
     *,
     q_norm_D: torch.Tensor | None = None,
     k_norm_D: torch.Tensor | None = None,
     norm_eps: float,
 ) -> None:
-    tensors = (q_TND, k_TKD, v_TKD, cos_PC, sin_PC, positions_T, k_cache_BLKD, v_cache_BLKD, slots_T)
+    tensors = (q_TND, k_TKD, v_TKV, cos_PC, sin_PC, positions_T, k_cache_BLKD, v_cache_BLKV, slots_T)
     references = (rms_norm_ref, apply_rotary_ref, store_kv_ref)
     _one_after_another(references, *tensors, norms=(q_norm_D, k_norm_D), norm_eps=norm_eps)
 
@@ -82,12 +82,12 @@ def _one_after_another(
     ops: tuple[Callable, Callable, Callable],
     q_TND: torch.Tensor,
     k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    v_TKV: torch.Tensor,
     cos_PC: torch.Tensor,
     sin_PC: torch.Tensor,
     positions_T: torch.Tensor,
     k_cache_BLKD: torch.Tensor,
-    v_cache_BLKD: torch.Tensor,
+    v_cache_BLKV: torch.Tensor,
     slots_T: torch.Tensor,
     *,
     norms: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -101,7 +101,7 @@ def _one_after_another(
         normed_TND, k_TKD = norm(q_TND, q_norm_D, norm_eps), norm(k_TKD, k_norm_D, norm_eps)
         rotate(normed_TND, k_TKD, cos_PC, sin_PC, positions_T)
         q_TND.copy_(normed_TND)
-    store(k_TKD, v_TKD, k_cache_BLKD, v_cache_BLKD, slots_T)
+    store(k_TKD, v_TKV, k_cache_BLKD, v_cache_BLKV, slots_T)
 
 
 @triton.jit
@@ -217,6 +217,7 @@ def _prepare_qkv_kernel(
     stride_vck,
     PAGE_LEN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -285,7 +286,7 @@ def _prepare_qkv_kernel(
             stride_vck,
             (block - num_q_blocks - num_k_blocks) * BLOCK_HEADS,
             end_head,
-            HEAD_DIM,
+            VALUE_DIM,
             BLOCK_HEADS,
             BLOCK_DIM,
         )
@@ -294,12 +295,12 @@ def _prepare_qkv_kernel(
 def _prepare_qkv_triton(
     q_TND: torch.Tensor,
     k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    v_TKV: torch.Tensor,
     cos_PC: torch.Tensor,
     sin_PC: torch.Tensor,
     positions_T: torch.Tensor,
     k_cache_BLKD: torch.Tensor,
-    v_cache_BLKD: torch.Tensor,
+    v_cache_BLKV: torch.Tensor,
     slots_T: torch.Tensor,
     *,
     q_norm_D: torch.Tensor | None = None,
@@ -316,12 +317,12 @@ def _prepare_qkv_triton(
     _prepare_qkv_kernel[(num_tokens, num_blocks)](
         q_TND,
         k_TKD,
-        v_TKD,
+        v_TKV,
         cos_PC,
         sin_PC,
         positions_T,
         k_cache_BLKD,
-        v_cache_BLKD,
+        v_cache_BLKV,
         slots_T,
         q_norm_D,
         k_norm_D,
@@ -330,17 +331,18 @@ def _prepare_qkv_triton(
         num_k_heads,
         *q_TND.stride()[:2],
         *k_TKD.stride()[:2],
-        *v_TKD.stride()[:2],
+        *v_TKV.stride()[:2],
         *k_cache_BLKD.stride()[:3],
-        *v_cache_BLKD.stride()[:3],
+        *v_cache_BLKV.stride()[:3],
         PAGE_LEN=k_cache_BLKD.shape[1],
         HEAD_DIM=head_dim,
+        VALUE_DIM=v_TKV.shape[2],
         HALF=half,
         HAS_NORM=q_norm_D is not None,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=block_half,
         BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=triton.next_power_of_2(v_TKV.shape[2]),
         num_warps=min(max(block_heads * block_half // 256, 1), 4),  # 16 bytes of each half a thread, in bfloat16
         enable_fp_fusion=False,  # a fused multiply-add would round otherwise than the reference
         **launch_options(q_TND.device),

@@ -55,7 +55,7 @@ def load_model(
         weight_dtype, compute_dtype = choose_dtypes(device, dtype, stored)
         placement = Placement(device=device, weight_dtype=weight_dtype, compute_dtype=compute_dtype, parallel=parallel)
         model = CausalLM(shape, spec, checkpoint_names=checkpoint.tensors.keys(), placement=placement).eval()
-        report = load_weights(checkpoint, model.weight_sources(), progress=progress)
+        report = load_weights(checkpoint, model.weight_sources(), ignored_prefixes=model.ignored_prefixes, progress=progress)
     logger.info(
         "loaded %s: %.1f M parameters, %.1f MB read (%.1f MB with the rows they lie in) in %.1f s",
         architecture,

@@ -9,16 +9,19 @@ from collections.abc import Iterator, Set
 
 import torch
 
-from .family_spec import FamilySpec
+from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
 from .layers.attention import Attention
+from .layers.biased_moe import BiasedSparseMlp
 from .layers.decoder import DecoderLayer
 from .layers.embedding import Embedding
+from .layers.latent_attention import LatentAttention
 from .layers.mlp import Mlp
 from .layers.moe import SparseMlp
 from .layers.norm import RmsNorm
 from .layers.rotary import RotaryTable
-from .model_shape import ModelShape
+from .layers.shared_experts import SharedExperts
+from .model_shape import ModelShape, MoeShape
 from .weight_source import Placement, WeightSource
 
 
@@ -30,6 +33,7 @@ class CausalLM(torch.nn.Module):
         num_kv_heads: kv heads of this rank: what its KV cache holds.
         device, dtype: where it computes, and the dtype of activations (weights may be stored in another).
         num_parameters, weight_bytes: of this rank.
+        ignored_prefixes: of tensors that the checkpoint may hold though the model has no place for them.
     """
 
     def __init__(self, shape: ModelShape, spec: FamilySpec, *, checkpoint_names: Set[str], placement: Placement) -> None:
@@ -51,6 +55,7 @@ class CausalLM(torch.nn.Module):
         self.layers = torch.nn.ModuleList(self.decoder_layers)  # the same objects, so that torch finds their parameters
         self.final_norm = RmsNorm("norm", shape.hidden_size, eps=shape.norm_eps, placement=placement)
         self.num_kv_heads = self.decoder_layers[0].attention.num_kv_heads
+        self.ignored_prefixes = tuple(_prefix(shape.num_layers + index) for index in range(shape.num_extra_layers))
         # A shared (tied) parameter comes once.
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
         self.weight_bytes = sum(parameter.nbytes for parameter in self.parameters())
@@ -88,24 +93,42 @@ def _build_layer(
     checkpoint_names: Set[str],
     placement: Placement,
 ) -> DecoderLayer:
-    mlp: Mlp | SparseMlp
+    mlp: Mlp | SparseMlp | BiasedSparseMlp
     if spec.moe is not None and shape.moe is not None and layer in shape.moe.layers:
-        mlp = SparseMlp(
-            shape,
-            shape.moe,
-            layouts=spec.moe.layouts,
-            checkpoint_names=checkpoint_names,
-            prefix=_prefix(layer),
-            placement=placement,
-        )
+        mlp = _build_sparse(shape, shape.moe, spec.moe, layer, checkpoint_names=checkpoint_names, placement=placement)
     else:
-        mlp = Mlp(shape, placement=placement)
+        mlp = Mlp(shape, shape.intermediate_size, placement=placement)
     input_norm, post_attention_norm = (
         RmsNorm(name, shape.hidden_size, eps=shape.norm_eps, placement=placement)
         for name in ("input_layernorm", "post_attention_layernorm")
     )
-    attention = Attention(shape, layer, rotary=rotary, placement=placement)
+    attention: Attention | LatentAttention
+    if shape.latent is None:
+        attention = Attention(shape, layer, rotary=rotary, placement=placement)
+    else:
+        attention = LatentAttention(shape, shape.latent, layer, rotary=rotary, placement=placement)
     return DecoderLayer(input_norm=input_norm, attention=attention, post_attention_norm=post_attention_norm, mlp=mlp)
+
+
+def _build_sparse(
+    shape: ModelShape, moe: MoeShape, spec: MoeSpec, layer: int, *, checkpoint_names: Set[str], placement: Placement
+) -> SparseMlp | BiasedSparseMlp:
+    if moe.clamped_gate is not None:
+        return BiasedSparseMlp(shape, moe, moe.clamped_gate, names=spec.layouts[0], placement=placement)
+    shared = None
+    if spec.shared is not None:
+        name, gate = spec.shared.name, spec.shared.gate
+        shared = SharedExperts(shape, moe.shared_size, name=name, gate=gate, placement=placement)
+    return SparseMlp(
+        shape,
+        moe,
+        layouts=spec.layouts,
+        checkpoint_names=checkpoint_names,
+        prefix=_prefix(layer),
+        placement=placement,
+        correction=spec.correction,
+        shared=shared,
+    )
 
 
 def _prefix(layer: int) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..kernels.expert_scoring import ExpertScoring
 from .config_reader import ConfigReader
 from .layers.moe import ExpertNames
+from .model_shape import ClampedGate
 
 # From the config and the number of layers: one entry a layer, None for a layer that sees everything.
 WindowRule = Callable[[ConfigReader, int], tuple[int | None, ...]]
@@ -25,6 +27,15 @@ class Field:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharedExpertsSpec:
+    """An MLP that every token of a sparse layer goes through. `name` and `gate` as in layers.shared_experts."""
+
+    intermediate_size: Callable[[ConfigReader], int]
+    name: str
+    gate: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoeSpec:
     """The sparse layers.
 
@@ -32,6 +43,10 @@ class MoeSpec:
         layers: which layers are sparse; None is all of them.
         renormalize: the chosen experts' weights are divided by their sum.
         layouts: the namings of the experts' tensors that a checkpoint may use, the usual one first.
+        scoring: how experts are chosen; None is by softmax alone.
+        correction: the checkpoint's name of the correction of scores, below the decoder layer.
+        shared: beside the chosen experts; None where the family has none.
+        clamped_gate: of experts with biases, which also means another layout, see layers.biased_moe; None is without.
     """
 
     num_experts: Field
@@ -39,6 +54,21 @@ class MoeSpec:
     renormalize: Field | bool
     layouts: tuple[ExpertNames, ...]
     layers: SparseRule | None = None
+    scoring: Callable[[ConfigReader], ExpertScoring] | None = None
+    correction: str | None = None
+    shared: SharedExpertsSpec | None = None
+    clamped_gate: Callable[[ConfigReader], ClampedGate] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention.
+
+    Attributes:
+        interleaved: numbers that turn together lie side by side in the checkpoint, not half a head apart.
+    """
+
+    interleaved: Field | bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,15 +81,24 @@ class FamilySpec:
         qk_norm: queries and keys are normed by head before the rotary embedding.
         windows: each layer's sliding window; None where the family has none.
         attention_soft_cap: attention scores become cap * tanh(score / cap).
+        sinks: each head's softmax has one term more, a number of the checkpoint's.
+        latent: None for attention with keys and values of its own for each kv head.
+        partial_rotary: the rope parameter partial_rotary_factor is followed: only so much of a head turns.
+        extra_layers: layers that a checkpoint may hold behind the model's own, such as those that predict further tokens;
+            they are not loaded.
     """
 
     model_type: str
     qkv_bias: Field | bool
     output_bias: Field | bool
     mlp_bias: Field | bool
-    qk_norm: bool
+    qk_norm: Field | bool
     windows: WindowRule | None = None
     attention_soft_cap: Field | None = None
+    sinks: bool = False
+    latent: LatentSpec | None = None
+    partial_rotary: bool = False
+    extra_layers: Field | None = None
     moe: MoeSpec | None = None
 
 
@@ -75,12 +114,13 @@ def same_window(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]
 def window_by_layer_type(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     """`layer_types` says which layers slide."""
     layer_types = reader.get("layer_types", ())
-    window = _window(reader)
+    slides = "sliding_attention" in layer_types
+    window = _window(reader) if slides else reader.get("sliding_window")  # may be 0 where nothing slides
     assert len(layer_types) == num_layers  # checked by transformers
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise reader.error(f"layer_types holds {', '.join(sorted(unknown))}: only full_attention and sliding_attention work")
-    if "sliding_attention" in layer_types and window is None:
+    if slides and window is None:
         raise reader.error("layer_types holds sliding_attention, but sliding_window is not set")
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
 

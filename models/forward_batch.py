@@ -28,7 +28,8 @@ class ForwardBatch:
         max_query_len: at least the most new tokens in one row.
         min_query_len: at most the fewest new tokens in one row.
         logits_rows_R: int64, indices into T; None is every token.
-        kv_caches: a layer's (keys, values), each [num_blocks, L, kv heads of this rank, head_dim].
+        kv_caches: a layer's (keys, values), each [num_blocks, L, kv heads of this rank, head_dim]. With latent attention both
+            are the same tensor.
     """
 
     token_ids_T: torch.Tensor

@@ -44,8 +44,14 @@ class LoadReport:
     num_disk_bytes: int
 
 
-def load_weights(checkpoint: Checkpoint, sources: Iterable[WeightSource], *, progress: Progress | None = None) -> LoadReport:
-    """Reads every source's region into its target.
+def load_weights(
+    checkpoint: Checkpoint,
+    sources: Iterable[WeightSource],
+    *,
+    ignored_prefixes: tuple[str, ...] = (),
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Reads every source's region into its target. Tensors below `ignored_prefixes` (which end with a dot) need no place.
 
     Raises:
         ModelLoadError: a tensor is missing, unused, of another shape, of a dtype that is not supported, or unreadable.
@@ -53,7 +59,7 @@ def load_weights(checkpoint: Checkpoint, sources: Iterable[WeightSource], *, pro
     by_name: dict[str, list[WeightSource]] = {}
     for source in sources:
         by_name.setdefault(source.name, []).append(source)
-    _check(checkpoint, by_name)
+    _check(checkpoint, by_name, ignored_prefixes)
     sizes = {name: sum(_num_bytes(checkpoint, source) for source in by_name[name]) for name in by_name}
     num_bytes, total = 0, sum(sizes.values())
     num_disk_bytes = sum(_num_bytes(checkpoint, source, whole_rows=True) for group in by_name.values() for source in group)
@@ -69,10 +75,14 @@ def load_weights(checkpoint: Checkpoint, sources: Iterable[WeightSource], *, pro
     return LoadReport(num_tensors=len(in_disk_order), num_bytes=num_bytes, num_disk_bytes=num_disk_bytes)
 
 
-def _check(checkpoint: Checkpoint, by_name: dict[str, list[WeightSource]]) -> None:
+def _check(checkpoint: Checkpoint, by_name: dict[str, list[WeightSource]], ignored_prefixes: tuple[str, ...]) -> None:
     tensors = checkpoint.tensors
     missing = [name for name in by_name if name not in tensors]
-    unused = [name for name in tensors if name not in by_name and not name.endswith(_DERIVED)]
+    unused = [
+        name
+        for name in tensors
+        if name not in by_name and not name.endswith(_DERIVED) and not name.startswith(ignored_prefixes)
+    ]
     problems = [f"tensor {name} is missing" for name in missing] + [
         f"tensor {name} ({tensors[name].file}) has no place in the model" for name in unused
     ]

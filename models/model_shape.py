@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..kernels.expert_scoring import ExpertScoring
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotaryShape:
@@ -17,12 +19,23 @@ class RotaryShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClampedGate:
+    """The numbers of kernels.biased_moe_mlp."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoeShape:
     """The mixture-of-experts layers.
 
     Attributes:
         layers: which layers are sparse; the others have a plain MLP.
         renormalize: the chosen experts' weights are divided by their sum.
+        scoring: how experts are chosen; None is by softmax alone.
+        shared_size: intermediate size of the MLP that every token goes through besides; 0 where there is none.
+        clamped_gate: of experts with biases; None for experts without.
     """
 
     layers: frozenset[int]
@@ -30,6 +43,34 @@ class MoeShape:
     top_k: int
     intermediate_size: int
     renormalize: bool
+    scoring: ExpertScoring | None = None
+    shared_size: int = 0
+    clamped_gate: ClampedGate | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentShape:
+    """Latent attention: what is cached of a token are `kv_rank` numbers and `turning_dim` more that turn with its position.
+
+    Attributes:
+        q_rank: numbers that all heads' queries are made from; None where they are made from the hidden state.
+        still_dim, turning_dim: numbers of a head's query and key that do not turn with the position, and that do.
+        value_dim: numbers of a head's value.
+        interleaved: numbers that turn together lie side by side in the checkpoint, not half a head apart.
+        scale: of attention scores.
+    """
+
+    kv_rank: int
+    q_rank: int | None
+    still_dim: int
+    turning_dim: int
+    value_dim: int
+    interleaved: bool
+    scale: float
+
+    @property
+    def cached_dim(self) -> int:
+        return self.kv_rank + self.turning_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,10 +79,14 @@ class ModelShape:
 
     Attributes:
         architecture: as config.json names it.
+        num_kv_heads, head_dim: as cached: with latent attention one head, whose values are the first numbers of its keys.
         max_position: positions the model has: the longest sequence.
         windows: a layer's sliding window in tokens; None sees everything.
         output_bias: of the attention's output projection.
         moe: None for a dense model.
+        sinks: each head's softmax has one term more, a number of the checkpoint's.
+        latent: None for attention with keys and values of its own for each kv head.
+        num_extra_layers: that the checkpoint may hold behind these and that are not loaded.
     """
 
     architecture: str
@@ -64,3 +109,6 @@ class ModelShape:
     rotary: RotaryShape
     windows: tuple[int | None, ...]
     moe: MoeShape | None
+    sinks: bool = False
+    latent: LatentShape | None = None
+    num_extra_layers: int = 0

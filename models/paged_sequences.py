@@ -33,7 +33,8 @@ class PagedSequences:
             """Not a number: what reads a place that nobody wrote shows at once."""
             return torch.full(shape, torch.nan, dtype=model.dtype, device=model.device)
 
-        self.kv_caches = [(empty(), empty()) for _ in range(model.config.num_layers)]
+        keys = [empty() for _ in range(model.config.num_layers)]
+        self.kv_caches = [(layer, layer if model.config.latent else empty()) for layer in keys]
 
     @torch.inference_mode()
     def extend(self, new_tokens: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:

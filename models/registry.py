@@ -13,10 +13,15 @@ from .family_spec import FamilySpec
 
 # Name in config.json -> "module:object" below models/families.
 ARCHITECTURES: dict[str, str] = {
+    "DeepseekV2ForCausalLM": "deepseek:V2",
+    "DeepseekV3ForCausalLM": "deepseek:V3",
+    "Glm4MoeForCausalLM": "glm4_moe:SPEC",
+    "GptOssForCausalLM": "gpt_oss:SPEC",
     "LlamaForCausalLM": "llama:SPEC",
     "MistralForCausalLM": "llama:MISTRAL",
     "MixtralForCausalLM": "mixtral:SPEC",
     "Qwen2ForCausalLM": "qwen2:SPEC",
+    "Qwen2MoeForCausalLM": "qwen2_moe:SPEC",
     "Qwen3ForCausalLM": "qwen3:SPEC",
     "Qwen3MoeForCausalLM": "qwen3_moe:SPEC",
 }

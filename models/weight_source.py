@@ -33,8 +33,8 @@ class Placement:
     """Where and in which dtypes a model is built.
 
     Attributes:
-        weight_dtype: of matrices. On a CPU they stay as stored (bfloat16 or float32).
-        compute_dtype: of activations, norms and biases.
+        weight_dtype: of matrices and their biases. On a CPU they stay as stored (bfloat16 or float32).
+        compute_dtype: of activations and norms.
     """
 
     device: torch.device
@@ -44,6 +44,14 @@ class Placement:
 
     def matrix(self, *shape: int) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.empty(shape, dtype=self.weight_dtype, device=self.device), requires_grad=False)
+
+    def bias(self, *shape: int) -> torch.nn.Parameter:
+        """Of matrices: linear layers want it in the dtype of its matrix."""
+        return self.matrix(*shape)
+
+    def exact_vector(self, size: int) -> torch.nn.Parameter:
+        """float32 whatever is computed in."""
+        return torch.nn.Parameter(torch.empty(size, dtype=torch.float32, device=self.device), requires_grad=False)
 
     def vector(self, size: int) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.empty(size, dtype=self.compute_dtype, device=self.device), requires_grad=False)

@@ -121,6 +121,7 @@ def _allocate_measured(
         num_kv_heads=model.num_kv_heads,
         head_dim=model.config.head_dim,
         dtype=model.dtype,
+        values_in_keys=model.config.latent is not None,
     )
     temporary_bytes = available = 0
     if config.num_kv_blocks is None:

@@ -44,7 +44,7 @@ _SIGNATURES = {
     "pilotfish_rms_norm_bf16": "piiii" + "pi" + "pf" + "ppi" + "i",
     "pilotfish_apply_rotary": "piii" + "piii" + "pi" + "pi" + "pi" + "ii" + "i",
     "pilotfish_gated_activation": "pi" + "pii" + "i" + "i",
-    "pilotfish_store_kv": "pii" + "pii" + "piii" + "piii" + "p" + "iiii" + "i",
+    "pilotfish_store_kv": "pii" + "pii" + "piii" + "piii" + "p" + "iiiii" + "i",
     "pilotfish_route_tokens": "pi" + "pp" + "iiii" + "i",
     "pilotfish_moe_mlp_f32": "pi" + "pii" + "pii" + "ppp" + "iiiiii" + "i",
     "pilotfish_moe_mlp_bf16": "pi" + "pii" + "pii" + "ppp" + "iiiiii" + "i",

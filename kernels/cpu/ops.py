@@ -171,26 +171,27 @@ def gated_activation(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:
 
 def store_kv(
     k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    v_TKV: torch.Tensor,
     k_cache_BLKD: torch.Tensor,
-    v_cache_BLKD: torch.Tensor,
+    v_cache_BLKV: torch.Tensor,
     slots_T: torch.Tensor,
 ) -> None:
     num_tokens, num_heads, head_dim = k_TKD.shape
     kernels().pilotfish_store_kv(
         k_TKD.data_ptr(),
         *k_TKD.stride()[:2],
-        v_TKD.data_ptr(),
-        *v_TKD.stride()[:2],
+        v_TKV.data_ptr(),
+        *v_TKV.stride()[:2],
         k_cache_BLKD.data_ptr(),
         *k_cache_BLKD.stride()[:3],
-        v_cache_BLKD.data_ptr(),
-        *v_cache_BLKD.stride()[:3],
+        v_cache_BLKV.data_ptr(),
+        *v_cache_BLKV.stride()[:3],
         slots_T.data_ptr(),
         num_tokens,
         k_cache_BLKD.shape[1],
         num_heads,
         head_dim,
+        v_TKV.shape[2],
         num_threads(),
     )
 

@@ -37,16 +37,16 @@ pilotfish_store_kv(const float* k, int64_t k_token_stride, int64_t k_head_stride
                    int64_t v_token_stride, int64_t v_head_stride, float* k_cache, int64_t k_block_stride,
                    int64_t k_slot_stride, int64_t k_cache_head_stride, float* v_cache, int64_t v_block_stride,
                    int64_t v_slot_stride, int64_t v_cache_head_stride, const int64_t* slots, int64_t num_tokens,
-                   int64_t page_len, int64_t num_heads, int64_t head_dim, int64_t num_threads) {
+                   int64_t page_len, int64_t num_heads, int64_t head_dim, int64_t value_dim, int64_t num_threads) {
   using namespace pilotfish;
   const Source k_source = {k, k_token_stride, k_head_stride}, v_source = {v, v_token_stride, v_head_stride};
   const Cache k_target = {k_cache, k_block_stride, k_slot_stride, k_cache_head_stride};
   const Cache v_target = {v_cache, v_block_stride, v_slot_stride, v_cache_head_stride};
-  const int64_t threads = threads_for(num_tokens * num_heads * head_dim * 2, kElementsPerThread, num_threads);
+  const int64_t threads = threads_for(num_tokens * num_heads * (head_dim + value_dim), kElementsPerThread, num_threads);
   share_out_blocks(num_tokens, kBlock, threads, [=](int64_t token) {
     if (slots[token] < 0) return;
     const int64_t block = slots[token] / page_len, slot = slots[token] % page_len;
     store_token(k_source, k_target, token, block, slot, num_heads, head_dim);
-    store_token(v_source, v_target, token, block, slot, num_heads, head_dim);
+    store_token(v_source, v_target, token, block, slot, num_heads, value_dim);
   });
 }

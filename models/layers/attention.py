@@ -13,6 +13,7 @@ from ...kernels.paged_attention import paged_attention
 from ...kernels.qkv_prepare import prepare_qkv
 from ..forward_batch import ForwardBatch
 from ..model_shape import ModelShape
+from ..parallel import Share
 from ..weight_source import Placement, WeightSource
 from .linear import column_linear, row_linear
 from .norm import RmsNorm
@@ -41,6 +42,8 @@ class Attention(torch.nn.Module):
             placement=placement,
         )
         self.o_proj = row_linear("o_proj", shape.hidden_size, q_rows, bias=shape.output_bias, placement=placement)
+        self.heads = Share(q_rows.start // head_dim, q_rows.stop // head_dim, shape.num_heads)
+        self.sinks = placement.vector(self.heads.size) if shape.sinks else None
         self.q_norm = self.k_norm = None
         if shape.qk_norm:
             self.q_norm = RmsNorm("q_norm", head_dim, eps=shape.norm_eps, placement=placement)
@@ -77,6 +80,7 @@ class Attention(torch.nn.Module):
             scale=self.head_dim**-0.5,
             window=self.window,
             soft_cap=self.soft_cap,
+            sinks_N=self.sinks,
         )
         return self.o_proj.forward(out_TND.view(x_TH.shape[0], -1))
 
@@ -84,3 +88,6 @@ class Attention(torch.nn.Module):
         for part in (self.qkv_proj, self.o_proj, self.q_norm, self.k_norm):
             if part is not None:
                 yield from part.weight_sources(prefix)
+        if self.sinks is not None:
+            heads = self.heads
+            yield WeightSource(name=f"{prefix}sinks", shape=(heads.total,), region=(heads.range,), target=self.sinks)

@@ -12,6 +12,8 @@ import torch
 from ..forward_batch import ForwardBatch
 from ..weight_source import WeightSource
 from .attention import Attention
+from .biased_moe import BiasedSparseMlp
+from .latent_attention import LatentAttention
 from .mlp import Mlp
 from .moe import SparseMlp
 from .norm import RmsNorm
@@ -19,7 +21,12 @@ from .norm import RmsNorm
 
 class DecoderLayer(torch.nn.Module):
     def __init__(
-        self, *, input_norm: RmsNorm, attention: Attention, post_attention_norm: RmsNorm, mlp: Mlp | SparseMlp
+        self,
+        *,
+        input_norm: RmsNorm,
+        attention: Attention | LatentAttention,
+        post_attention_norm: RmsNorm,
+        mlp: Mlp | SparseMlp | BiasedSparseMlp,
     ) -> None:
         super().__init__()
         self.input_norm = input_norm

@@ -32,15 +32,18 @@ class Linear(torch.nn.Module):
         self.parallel = placement.parallel
         num_rows = sum(share.size for share in self.parts.values())
         self.weight = placement.matrix(num_rows, columns.size)
-        self.bias = placement.vector(num_rows) if bias else None
+        self.bias = placement.bias(num_rows) if bias else None
         self.is_row_parallel = columns.size < columns.total
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        if not self.is_row_parallel:
-            return linear(x_TK, self.weight, self.bias)
+        y_TN = self.addend(x_TK)
+        return self.parallel.sum(y_TN) if self.is_row_parallel else y_TN
+
+    def addend(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to the sum over ranks, for a caller that sums more than this layer."""
         # The bias belongs to the sum, so one rank alone adds it.
-        bias = self.bias if self.parallel.rank == 0 else None
-        return self.parallel.sum(linear(x_TK, self.weight, bias))
+        adds_bias = not self.is_row_parallel or self.parallel.rank == 0
+        return linear(x_TK, self.weight, self.bias if adds_bias else None)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         """`prefix` ends with a dot, or is empty."""

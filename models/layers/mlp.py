@@ -14,11 +14,12 @@ from .linear import column_linear, row_linear
 
 
 class Mlp(torch.nn.Module):
-    """Ranks share the intermediate dimension."""
+    """Ranks share the intermediate dimension. `name` is the checkpoint's, below the decoder layer."""
 
-    def __init__(self, shape: ModelShape, *, placement: Placement) -> None:
+    def __init__(self, shape: ModelShape, intermediate_size: int, *, name: str = "mlp", placement: Placement) -> None:
         super().__init__()
-        rows = placement.parallel.share(shape.intermediate_size, what="the intermediate size", multiple=ALIGNED)
+        rows = placement.parallel.share(intermediate_size, what="the intermediate size", multiple=ALIGNED)
+        self.name = name
         self.activation = shape.activation
         self.gate_up_proj = column_linear(
             {"gate_proj": rows, "up_proj": rows}, shape.hidden_size, bias=shape.mlp_bias, placement=placement
@@ -26,9 +27,16 @@ class Mlp(torch.nn.Module):
         self.down_proj = row_linear("down_proj", shape.hidden_size, rows, bias=shape.mlp_bias, placement=placement)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return self.down_proj.forward(self._hidden(x_TH))
+
+    def addend(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to the sum over ranks."""
+        return self.down_proj.addend(self._hidden(x_TH))
+
+    def _hidden(self, x_TH: torch.Tensor) -> torch.Tensor:
         gate_up = self.gate_up_proj
-        return self.down_proj.forward(gated_linear(x_TH, gate_up.weight, gate_up.bias, activation=self.activation))
+        return gated_linear(x_TH, gate_up.weight, gate_up.bias, activation=self.activation)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
-        yield from self.gate_up_proj.weight_sources(f"{prefix}mlp.")
-        yield from self.down_proj.weight_sources(f"{prefix}mlp.")
+        yield from self.gate_up_proj.weight_sources(f"{prefix}{self.name}.")
+        yield from self.down_proj.weight_sources(f"{prefix}{self.name}.")

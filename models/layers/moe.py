@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.linear import linear
 from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_routing import route_tokens
 from ..model_shape import ModelShape, MoeShape
 from ..parallel import ALIGNED, whole
 from ..weight_source import Placement, WeightSource
+from .expert_choice import ExpertChoice
 from .linear import column_linear
+from .shared_experts import SharedExperts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,8 @@ class SparseMlp(torch.nn.Module):
     Args:
         layouts: the namings a checkpoint of this family may use; the first that the checkpoint's names fit is taken.
         prefix: of the decoder layer in the checkpoint, with its dot.
+        correction: the checkpoint's name of the correction of scores.
+        shared: what every token goes through besides.
     """
 
     def __init__(
@@ -51,10 +56,16 @@ class SparseMlp(torch.nn.Module):
         checkpoint_names: Set[str],
         prefix: str,
         placement: Placement,
+        correction: str | None = None,
+        shared: SharedExperts | None = None,
     ) -> None:
         super().__init__()
         self.names = next((names for names in layouts if prefix + names.down.format(expert=0) in checkpoint_names), layouts[0])
         self.moe = moe
+        self.choice = None
+        if moe.scoring is not None and not (moe.scoring.is_plain and correction is None):
+            self.choice = ExpertChoice(moe, moe.scoring, correction=correction, placement=placement)
+        self.shared = shared
         self.activation = shape.activation
         self.parallel = placement.parallel
         self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size", multiple=ALIGNED)
@@ -65,16 +76,27 @@ class SparseMlp(torch.nn.Module):
         self.down_weight = placement.matrix(moe.num_experts, shape.hidden_size, self.intermediate.size)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        weights_TC, experts_TC = route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
-        out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
+        out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, *self.choose(x_TH), self.activation)
+        if self.shared is not None:
+            out_TH = out_TH + self.shared.addend(x_TH)
         return self.parallel.sum(out_TH)
+
+    def choose(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each token's weights [T, C] and experts [T, C]."""
+        if self.choice is None:
+            return route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
+        return self.choice.choose(linear(x_TH, self.router.weight, out_dtype=torch.float32))
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         yield from self.router.weight_sources(prefix)
+        if self.choice is not None:
+            yield from self.choice.weight_sources(prefix)
         if "{expert}" in self.names.down:
             yield from self._sources_per_expert(prefix)
         else:
             yield from self._fused_sources(prefix)
+        if self.shared is not None:
+            yield from self.shared.weight_sources(prefix)
 
     def _sources_per_expert(self, prefix: str) -> Iterator[WeightSource]:
         hidden, rows = self.gate_up_weight.shape[2], self.intermediate

@@ -76,15 +76,15 @@ def _yarn(rotary: RotaryShape) -> tuple[torch.Tensor, float]:
 
 def _yarn_attention_factor(parameters: Mapping[str, float]) -> float:
     factor = parameters["factor"]
-
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if parameters.get("attention_factor") is not None:
         return parameters["attention_factor"]
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return magnitude(parameters["mscale"]) / magnitude(parameters["mscale_all_dim"])
-    return magnitude(1.0)
+        return yarn_magnitude(factor, parameters["mscale"]) / yarn_magnitude(factor, parameters["mscale_all_dim"])
+    return yarn_magnitude(factor, 1.0)
+
+
+def yarn_magnitude(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,6 +72,30 @@ def test_kernel_equals_reference_on_packed_qkv(device, dtype, case, has_norm):
         assert (cache != expected_cache).float().mean() < 0.02
 
 
+@pytest.mark.parametrize(("num_heads", "rotary_dims", "value_dim"), [(4, 16, 40), (9, 8, 24), (16, 64, 512)])
+def test_keys_and_values_are_columns_of_one_cache(device, dtype, num_heads, rotary_dims, value_dim):
+    """As latent attention keeps them: the key's numbers behind the value's, and wider queries of which only the end turns."""
+    width, slots = value_dim + rotary_dims, torch.tensor([17, -1, 0], device=device)
+    q = torch.randn(3, num_heads, width, device=device).to(dtype)
+    row = torch.randn(3, 5 + width, device=device).to(dtype)[:, 5:].unsqueeze(1)
+    cache = torch.randn(2, 16, 1, width, device=device).to(dtype)
+    positions = torch.tensor([0, NUM_POSITIONS - 1, 5], device=device)
+
+    def run(op, q, row, cache):
+        q, row, cache = q.clone(), row.clone(), cache.clone()
+        keys, values = (x[..., value_dim:] for x in (q, row, cache)), (x[..., :value_dim] for x in (row, cache))
+        (q_turned, k, k_cache), (v, v_cache) = keys, values
+        op(q_turned, k, v, *tables(rotary_dims, device), positions, k_cache, v_cache, slots, norm_eps=0.0)
+        return q, cache
+
+    (got_q, got_cache), (expected_q, expected_cache) = (run(op, q, row, cache) for op in (RUN[device], prepare_qkv_ref))
+    rtol, atol = TOLERANCE[dtype]
+    torch.testing.assert_close(got_q, expected_q, rtol=rtol, atol=atol)
+    torch.testing.assert_close(got_cache, expected_cache, rtol=rtol, atol=atol)
+    assert torch.equal(got_q[..., :value_dim], q[..., :value_dim])
+    assert torch.equal(got_cache[1, 1, 0, :value_dim], row[0, 0, :value_dim])
+
+
 def test_nothing_else_is_written(device, dtype):
     """v, heads behind the last, columns behind the head and slots of no token keep their bits; padding stores nothing."""
     case = (6, 5, 3, 24, 16, 16)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 pytestmark = pytest.mark.gpu
 # Head sizes below 16 and odd widths are not what the GPU kernels are for.
 SIZES = {"hidden_size": 192, "intermediate_size": 256, "head_dim": 32, "vocab_size": 512}
+LATENT = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
 SaveCheckpoint = Callable[..., PreTrainedModel]
 
 
@@ -28,6 +29,10 @@ SaveCheckpoint = Callable[..., PreTrainedModel]
         ("Qwen3ForCausalLM", {}),
         ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}),
         ("MixtralForCausalLM", {}),
+        ("Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 64}),
+        ("Glm4MoeForCausalLM", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
+        ("DeepseekV2ForCausalLM", LATENT | {"q_lora_rank": None}),
+        ("DeepseekV3ForCausalLM", LATENT | {"num_attention_heads": 32, "num_key_value_heads": 32}),
     ],
 )
 def test_float32_equals_transformers(

@@ -12,8 +12,14 @@ from pilotfish.common.errors import ConfigError, ModelLoadError
 from pilotfish.models.build import load_model
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.checkpoint import SINGLE_FILE, Checkpoint
+from pilotfish.models.dummy_shapes import dummy_shape
+from pilotfish.models.families import gpt_oss
+from pilotfish.models.layers.biased_moe import BiasedSparseMlp
 from pilotfish.models.loader import load_weights
+from pilotfish.models.model_shape import ClampedGate
 from pilotfish.models.parallel import Parallel
+from pilotfish.models.registry import ARCHITECTURES
+from pilotfish.models.weight_source import Placement
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -53,6 +59,24 @@ def test_every_tensor_has_its_place(changes: dict[str, torch.Tensor | None], mes
 def test_a_derived_table_of_old_checkpoints_is_left_out(llama: Path) -> None:
     change(llama, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
     load_model(llama, device="cpu")
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, save_checkpoint: SaveCheckpoint) -> None:
+    save_checkpoint(tmp_path, "Glm4MoeForCausalLM", num_mtp_layers=1)
+    change(tmp_path, {"model.layers.3.eh_proj.weight": torch.zeros(4), "model.layers.3.mlp.gate.weight": torch.zeros(4)})
+    load_model(tmp_path, device="cpu")
+    change(tmp_path, {"model.layers.30.eh_proj.weight": torch.zeros(4), "model.layers.4.eh_proj.weight": torch.zeros(4)})
+    with pytest.raises(ModelLoadError, match=r"layers\.30\.eh_proj\.weight .* has no place.*layers\.4\.eh_proj\.weight"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_experts_without_a_kernel_are_refused_on_cuda() -> None:
+    gpu = Placement(device=torch.device("cuda"), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, parallel=Parallel())
+    gate = ClampedGate(alpha=1.702, limit=7.0)
+    shape = dummy_shape("dummy:tiny-moe")
+    assert shape.moe is not None
+    with pytest.raises(ModelLoadError, match="runs on a CPU only"):
+        BiasedSparseMlp(shape, shape.moe, gate, names=gpt_oss.SPEC.moe.layouts[0], placement=gpu)
 
 
 def test_truncated_checkpoint(llama: Path) -> None:
@@ -181,7 +205,7 @@ def mapped_bytes(path: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_element_of_every_parameter_is_filled_once(
     architecture: str, tmp_path: Path, save_checkpoint: SaveCheckpoint
 ) -> None:

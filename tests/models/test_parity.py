@@ -25,6 +25,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK_YARN = YARN | {"factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.1}
+GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+MANY_HEADS = {"hidden_size": 64, "num_attention_heads": 32, "num_key_value_heads": 32}
+ROPE = {"rope_type": "default", "rope_theta": 100.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 11}
 FUSED = {"save": {"save_original_format": False}}
 
@@ -42,6 +46,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("MistralForCausalLM", "sliding window", {"sliding_window": 11}),
     ("MistralForCausalLM", "no window", {"sliding_window": None}),
     ("Qwen2ForCausalLM", "biases, tied", {"tie_word_embeddings": True}),
+    ("Qwen2ForCausalLM", "biases, stored in bfloat16", {"dtype": torch.bfloat16}),
     ("Qwen2ForCausalLM", "upper layers slide", SLIDING | {"max_window_layers": 1}),
     ("Qwen3ForCausalLM", "head norms", {}),
     (
@@ -58,8 +63,49 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("Qwen3MoeForCausalLM", "every second layer, biases", {"decoder_sparse_step": 2, "attention_bias": True}),
     ("Qwen3MoeForCausalLM", "one dense layer, bfloat16", {"mlp_only_layers": [1], "dtype": torch.bfloat16}),
     ("Qwen3MoeForCausalLM", "sliding window, fused experts", SLIDING | FUSED),
+    ("Qwen2MoeForCausalLM", "a gated shared expert", {}),
+    ("Qwen2MoeForCausalLM", "renormalized, no biases, fused experts", {"norm_topk_prob": True, "qkv_bias": False} | FUSED),
+    ("Qwen2MoeForCausalLM", "sliding window, one dense layer", SLIDING | {"mlp_only_layers": [1], "dtype": torch.bfloat16}),
     ("MixtralForCausalLM", "tensors for each expert", {}),
     ("MixtralForCausalLM", "sliding window, fused experts", {"sliding_window": 11} | FUSED),
+    ("Glm4MoeForCausalLM", "half of a head turns", {}),
+    (
+        "Glm4MoeForCausalLM",
+        "groups, head norms, biases",
+        {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "attention_bias": True, "norm_topk_prob": False},
+    ),
+    (
+        "Glm4MoeForCausalLM",
+        "all sparse, two shared experts, bfloat16, fused experts",
+        {"first_k_dense_replace": 0, "n_shared_experts": 2, "dtype": torch.bfloat16} | FUSED,
+    ),
+    ("DeepseekV2ForCausalLM", "greedy, queries from a latent", {}),
+    ("DeepseekV2ForCausalLM", "groups, yarn", GROUPED | {"rope_parameters": DEEPSEEK_YARN}),
+    (
+        "DeepseekV2ForCausalLM",
+        "queries without a latent, biases",
+        {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True},
+    ),
+    ("DeepseekV2ForCausalLM", "all sparse, bfloat16", {"first_k_dense_replace": 0, "dtype": torch.bfloat16}),
+    ("DeepseekV3ForCausalLM", "groups", {}),
+    (
+        "DeepseekV3ForCausalLM",
+        "yarn, biases, fused experts",
+        {"rope_parameters": DEEPSEEK_YARN, "attention_bias": True} | FUSED,
+    ),
+    (
+        "DeepseekV3ForCausalLM",
+        "32 heads, halves, not renormalized",
+        MANY_HEADS | {"rope_interleave": False, "norm_topk_prob": False},
+    ),
+    (
+        "DeepseekV3ForCausalLM",
+        "wide latent, no latent of queries",
+        {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "q_lora_rank": None},
+    ),
+    ("GptOssForCausalLM", "sinks, windows, yarn", {}),
+    ("GptOssForCausalLM", "often clamped, default rope", {"swiglu_limit": 0.5, "swiglu_alpha": 1.1, "rope_parameters": ROPE}),
+    ("GptOssForCausalLM", "no biases of attention, bfloat16", {"attention_bias": False, "dtype": torch.bfloat16}),
 ]
 
 

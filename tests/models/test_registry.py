@@ -16,7 +16,7 @@ from pilotfish.models.registry import ARCHITECTURES, lookup
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_known_architectures_have_a_spec_in_a_small_file(architecture: str) -> None:
-    assert lookup(architecture).model_type in architecture.lower().replace("moe", "_moe")
+    assert lookup(architecture).model_type.replace("_", "") in architecture.lower()
     module = importlib.import_module(f"pilotfish.models.families.{ARCHITECTURES[architecture].split(':')[0]}")
     assert len(inspect.getsource(module).splitlines()) <= 60
 
@@ -24,7 +24,7 @@ def test_known_architectures_have_a_spec_in_a_small_file(architecture: str) -> N
 def test_unknown_architecture_names_the_nearest() -> None:
     with pytest.raises(ModelLoadError, match=r"'Qwen3MoEForCausalLM' is not supported.*Qwen3MoeForCausalLM"):
         lookup("Qwen3MoEForCausalLM")
-    with pytest.raises(ModelLoadError, match=r"'Whisper' is not supported \(known: LlamaForCausalLM, "):
+    with pytest.raises(ModelLoadError, match=r"'Whisper' is not supported \(known: .*LlamaForCausalLM, "):
         lookup("Whisper")
 
 

@@ -33,6 +33,12 @@ QWEN3_MOE = SIZES | {
     "num_experts": 4,
     "num_experts_per_tok": 2,
 }
+GLM = SIZES | {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
 MISTRAL = SIZES | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 MIXTRAL = SIZES | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": 8}
 
@@ -80,6 +86,14 @@ def test_windows(tmp_path: Path) -> None:
     assert shape_of(tmp_path, QWEN3_MOE | window | {"use_sliding_window": True}).windows == (8,) * 4
 
 
+def test_a_part_of_a_head_turns(tmp_path: Path) -> None:
+    assert shape_of(tmp_path, GLM).rotary.rotary_dim == 8
+    assert shape_of(tmp_path, GLM | {"partial_rotary_factor": 0.25}).rotary.rotary_dim == 4
+    assert (
+        shape_of(tmp_path, GLM | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}}).rotary.rotary_dim == 16
+    )
+
+
 def test_sparse_layers(tmp_path: Path) -> None:
     moe = shape_of(tmp_path, QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}).moe
     assert moe is not None
@@ -112,6 +126,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (QWEN2 | {"layer_types": ["sliding_attention"] * 4}, "sliding_window is not set"),
         (MISTRAL | {"layer_types": ["full_attention"] * 4}, "not 'ministral'"),
         (MIXTRAL | {"layer_types": ["full_attention"] * 4}, "layer_types is not supported"),
+        (GLM | {"n_group": 3}, "8 experts do not divide into 3 groups"),
+        (GLM | {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "3 experts cannot be chosen from 1 groups of 2"),
+        (GLM | {"partial_rotary_factor": 0.2}, "3 of a head's 16 numbers cannot turn in pairs"),
         (QWEN3_MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4"),
         (LLAMA | {"per_layer_config": {"1": {"intermediate_size": 32}}}, "per_layer_config"),
     ],
