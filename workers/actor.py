@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from dataclasses import replace
+from functools import partial
 
 import ray
 
@@ -105,11 +106,13 @@ class WorkerActor:
         controller_node: str,
     ) -> ServingWorker:
         from .engine import Engine
+        from .ranks import lead
         from .server import WorkerServer
         from .worker_service import ServerLimits
 
         server = WorkerServer(ServerLimits())
-        engine = Engine(model_config, engine_config, on_step=server.on_step, place=place)
+        set_up = None if place is None else partial(lead, place=place)
+        engine = Engine(model_config, engine_config, on_step=server.on_step, set_up=set_up)
         info = replace(engine.start(), epoch=epoch, pid=os.getpid())
         is_local = ray.get_runtime_context().get_node_id() == controller_node
         node = ray.util.get_node_ip_address()

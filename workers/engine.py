@@ -24,16 +24,16 @@ from functools import partial
 
 from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import InvalidRequest, Overloaded, PilotfishError, Unavailable
-from ..common.rank_place import RankPlace
 from ..common.requests import EngineRequest, FinishReason, StepOutput, WorkerInfo
 from ..scheduler.snapshot import SchedulerSnapshot
 from ..scheduler.step_scheduler import SchedulerConfig, StepScheduler
-from .ranks import LeadingRunner, lead
 from .request_check import check_request
 from .runner_setup import set_up_runner
 from .step_loop import StepLoop, StepRunner
 
 logger = logging.getLogger(__name__)
+
+SetUp = Callable[[ModelConfig, EngineConfig], tuple[StepRunner, WorkerInfo]]
 
 # Requests an engine holds at once, running and waiting. Queues for more belong to whoever feeds it.
 MAX_LIVE_REQUESTS = 1024
@@ -74,8 +74,8 @@ class EngineSnapshot:
 class Engine:
     """See the module. `on_step` must be quick: the next step waits for it.
 
-    `max_steps_in_flight` (see step_loop.py) is one on a CPU and two on a GPU unless it is given. With a `place` this is
-    the leader of a replica of several ranks (ranks.py).
+    `max_steps_in_flight` (see step_loop.py) is one on a CPU and two on a GPU unless it is given. `set_up` makes the runner, on
+    the engine's thread: set_up_runner, unless this engine leads several ranks (ranks.py).
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Engine:
         *,
         on_step: Callable[[StepOutput], None],
         max_steps_in_flight: int | None = None,
-        place: RankPlace | None = None,
+        set_up: SetUp | None = None,
     ) -> None:
         self._model_config = model_config
         self._config = engine_config
         self._on_step = on_step
         self._max_steps_in_flight = max_steps_in_flight
-        self._place = place
-        self._leading: LeadingRunner | None = None
+        self._set_up_runner = set_up
+        self._runner: StepRunner | None = None
         self._thread = threading.Thread(target=self._run, name="pilotfish-engine", daemon=True)
         self._started: Future[WorkerInfo] = Future()
         self._info: WorkerInfo | None = None
@@ -184,8 +184,8 @@ class Engine:
             phase, age_s = Phase.STEP, time.monotonic() - busy_since_s
             if age_s > self._config.stall_timeout_s:
                 message = f"a step has been running for {age_s:.0f} s"
-        if self._leading is not None and self._leading.failure:  # the step will never end
-            phase, message = Phase.FAILED, self._leading.failure
+        if self._runner is not None and self._runner.failure:  # the step will never end
+            phase, message = Phase.FAILED, self._runner.failure
         step_id = loop.step_id if loop is not None else 0
         ok = phase in (Phase.IDLE, Phase.STEP) and not message
         return EngineHealth(ok=ok, phase=phase, step_id=step_id, step_age_s=age_s, message=message)
@@ -227,20 +227,17 @@ class Engine:
         except Exception as error:
             logger.exception("the engine failed with %d requests", len(self._live))
             phase, failure = Phase.FAILED, f"{type(error).__name__}: {error}"
-        if self._leading is not None:
-            self._leading.close()
+        if self._runner is not None:
+            self._runner.close()
         with self._changed:
             self._is_accepting = False
             self._phase, self._failure = phase, failure
             self._changed.notify_all()
 
     def _set_up(self) -> StepLoop:
-        runner: StepRunner
-        if self._place is None:
-            runner, info = set_up_runner(self._model_config, self._config)
-        else:
-            runner, info = lead(self._model_config, self._config, self._place)
-            self._leading = runner
+        set_up = self._set_up_runner or set_up_runner
+        runner, info = set_up(self._model_config, self._config)
+        self._runner = runner
         scheduler = StepScheduler(
             SchedulerConfig(
                 num_blocks=info.num_blocks,

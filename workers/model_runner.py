@@ -85,6 +85,8 @@ class PendingStep:
 class ModelRunner:
     """A model with its cache and the device state of its running sequences."""
 
+    failure = ""  # what it launches ends
+
     def __init__(
         self,
         model: CausalLM,
@@ -118,6 +120,9 @@ class ModelRunner:
         self._graphs = capture(
             sizes, lambda size: DecodeStep(size, model=self.model, batch_state=state, sampler=sampler, kv_cache=cache)
         )
+
+    def close(self) -> None:
+        """It holds nothing that outlives it."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Launches the step and waits for it."""

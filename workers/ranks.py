@@ -55,8 +55,8 @@ class LeadingRunner:
         self._sender.close()
 
 
-def lead(model_config: ModelConfig, engine_config: EngineConfig, place: RankPlace) -> tuple[LeadingRunner, WorkerInfo]:
-    """Sets the leader up together with its followers.
+def lead(model_config: ModelConfig, engine_config: EngineConfig, *, place: RankPlace) -> tuple[LeadingRunner, WorkerInfo]:
+    """Sets the leader up together with its followers; an Engine's `set_up`.
 
     Raises:
         PilotfishError: this rank cannot start, or another did not come in time.

@@ -26,9 +26,14 @@ class _InFlight:
 
 
 class StepRunner(Protocol):
-    """A ModelRunner, alone or at the head of others."""
+    """A ModelRunner, alone or at the head of others (ranks.py)."""
+
+    @property
+    def failure(self) -> str:
+        """Why the steps in flight will never end, "" while they may."""
 
     def launch(self, plan: StepPlan) -> PendingStep: ...
+    def close(self) -> None: ...
 
 
 class StepLoop:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pilotfish.common.rank_place import RankPlace
 from pilotfish.common.requests import EngineRequest, StepOutput, TokenSampling
 from pilotfish.workers.comm import Rendezvous
 from pilotfish.workers.engine import Engine, Phase
+from pilotfish.workers.ranks import lead
 from rank_process import ENGINE, Followers
 
 LOUD = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "logprobs": 2, "logit_bias": {5: 1.0}}
@@ -61,7 +63,7 @@ def replica(path: Path, size: int) -> Iterator[tuple[Engine, Collected, Follower
     rendezvous = Rendezvous(host="127.0.0.1", timeout_s=30)
     leader, *others = places(size, rendezvous)
     collected = Collected()
-    engine = Engine(ModelConfig(model=str(path)), ENGINE, on_step=collected, place=leader)
+    engine = Engine(ModelConfig(model=str(path)), ENGINE, on_step=collected, set_up=partial(lead, place=leader))
     with Followers(path, others) as followers:
         try:
             engine.start()
@@ -111,7 +113,7 @@ def test_a_stopped_rank_is_named(tiny_llama: Path) -> None:
 def test_a_rank_that_never_comes_is_missed(tiny_llama: Path) -> None:
     rendezvous = Rendezvous(host="127.0.0.1", timeout_s=2)
     leader = places(2, rendezvous, timeout_s=2.0)[0]
-    engine = Engine(ModelConfig(model=str(tiny_llama)), ENGINE, on_step=Collected(), place=leader)
+    engine = Engine(ModelConfig(model=str(tiny_llama)), ENGINE, on_step=Collected(), set_up=partial(lead, place=leader))
     with pytest.raises(InternalError, match="rank 0 of 2 found no group of all ranks"):
         engine.start()
 
