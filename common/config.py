@@ -140,14 +140,18 @@ class ParallelConfig:
 
     Attributes:
         tensor_parallel: ranks that share every layer of a replica, a GPU each (or a process on CPUs).
+        expert_parallel: each rank keeps whole experts of sparse layers, not a slice of each of them.
         collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere.
     """
 
     tensor_parallel: int = 1
+    expert_parallel: bool = False
     collective_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         _require(self, "tensor_parallel", 1)
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise ConfigError("expert_parallel needs tensor_parallel of 2 or more: one rank keeps all experts anyway")
         if not self.collective_timeout_s > 0:
             raise ConfigError(f"collective_timeout_s must be above 0, not {self.collective_timeout_s}")
 

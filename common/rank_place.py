@@ -15,6 +15,7 @@ class RankPlace:
         address: "host:port" where the ranks find each other; the leader has opened it.
         host: this rank's own address, on which the others reach it.
         timeout_s: of every collective, and of the wait for all ranks to come.
+        whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
     """
 
     rank: int
@@ -23,6 +24,7 @@ class RankPlace:
     address: str
     host: str
     timeout_s: float
+    whole_experts: bool = False
 
     @property
     def is_leader(self) -> bool:

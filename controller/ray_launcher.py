@@ -153,7 +153,15 @@ class RayLauncher:
         for rank, handle in enumerate(handles):
             place = None
             if len(handles) > 1:
-                place = RankPlace(rank=rank, size=len(handles), epoch=epoch, address=address, host="", timeout_s=timeout_s)
+                place = RankPlace(
+                    rank=rank,
+                    size=len(handles),
+                    epoch=epoch,
+                    address=address,
+                    host="",
+                    timeout_s=timeout_s,
+                    whole_experts=self._config.parallel.expert_parallel,
+                )
             starts.append(
                 asyncio.ensure_future(
                     handle.start.remote(

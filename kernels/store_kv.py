@@ -2,8 +2,8 @@
 
     cache[slot // L, slot % L] = x[t]     rounded to the cache's dtype; a slot below zero is skipped (padding)
 
-T tokens, K kv heads, D numbers of a key, V of a value, B blocks in the cache, L page length in tokens. Where D and V differ, the
-caches may be two parts of one: the columns of keys and those of values.
+T tokens, K kv heads, D numbers of a key, V of a value, B blocks in the cache, L page length in tokens. Where D and V differ,
+the caches may be two parts of one: the columns of keys and those of values.
 """
 
 import torch

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Set
 
 import torch
 
+from ..common.errors import ModelLoadError
 from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
 from .layers.attention import Attention
@@ -38,6 +39,10 @@ class CausalLM(torch.nn.Module):
 
     def __init__(self, shape: ModelShape, spec: FamilySpec, *, checkpoint_names: Set[str], placement: Placement) -> None:
         super().__init__()
+        if placement.parallel.whole_experts and shape.moe is None:
+            raise ModelLoadError(
+                f"{shape.architecture} has no sparse layers whose experts ranks could share: no expert_parallel"
+            )
         self.config = shape
         self.device, self.dtype = placement.device, placement.compute_dtype
         self.embedding = Embedding(

@@ -50,10 +50,12 @@ class Parallel:
     Attributes:
         all_reduce: sums a contiguous tensor over the ranks and returns it; it may work in place.
         all_gather: joins every rank's contiguous, equally shaped tensor along the last dimension, in rank order.
+        whole_experts: ranks share the experts of a sparse layer (expert parallelism), not each expert's intermediate size.
     """
 
     rank: int = 0
     size: int = 1
+    whole_experts: bool = False
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -76,6 +78,13 @@ class Parallel:
             run //= 2
         start, stop = (min(run * _first(rank, -(-total // run), self.size), total) for rank in (self.rank, self.rank + 1))
         return Share(start * unit, stop * unit, total * unit)
+
+    def expert_shares(self, num_experts: int, intermediate_size: int) -> tuple[Share, Share]:
+        """(experts, intermediate size of each) that this rank keeps of a sparse layer. ModelLoadError for too few."""
+        if self.whole_experts:
+            return self.share(num_experts, what="the number of experts"), whole(intermediate_size)
+        intermediate = self.share(intermediate_size, what="the experts' intermediate size", multiple=ALIGNED)
+        return whole(num_experts), intermediate
 
     def kv_head_share(self, num_kv_heads: int, *, unit: int) -> Share:
         """As `share`; where heads are fewer than ranks, each is kept by one or several ranks."""

@@ -84,7 +84,13 @@ class RankGroup:
     @property
     def parallel(self) -> Parallel:
         place = self.place
-        return Parallel(rank=place.rank, size=place.size, all_reduce=self.all_reduce, all_gather=self.all_gather)
+        return Parallel(
+            rank=place.rank,
+            size=place.size,
+            whole_experts=place.whole_experts,
+            all_reduce=self.all_reduce,
+            all_gather=self.all_gather,
+        )
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x becomes the sum over the ranks."""

@@ -37,6 +37,8 @@ class BiasedSparseMlp(torch.nn.Module):
         super().__init__()
         if placement.device.type == "cuda" and kernel_mode() == "auto":
             raise ModelLoadError(f"{shape.architecture} runs on a CPU only: no CUDA kernel has experts with biases yet")
+        if placement.parallel.whole_experts:
+            raise ModelLoadError(f"{shape.architecture} does not run with expert_parallel yet: ranks share each of its experts")
         self.moe, self.gate, self.names, self.parallel = moe, gate, names, placement.parallel
         self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size")
         num_experts, hidden, size = moe.num_experts, shape.hidden_size, self.intermediate.size

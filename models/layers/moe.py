@@ -1,6 +1,6 @@
 """Mixture-of-experts MLP: a router chooses each token's experts, whose gated MLPs are computed in one grouped op.
 
-T tokens, H hidden, E experts, F intermediate of this rank. Ranks share every expert's intermediate dimension.
+T tokens, H hidden, E experts and F intermediate of this rank. Ranks share every expert's intermediate size, or the experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ...kernels.linear import linear
 from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_routing import route_tokens
 from ..model_shape import ModelShape, MoeShape
-from ..parallel import ALIGNED, whole
+from ..parallel import Share, whole
 from ..weight_source import Placement, WeightSource
 from .expert_choice import ExpertChoice
 from .linear import column_linear
@@ -68,15 +68,18 @@ class SparseMlp(torch.nn.Module):
         self.shared = shared
         self.activation = shape.activation
         self.parallel = placement.parallel
-        self.intermediate = self.parallel.share(moe.intermediate_size, what="the experts' intermediate size", multiple=ALIGNED)
+        self.experts, self.intermediate = self.parallel.expert_shares(moe.num_experts, moe.intermediate_size)
         self.router = column_linear(
             {self.names.router: whole(moe.num_experts)}, shape.hidden_size, bias=False, placement=placement
         )
-        self.gate_up_weight = placement.matrix(moe.num_experts, 2 * self.intermediate.size, shape.hidden_size)
-        self.down_weight = placement.matrix(moe.num_experts, shape.hidden_size, self.intermediate.size)
+        self.gate_up_weight = placement.matrix(self.experts.size, 2 * self.intermediate.size, shape.hidden_size)
+        self.down_weight = placement.matrix(self.experts.size, shape.hidden_size, self.intermediate.size)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, *self.choose(x_TH), self.activation)
+        weights_TC, experts_TC = self.choose(x_TH)
+        if self.experts.size < self.experts.total:
+            experts_TC = local_experts(experts_TC, self.experts)
+        out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
         if self.shared is not None:
             out_TH = out_TH + self.shared.addend(x_TH)
         return self.parallel.sum(out_TH)
@@ -99,37 +102,48 @@ class SparseMlp(torch.nn.Module):
             yield from self.shared.weight_sources(prefix)
 
     def _sources_per_expert(self, prefix: str) -> Iterator[WeightSource]:
+        """Of other ranks' experts no row is read."""
         hidden, rows = self.gate_up_weight.shape[2], self.intermediate
         for expert in range(self.moe.num_experts):
-            gate, up = self.gate_up_weight[expert].split(rows.size)
+            is_mine = self.experts.start <= expert < self.experts.stop
+            index = expert - self.experts.start if is_mine else 0
+            kept_rows = rows.range if is_mine else slice(0, 0)
+            gate, up = self.gate_up_weight[index].split(rows.size)
             for name, target in ((self.names.gate, gate), (self.names.up, up)):
                 yield WeightSource(
                     name=prefix + name.format(expert=expert),
                     shape=(rows.total, hidden),
-                    region=(rows.range, slice(None)),
-                    target=target,
+                    region=(kept_rows, slice(None)),
+                    target=target if is_mine else target[:0],
                 )
+            down = self.down_weight[index]
             yield WeightSource(
                 name=prefix + self.names.down.format(expert=expert),
                 shape=(hidden, rows.total),
-                region=(slice(None), rows.range),
-                target=self.down_weight[expert],
+                region=(slice(None), rows.range) if is_mine else (slice(0, 0), slice(None)),
+                target=down if is_mine else down[:0],
             )
 
     def _fused_sources(self, prefix: str) -> Iterator[WeightSource]:
         assert self.names.gate == self.names.up
-        (num_experts, _, hidden), rows = self.gate_up_weight.shape, self.intermediate
+        num_experts, hidden, rows = self.moe.num_experts, self.gate_up_weight.shape[2], self.intermediate
         gate, up = self.gate_up_weight.split(rows.size, dim=1)
         for first_row, target in ((0, gate), (rows.total, up)):
             yield WeightSource(
                 name=prefix + self.names.gate,
                 shape=(num_experts, 2 * rows.total, hidden),
-                region=(slice(None), slice(first_row + rows.start, first_row + rows.stop), slice(None)),
+                region=(self.experts.range, slice(first_row + rows.start, first_row + rows.stop), slice(None)),
                 target=target,
             )
         yield WeightSource(
             name=prefix + self.names.down,
             shape=(num_experts, hidden, rows.total),
-            region=(slice(None), slice(None), rows.range),
+            region=(self.experts.range, slice(None), rows.range),
             target=self.down_weight,
         )
+
+
+def local_experts(experts_TC: torch.Tensor, mine: Share) -> torch.Tensor:
+    """This rank's numbers of its own experts, -1 for those of others: int32 [T, C]."""
+    local_TC = experts_TC - mine.start
+    return torch.where((local_TC >= 0) & (local_TC < mine.size), local_TC, -1)

@@ -14,6 +14,7 @@ from pilotfish.models.check import check_model, choose_prompts, run_reference, s
 from pilotfish.models.local_ranks import RanksFailedError, run_ranks
 from pilotfish.models.store import resolve
 from transformers import AutoTokenizer, PreTrainedModel
+from upcycled import upcycle
 
 TIMEOUT_S = 120
 SaveCheckpoint = Callable[..., PreTrainedModel]
@@ -31,14 +32,14 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: SaveCheckpoint) -> list[tuple[str, str]]:
     """Each model's directory, and the file of what transformers answers."""
-    made = []
-    for architecture, config in MODELS:
-        path = tmp_path_factory.mktemp(architecture)
-        untouched = save_checkpoint(path, architecture, **config)
-        prompts = choose_prompts(load_model(path, device="cpu"), seed=0)
-        save_references([run_reference(untouched, prompt) for prompt in prompts], path / "references.pt")
-        made.append((str(path), str(path / "references.pt")))
-    return made
+    return [_save(tmp_path_factory.mktemp(name), save_checkpoint, name, config) for name, config in MODELS]
+
+
+def _save(path: Path, save_checkpoint: SaveCheckpoint, architecture: str, config: dict[str, Any]) -> tuple[str, str]:
+    untouched = save_checkpoint(path, architecture, **config)
+    prompts = choose_prompts(load_model(path, device="cpu"), seed=0)
+    save_references([run_reference(untouched, prompt) for prompt in prompts], path / "references.pt")
+    return str(path), str(path / "references.pt")
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -47,6 +48,38 @@ def test_tiny_models_equal_transformers_on_every_rank(size: int, checkpoints: li
         for (architecture, _), rows in zip(MODELS, models, strict=True):
             assert len(rows) == 5
             assert all(ok for _, ok, _ in rows), (architecture, rows)
+
+
+SPARSE: list[tuple[str, dict[str, Any]]] = [
+    ("Qwen3MoeForCausalLM", {"moe_intermediate_size": 44, "mlp_only_layers": [1]}),
+    ("MixtralForCausalLM", {"intermediate_size": 52, "save": {"save_original_format": False}}),
+    ("Qwen2MoeForCausalLM", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def sparse_checkpoints(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: SaveCheckpoint) -> list[tuple[str, str]]:
+    return [_save(tmp_path_factory.mktemp(name), save_checkpoint, name, config) for name, config in SPARSE]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_with_whole_experts_equal_transformers(size: int, sparse_checkpoints: list[tuple[str, str]]) -> None:
+    """Per-expert and fused checkpoints, experts that do not divide, a shared expert that ranks share by slices."""
+    work = rank_work.compare_all_with_whole_experts
+    for models in run_ranks(size, work, sparse_checkpoints, timeout_s=TIMEOUT_S):
+        for (architecture, _), rows in zip(SPARSE, models, strict=True):
+            assert all(ok for _, ok, _ in rows), (architecture, rows)
+
+
+def test_each_expert_is_kept_once(sparse_checkpoints: list[tuple[str, str]]) -> None:
+    path, _ = sparse_checkpoints[0]
+    (alone,) = run_ranks(1, rank_work.count_read_experts, path, timeout_s=TIMEOUT_S)
+    assert sum(run_ranks(3, rank_work.count_read_experts, path, timeout_s=TIMEOUT_S)) == alone
+
+
+def test_a_dense_model_has_no_experts_to_share(llama: Path) -> None:
+    with pytest.raises(RanksFailedError, match="no sparse layers"):
+        run_ranks(2, rank_work.count_read_experts, str(llama), timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +121,13 @@ def test_ranks_that_fail_or_hang_are_ended(tmp_path: Path) -> None:
     pids = [int(file.name) for file in tmp_path.iterdir()]
     assert len(pids) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_experts_of_a_real_model_over_ranks_say_what_the_dense_one_says(smollm2_path: Path, tmp_path: Path) -> None:
+    """Whatever the routers choose, on whichever rank the expert is."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    prompt = tokenizer("The capital of France is")["input_ids"]
+    dense = rank_work.decode_greedily(load_model(smollm2_path, device="cpu"), prompt, 8)
+    sparse = upcycle(smollm2_path, tmp_path / "moe", num_experts=4)
+    ranks = run_ranks(2, rank_work.load_and_decode_with_whole_experts, str(sparse), prompt, 8, timeout_s=TIMEOUT_S)
+    assert ranks == [dense] * 2

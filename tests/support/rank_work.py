@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,3 +42,17 @@ def fail_on_the_last_rank(parallel: Parallel) -> None:
 def hang(parallel: Parallel, pid_directory: str) -> None:
     (Path(pid_directory) / str(os.getpid())).touch()
     time.sleep(600)
+
+
+def compare_all_with_whole_experts(parallel: Parallel, checkpoints: Sequence[tuple[str, str]]) -> list[RankRows]:
+    return compare_all(replace(parallel, whole_experts=True), checkpoints)
+
+
+def count_read_experts(parallel: Parallel, path: str) -> int:
+    """Numbers that this rank keeps of the experts of all sparse layers."""
+    model = load_model(path, device="cpu", parallel=replace(parallel, whole_experts=True))
+    return sum(p.numel() for name, p in model.named_parameters() if "gate_up_weight" in name or "down_weight" in name)
+
+
+def load_and_decode_with_whole_experts(parallel: Parallel, path: str, prompt: list[int], num_tokens: int) -> list[int]:
+    return load_and_decode(replace(parallel, whole_experts=True), path, prompt, num_tokens)
