@@ -2,7 +2,8 @@
 
 Every follower beats: a thread of its own leaves a count in the group's store twice a second, with its last step and what it
 does. The leader's watch reads them. A count that stands still means that the process is stopped, swapped out or cut off (a rank
-that is slow in a step still beats); then `failure` says so, and the engine ends.
+that is slow in a step still beats); then `failure` says so, and the engine ends. Silence is counted in looks of the watch, not
+in seconds: on a machine that stood still, both stood still.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from ..common.rank_place import RankPlace
 from .comm import RankStore
@@ -18,7 +19,7 @@ from .comm import RankStore
 logger = logging.getLogger(__name__)
 
 BEAT_INTERVAL_S = 0.5
-SILENT_LIMIT_S = 3.0
+MAX_SILENT_LOOKS = 6
 
 
 class Beat:
@@ -53,14 +54,11 @@ class Beat:
 class RankWatch:
     """The leader's. `failure` is set once, and never taken back."""
 
-    def __init__(self, place: RankPlace, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, place: RankPlace) -> None:
         self.failure = ""
-        self._place = place
-        self._clock = clock
         self._store = RankStore(place)
         self._closed = threading.Event()
-        now = clock()
-        self._last = dict.fromkeys(range(1, place.size), ("", now))
+        self._heard = {rank: _Heard() for rank in range(1, place.size)}
         self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
         self._thread.start()
 
@@ -69,23 +67,38 @@ class RankWatch:
 
     def _run(self) -> None:
         while not self._closed.wait(BEAT_INTERVAL_S):
-            for rank in self._last:
-                self._look_at(rank)
+            try:
+                for rank, heard in self._heard.items():
+                    self._look_at(rank, heard)
+            except RuntimeError as error:  # the store is in this process: it goes with the replica
+                logger.warning("the watch over the ranks ends: %s", error)
+                return
             if self.failure:
                 logger.error("%s", self.failure)
                 return
 
-    def _look_at(self, rank: int) -> None:
-        said, since_s = self._last[rank]
-        now = self._clock()
-        saying = self._store.told(_key(rank)) or ""
-        if saying != said:
-            self._last[rank] = (saying, now)
-        elif now - since_s > SILENT_LIMIT_S:
-            _, step_id, phase, host = saying.split() if saying else ("", "none", "starting", "an unknown node")
-            self.failure = (
-                f"rank {rank} on {host} has been silent for {now - since_s:.1f} s; its last step was {step_id} (phase {phase})"
-            )
+    def _look_at(self, rank: int, heard: _Heard) -> None:
+        words = self._store.told(_key(rank)) or ""
+        if words != heard.words:
+            heard.words, heard.num_looks, heard.since_s = words, 0, time.monotonic()
+            return
+        heard.num_looks += 1
+        if heard.num_looks < MAX_SILENT_LOOKS:
+            return
+        _, step_id, phase, host = words.split() if words else ("", "none", "starting", "an unknown node")
+        silent_s = time.monotonic() - heard.since_s
+        self.failure = (
+            f"rank {rank} on {host} has been silent for {silent_s:.1f} s; its last step was {step_id} (phase {phase})"
+        )
+
+
+@dataclass(slots=True)
+class _Heard:
+    """A rank's last words, how often they have been found unchanged, and since when."""
+
+    words: str = ""
+    num_looks: int = 0
+    since_s: float = field(default_factory=time.monotonic)
 
 
 def _key(rank: int) -> str:
