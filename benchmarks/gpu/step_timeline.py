@@ -40,11 +40,12 @@ def main() -> None:
         trace_steps(loop, produced, batch_size, args)
 
 
-def make_loop(args: argparse.Namespace) -> tuple[StepLoop, Counter[str]]:
+def make_loop(args: argparse.Namespace, *, max_tokens: int = 250) -> tuple[StepLoop, Counter[str]]:
+    """The loop, and how many tokens each sequence has. Sequences may produce `max_tokens`."""
     config = EngineConfig(
         max_num_seqs=max(args.batch_sizes), max_num_batched_tokens=8192 if args.prefill else None, prefix_caching=False
     )
-    model = ModelConfig(model=f"dummy:{args.shape}", max_model_len=args.context + 256)
+    model = ModelConfig(model=f"dummy:{args.shape}", max_model_len=args.context + max_tokens + 6)
     runner, info = set_up_runner(model, config)
     scheduler = StepScheduler(
         SchedulerConfig(
@@ -85,10 +86,12 @@ def trace_steps(loop: StepLoop, produced: Counter[str], batch_size: int, args: a
     abort_all(loop, produced)
 
 
-def prefill_all(loop: StepLoop, produced: Counter[str], batch_size: int, args: argparse.Namespace) -> float:
+def prefill_all(
+    loop: StepLoop, produced: Counter[str], batch_size: int, args: argparse.Namespace, *, max_tokens: int = 250
+) -> float:
     """Milliseconds until all of a new batch have their first token."""
     start_s = time.perf_counter()
-    sampling = TokenSampling(temperature=0.0, max_tokens=250, seed=0)
+    sampling = TokenSampling(temperature=0.0, max_tokens=max_tokens, seed=0)
     for index in range(batch_size):
         prompt = tuple((7 * token + index) % 1000 for token in range(args.context))
         loop.scheduler.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling))
