@@ -59,11 +59,11 @@ def choose_skinny_config(op: str, weight_NK: torch.Tensor, num_rows: int) -> tun
     config = tuning.lookup(op, weight_NK.dtype, (num_outputs, num_inputs), num_rows, weight_NK.device)
     if config is None and num_rows == 1 and weight_NK.element_size() == 2:
         config = default_gemv_config(num_inputs)
-    if config is None or not fits(config, num_rows, num_inputs):
-        return None
-    if config["kernel"] == "streaming" and not serves(config, weight_NK, num_rows, gated=op == "gated_linear"):
-        return None
-    return config
+    if config is not None and config["kernel"] == "streaming":
+        if serves(config, weight_NK, num_rows, gated=op == "gated_linear"):
+            return config
+        config = config.get("twin")
+    return config if config is not None and fits(config, num_rows, num_inputs) else None
 
 
 def _linear_cuda(x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:

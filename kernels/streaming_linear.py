@@ -6,7 +6,8 @@ them through `num_stages` stages of 64 inputs each; `split_k` CTAs, one cluster,
 in a fixed order. With an early start the stages are full of weight before the kernel waits for the one before it.
 
 M rows, K inputs, N outputs (rows of the weight). A config (kernels/tuning.py) is
-    {"kernel": "streaming", "tile_n": 64 | 128 | 192 | 256, "split_k": 1..8, "num_stages", "early_start"}
+    {"kernel": "streaming", "tile_n": 64 | 128 | 192 | 256, "split_k": 1..8, "num_stages", "early_start", "twin"}
+where "twin" is the config of what serves the layer where this kernel cannot run.
 """
 
 from __future__ import annotations

@@ -70,6 +70,7 @@ def measure(case: Case) -> Measured:
     expected = case.calls(case.baseline, num_weights=1)[0]().float()
     baseline_us = time_in_graph(case.calls(case.baseline))
     best_us, best = baseline_us * (1 - WORTHWHILE), None
+    twin_us, twin = best_us, case.baseline  # for where CUDA C++ cannot be compiled
     faults = []
     for config in case.candidates():
         y = _run_once(case, config)
@@ -82,6 +83,10 @@ def measure(case: Case) -> Measured:
         time_us = time_in_graph(case.calls(config))
         if time_us < best_us:
             best_us, best = time_us, config
+        if time_us < twin_us and config["kernel"] != "streaming":
+            twin_us, twin = time_us, config
+    if best is not None and best["kernel"] == "streaming":
+        best = {**best, "twin": twin}
     entry = Entry(
         op=case.op,
         dtype="bfloat16",

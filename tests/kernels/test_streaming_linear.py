@@ -316,6 +316,12 @@ def test_without_a_compiler_the_table_s_choice_is_passed_over(fresh_loader, monk
     with caplog.at_level(logging.WARNING):
         assert [choose_skinny_config(op, weight, 8) for op in ("linear", "linear_float32", "gated_linear")] == [None] * 3
     assert len(caplog.records) == 1
+    twin = {"kernel": "gemv", "block_n": 1, "num_warps": 4}
+    monkeypatch.setattr(tuning, "lookup", lambda *args: config_of() | {"twin": twin})
+    assert choose_skinny_config("linear", weight, 8) == twin
+    monkeypatch.setattr(tuning, "lookup", lambda *args: config_of() | {"twin": {"kernel": "cublas"}})
+    assert choose_skinny_config("linear", weight, 8) is None
+    monkeypatch.setattr(tuning, "lookup", lambda *args: config_of())
     monkeypatch.setattr(loader, "_failure", None)
     loader.load.cache_clear()
     monkeypatch.setattr(loader, "compile_source", lambda code, name, options, header: b"cubin")
