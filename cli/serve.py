@@ -17,6 +17,7 @@ from ..common.config import ServeConfig
 from ..common.errors import InternalError, Unavailable
 from ..controller.deployment import Deployment, deploy
 from ..controller.service import Addresses
+from ..models.build import check_ranks
 from ..models.store import resolve
 from ..models.store_progress import terminal_progress
 from ..workers.actor import WorkerActor
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     with terminal_progress() as progress:
         model_path = str(resolve(config.model.model, pull_missing=True, progress=progress).path)
+    if config.parallel.tensor_parallel > 1:
+        check_ranks(model_path, size=config.parallel.tensor_parallel, whole_experts=config.parallel.expert_parallel)
     _say(f"Starting {config.fleet.num_replicas} x {config.model.name}")
     with (
         ray_session(address=args.ray_address, namespace=args.ray_namespace),

@@ -46,25 +46,49 @@ def load_model(
     path, device = Path(path), torch.device(device)
     parallel = parallel or Parallel()
     start_s = time.perf_counter()
-    architecture = read_architecture(path)
-    spec = lookup(architecture)
-    reader = ConfigReader(path)
-    shape = read_shape(reader, spec, architecture=architecture)
     with Checkpoint(path) as checkpoint:
         stored = set(stored_matrix_dtypes(checkpoint.tensors))
         weight_dtype, compute_dtype = choose_dtypes(device, dtype, stored)
         placement = Placement(device=device, weight_dtype=weight_dtype, compute_dtype=compute_dtype, parallel=parallel)
-        model = CausalLM(shape, spec, checkpoint_names=checkpoint.tensors.keys(), placement=placement).eval()
+        model = _build_empty(path, checkpoint, placement).eval()
         report = load_weights(checkpoint, model.weight_sources(), ignored_prefixes=model.ignored_prefixes, progress=progress)
     logger.info(
         "loaded %s: %.1f M parameters, %.1f MB read (%.1f MB with the rows they lie in) in %.1f s",
-        architecture,
+        model.config.architecture,
         model.num_parameters / 1e6,
         report.num_bytes / 1e6,
         report.num_disk_bytes / 1e6,
         time.perf_counter() - start_s,
     )
     return model
+
+
+def check_ranks(path: str | Path, *, size: int, whole_experts: bool) -> None:
+    """Whether `size` ranks can share the model of a checkpoint, found out without its weights.
+
+    Raises:
+        ModelLoadError: they cannot, or the checkpoint has no model that is known here; the message says what would fit.
+    """
+    with Checkpoint(Path(path)) as checkpoint:
+        for rank in range(size):
+            parallel = Parallel(
+                rank=rank, size=size, whole_experts=whole_experts, all_reduce=_no_collective, all_gather=_no_collective
+            )
+            placement = Placement(
+                device=torch.device("meta"), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, parallel=parallel
+            )
+            _build_empty(Path(path), checkpoint, placement)
+
+
+def _build_empty(path: Path, checkpoint: Checkpoint, placement: Placement) -> CausalLM:
+    architecture = read_architecture(path)
+    spec = lookup(architecture)
+    shape = read_shape(ConfigReader(path), spec, architecture=architecture)
+    return CausalLM(shape, spec, checkpoint_names=checkpoint.tensors.keys(), placement=placement)
+
+
+def _no_collective(_: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("an empty model computes nothing")
 
 
 def choose_dtypes(device: torch.device, dtype: DtypeName, stored: set[str]) -> tuple[torch.dtype, torch.dtype]:

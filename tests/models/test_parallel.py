@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pilotfish.common.errors import ModelLoadError
-from pilotfish.models.build import load_model
+from pilotfish.models.build import check_ranks, load_model
 from pilotfish.models.check import CheckRow, choose_prompts, compare, run_reference
 from pilotfish.models.parallel import Parallel, Share
 from transformers import PreTrainedModel
@@ -155,3 +155,11 @@ def test_a_rank_outside_its_group_or_without_collectives() -> None:
         Parallel(rank=1, size=1)
     with pytest.raises(ValueError, match="2 ranks need"):
         Parallel(rank=1, size=2)
+
+
+def test_ranks_are_checked_without_weights(llama: Path) -> None:
+    check_ranks(llama, size=3, whole_experts=False)
+    with pytest.raises(ModelLoadError, match="use at most 6 ranks"):
+        check_ranks(llama, size=7, whole_experts=False)
+    with pytest.raises(ModelLoadError, match="no sparse layers"):
+        check_ranks(llama, size=2, whole_experts=True)
