@@ -13,7 +13,9 @@ from ..common.errors import ConfigError
 from .causal_lm import CausalLM
 from .checkpoint import Checkpoint, stored_matrix_dtypes
 from .config_reader import ConfigReader, read_architecture
+from .family_spec import FamilySpec
 from .loader import Progress, load_weights
+from .model_shape import ModelShape
 from .parallel import Parallel
 from .registry import lookup
 from .shape_reader import read_shape
@@ -46,11 +48,12 @@ def load_model(
     path, device = Path(path), torch.device(device)
     parallel = parallel or Parallel()
     start_s = time.perf_counter()
+    shape, spec = _read_shape(path)
     with Checkpoint(path) as checkpoint:
         stored = set(stored_matrix_dtypes(checkpoint.tensors))
         weight_dtype, compute_dtype = choose_dtypes(device, dtype, stored)
         placement = Placement(device=device, weight_dtype=weight_dtype, compute_dtype=compute_dtype, parallel=parallel)
-        model = _build_empty(path, checkpoint, placement).eval()
+        model = CausalLM(shape, spec, checkpoint_names=checkpoint.tensors.keys(), placement=placement).eval()
         report = load_weights(checkpoint, model.weight_sources(), ignored_prefixes=model.ignored_prefixes, progress=progress)
     logger.info(
         "loaded %s: %.1f M parameters, %.1f MB read (%.1f MB with the rows they lie in) in %.1f s",
@@ -69,6 +72,7 @@ def check_ranks(path: str | Path, *, size: int, whole_experts: bool) -> None:
     Raises:
         ModelLoadError: they cannot, or the checkpoint has no model that is known here; the message says what would fit.
     """
+    shape, spec = _read_shape(Path(path))
     with Checkpoint(Path(path)) as checkpoint:
         for rank in range(size):
             parallel = Parallel(
@@ -77,14 +81,13 @@ def check_ranks(path: str | Path, *, size: int, whole_experts: bool) -> None:
             placement = Placement(
                 device=torch.device("meta"), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, parallel=parallel
             )
-            _build_empty(Path(path), checkpoint, placement)
+            CausalLM(shape, spec, checkpoint_names=checkpoint.tensors.keys(), placement=placement)
 
 
-def _build_empty(path: Path, checkpoint: Checkpoint, placement: Placement) -> CausalLM:
+def _read_shape(path: Path) -> tuple[ModelShape, FamilySpec]:
     architecture = read_architecture(path)
     spec = lookup(architecture)
-    shape = read_shape(ConfigReader(path), spec, architecture=architecture)
-    return CausalLM(shape, spec, checkpoint_names=checkpoint.tensors.keys(), placement=placement)
+    return read_shape(ConfigReader(path), spec, architecture=architecture), spec
 
 
 def _no_collective(_: torch.Tensor) -> torch.Tensor:
