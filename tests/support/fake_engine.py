@@ -41,6 +41,7 @@ class Health:
     phase: str
     step_id: int
     step_age_s: float
+    message: str = ""
 
 
 @dataclass(frozen=True)
