@@ -140,10 +140,12 @@ class ParallelConfig:
 
     Attributes:
         tensor_parallel: ranks that share every layer of a replica, a GPU each (or a process on CPUs).
+        placement: of a replica's ranks: pack puts them on as few nodes as they fit, spread on as many as there are.
         collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere.
     """
 
     tensor_parallel: int = 1
+    placement: Literal["pack", "spread"] = "pack"
     collective_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
