@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import ray
 
@@ -22,6 +19,7 @@ from ..models.store_progress import terminal_progress
 from ..workers.actor import WorkerActor
 from . import config_flags
 from .ray_session import NAMESPACE, ray_session
+from .terminal import end_as_with_ctrl_c, say
 
 _WATCH_INTERVAL_S = 2.0
 
@@ -40,16 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = config_flags.serve_config(args)
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_as_with_ctrl_c()
     start = time.monotonic()
     with terminal_progress() as progress:
         model_path = str(resolve(config.model.model, pull_missing=True, progress=progress).path)
-    _say(f"Starting {config.fleet.num_replicas} x {config.model.name}")
+    say(f"Starting {config.fleet.num_replicas} x {config.model.name}")
     with (
         ray_session(address=args.ray_address, namespace=args.ray_namespace),
         deployed(config, model_path=model_path, grace_s=args.grace_s) as (deployment, addresses),
     ):
-        _say(
+        say(
             f"Serving {config.model.name} after {time.monotonic() - start:.1f} s\n"
             f"  gRPC  {addresses.grpc}\n  HTTP  http://{addresses.http}/v1\n"
             f"Try:    pilotfish chat --address {addresses.grpc}\nStop:   Ctrl-C"
@@ -57,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             _watch(deployment)
         except KeyboardInterrupt:
-            _say(f"Stopping; running requests get {args.grace_s:g} s")
+            say(f"Stopping; running requests get {args.grace_s:g} s")
     return 0
 
 
@@ -82,15 +80,7 @@ def _watch(deployment: Deployment) -> None:
         try:
             replicas = deployment.status().replicas
         except Unavailable as error:  # the controller is being restarted
-            _say(f"No answer from the controller: {error}")
+            say(f"No answer from the controller: {error}")
             continue
         if replicas and all(replica.state is ReplicaState.FAILED for replica in replicas):
             raise InternalError("every replica was given up: " + "; ".join(f"{r.name}: {r.message}" for r in replicas))
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
