@@ -1,5 +1,6 @@
 # make demo    a real model answers through the real path, then everything is stopped
 # make test    every check and every test that needs no GPU
+# make test-cluster  a real `ray up` over several hosts (namespaces of this machine); needs root, and says what is missing
 # make serve   serve the model in the foreground (ARGS="--http-port 8000 ...")
 # make lint    the checks alone; make format fixes what can be fixed
 # make bench   the figures of docs/performance.md, on this machine
@@ -9,7 +10,7 @@ MODEL ?= smollm2-135m
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve lint format bench model
+.PHONY: help demo test test-cluster serve lint format bench model
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -44,6 +45,9 @@ format: .venv/.ready
 
 test: model lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: .venv/.ready
+	$(BIN)/python -m pytest tests/cluster -m hosts -rs $(ARGS)
 
 bench: model
 	$(BIN)/python benchmarks/bench_scheduler.py

@@ -17,6 +17,8 @@ from ..common.errors import PilotfishError
 
 COMMANDS = {
     "serve": "serve a model over gRPC and HTTP, in the foreground",
+    "up": "serve a model on a running Ray cluster, and return when it serves",
+    "down": "end what 'pilotfish up' started",
     "chat": "talk to a served model in the terminal",
     "generate": "continue one prompt, or each line of a file",
     "bench": "measure latency and throughput of an engine here, or of a running server",

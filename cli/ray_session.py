@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..common.errors import Unavailable
 
@@ -19,17 +20,43 @@ def ray_session(*, address: str | None = None, namespace: str = NAMESPACE, show_
     Raises:
         Unavailable: Ray cannot be reached or started.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 if unset: everything else on the machine would go first
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray  # here, because Ray reads its environment when it is imported
-
     private = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
     try:
-        ray.init(address=address, namespace=namespace, log_to_driver=show_logs, logging_level="ERROR", **private)
+        ray = _init(address=address, namespace=namespace, log_to_driver=show_logs, **private)
     except Exception as error:  # Ray raises the bare class when a process of its own does not start in time
         raise Unavailable(f"cannot {'start' if address == 'local' else 'reach or start'} Ray: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def cluster_session(*, address: str = "auto", namespace: str = NAMESPACE) -> Iterator[None]:
+    """Join a Ray cluster that runs already.
+
+    Raises:
+        Unavailable: there is none at the address, or it does not take us.
+    """
+    try:
+        ray = _init(address=address, namespace=namespace, log_to_driver=False)
+    except Exception as error:
+        raise Unavailable(
+            f"cannot join Ray at {address!r}: {str(error).strip()}\nStart it first (`ray up cluster.yaml`, or `ray start "
+            "--head` on this machine) and run this on its head. If it asks for a token, ~/.ray/auth_token must be "
+            "the cluster's. 'pilotfish serve' needs no running cluster."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(**options: Any) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 if unset: everything else on the machine would go first
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray  # here, because Ray reads its environment when it is imported
+
+    ray.init(logging_level="ERROR", **options)
+    return ray

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import ray
 
@@ -17,12 +14,11 @@ from ..common.config import ServeConfig
 from ..common.errors import InternalError, Unavailable
 from ..controller.deployment import Deployment, deploy
 from ..controller.service import Addresses
-from ..models.build import check_ranks
-from ..models.store import resolve
-from ..models.store_progress import terminal_progress
 from ..workers.actor import WorkerActor
 from . import config_flags
 from .ray_session import NAMESPACE, ray_session
+from .served_model import find_served_model
+from .terminal import end_as_with_ctrl_c, say
 
 _WATCH_INTERVAL_S = 2.0
 
@@ -41,18 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = config_flags.serve_config(args)
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_as_with_ctrl_c()
     start = time.monotonic()
-    with terminal_progress() as progress:
-        model_path = str(resolve(config.model.model, pull_missing=True, progress=progress).path)
-    if config.parallel.tensor_parallel > 1:
-        check_ranks(model_path, size=config.parallel.tensor_parallel, whole_experts=config.parallel.expert_parallel)
-    _say(f"Starting {config.fleet.num_replicas} x {config.model.name}")
+    model_path = find_served_model(config)
+    say(f"Starting {config.fleet.num_replicas} x {config.model.name}")
     with (
         ray_session(address=args.ray_address, namespace=args.ray_namespace),
         deployed(config, model_path=model_path, grace_s=args.grace_s) as (deployment, addresses),
     ):
-        _say(
+        say(
             f"Serving {config.model.name} after {time.monotonic() - start:.1f} s\n"
             f"  gRPC  {addresses.grpc}\n  HTTP  http://{addresses.http}/v1\n"
             f"Try:    pilotfish chat --address {addresses.grpc}\nStop:   Ctrl-C"
@@ -60,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             _watch(deployment)
         except KeyboardInterrupt:
-            _say(f"Stopping; running requests get {args.grace_s:g} s")
+            say(f"Stopping; running requests get {args.grace_s:g} s")
     return 0
 
 
@@ -85,15 +78,7 @@ def _watch(deployment: Deployment) -> None:
         try:
             replicas = deployment.status().replicas
         except Unavailable as error:  # the controller is being restarted
-            _say(f"No answer from the controller: {error}")
+            say(f"No answer from the controller: {error}")
             continue
         if replicas and all(replica.state is ReplicaState.FAILED for replica in replicas):
             raise InternalError("every replica was given up: " + "; ".join(f"{r.name}: {r.message}" for r in replicas))
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -141,11 +141,13 @@ class ParallelConfig:
     Attributes:
         tensor_parallel: ranks that share every layer of a replica, a GPU each (or a process on CPUs).
         expert_parallel: each rank keeps whole experts of sparse layers, not a slice of each of them.
+        placement: of a replica's ranks: pack puts them on as few nodes as they fit, spread on as many as there are.
         collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere.
     """
 
     tensor_parallel: int = 1
     expert_parallel: bool = False
+    placement: Literal["pack", "spread"] = "pack"
     collective_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:

@@ -49,12 +49,7 @@ class Deployment:
         with contextlib.suppress(PilotfishError):
             self._get(self._handle.shutdown.remote(grace_s), grace_s + _CALL_TIMEOUT_S)
         ray.kill(self._handle, no_restart=True)
-        deadline = time.monotonic() + _END_TIMEOUT_S
-        while (names := ray.util.list_named_actors()) and time.monotonic() < deadline:
-            for name in names:
-                with contextlib.suppress(ValueError):  # it has ended meanwhile
-                    ray.kill(ray.get_actor(name))
-            time.sleep(0.1)
+        end_actors()
 
     @staticmethod
     def _get(reference: Any, timeout_s: float) -> Any:
@@ -104,6 +99,26 @@ def find() -> Deployment | None:
         return Deployment(ray.get_actor(CONTROLLER_NAME))
     except ValueError:
         return None
+
+
+def end_actors() -> None:
+    """Kill every named actor of the current namespace, and remove the placement groups of replicas.
+
+    Raises:
+        Unavailable: some are still there after _END_TIMEOUT_S.
+    """
+    deadline = time.monotonic() + _END_TIMEOUT_S
+    while names := ray.util.list_named_actors():
+        if time.monotonic() > deadline:
+            raise Unavailable(f"Ray has not ended these actors within {_END_TIMEOUT_S:g} s: {', '.join(sorted(names))}")
+        for name in names:
+            with contextlib.suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(name))
+        time.sleep(0.1)
+    for group in ray.util.placement_group_table().values():
+        if group["state"] != "REMOVED" and group["name"]:
+            with contextlib.suppress(ValueError):  # of another namespace, or it is gone
+                ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
 
 def _with_ports(gateway: GatewayConfig) -> GatewayConfig:

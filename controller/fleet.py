@@ -20,7 +20,7 @@ from ..text.prepare import ModelLimits
 from .dispatcher import Dispatcher
 from .replica import Happening, Replica
 from .worker_link import WorkerLink, WorkerUnfit
-from .worker_process import Launcher, WorkerDied, WorkerProcess
+from .worker_process import Launcher, NoRoom, WorkerDied, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -135,19 +135,21 @@ class Fleet:
                 error = refusal
             except WorkerDied as death:
                 error = InternalError(f"{replica.name} could not start: {death}")
+            except NoRoom as lack:  # where there was room once, there may be again
+                error = Unavailable(f"{replica.name} waits for room: {lack}") if replica.has_served else ConfigError(str(lack))
             worker = None
             if isinstance(error, _FINAL):
                 self._give_up(replica, error)
                 return
             replica.move(Happening.DIED, error.message)
-            replica.failures += 1
+            replica.failures += not isinstance(error, Unavailable)
             if not replica.has_served or replica.failures > self._config.max_restarts:
                 self._give_up(replica, error)
                 return
             logger.warning("%s is lost and will be restarted: %s", replica.name, error.message)
-            await asyncio.sleep(_RESTART_PAUSE_S[min(replica.failures, len(_RESTART_PAUSE_S)) - 1])
+            await asyncio.sleep(_RESTART_PAUSE_S[min(max(replica.failures, 1), len(_RESTART_PAUSE_S)) - 1])
             replica.restarts += 1
-            replica.move(Happening.RESTART)
+            replica.move(Happening.RESTART, f"again, for {error.message}")
 
     async def _launch(self, replica: Replica) -> WorkerProcess:
         self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
@@ -189,7 +191,7 @@ class Fleet:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             silent_s = time.monotonic() - link.last_message_time
             if silent_s > self._config.heartbeat_timeout_s:
-                return f"its worker has been silent for {silent_s:.1f} s"
+                return f"its worker at {link.address} has been silent for {silent_s:.1f} s"
             if link.failed:
                 return f"its engine failed: {link.failure}" if link.failure else "its engine failed"
             if link.step_age_s > self._stall_timeout_s:

@@ -1,7 +1,7 @@
 """Worker processes as Ray actors: detached and named, so that a restarted controller finds them again.
 
-A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed on as few nodes as they fit) where it
-has several. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The
+A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed or spread over the nodes) where it has
+several. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The
 ranks end together: when one has died the others are of no use. The actor class is handed in: the controller does not know
 workers/.
 """
@@ -19,13 +19,14 @@ from typing import Any, Literal
 import ray
 from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError, PilotfishError
 from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker, WorkerInfo
+from .ray_placement import find_group, place, reachable_only
 from .worker_process import WorkerDied
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ _NUM_THREADS = 4
 _WAIT_S = 30.0
 _UNAVAILABLE_PAUSE_S = 0.2
 _DESCRIBE_TIMEOUT_S = 5.0
-_PLACEMENT_TIMEOUT_S = 60.0
 _CPU_BUNDLE = {"CPU": 0.001}  # Ray places no bundle of nothing
 _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # the kernels have threads of their own, which OpenMP's idle ones would slow down
@@ -82,6 +82,7 @@ class RayLauncher:
         self._worker_class = worker_class
         self._config = config
         self._node = ray.get_runtime_context().get_node_id()
+        self._settled_device: Literal["cpu", "cuda"] | None = None
 
     async def launch(self, replica: str, *, epoch: int) -> RayWorker:
         """See `Launcher`."""
@@ -90,9 +91,12 @@ class RayLauncher:
         group = None
         try:
             if self._num_ranks > 1:
-                group = await self._place(f"{replica}.{epoch}", device)
+                bundle = {"GPU": 1.0} if device == "cuda" else _CPU_BUNDLE
+                placement = self._config.parallel.placement
+                group = await place(f"{replica}.{epoch}", bundle, num_ranks=self._num_ranks, placement=placement)
+            where = await _where(group, self._num_ranks)
             for rank in range(self._num_ranks):
-                handles.append(self._make_actor(replica, epoch, rank, device, group))
+                handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
             serving = await self._start_ranks(handles, epoch, device)
         except BaseException as error:
             _end(handles, group)
@@ -107,41 +111,17 @@ class RayLauncher:
     def _num_ranks(self) -> int:
         return self._config.parallel.tensor_parallel
 
-    async def _place(self, name: str, device: str) -> PlacementGroup:
-        """Room for all ranks at once, on as few nodes as possible.
-
-        Raises:
-            ConfigError: the cluster has not had it within _PLACEMENT_TIMEOUT_S; the message says what is missing.
-        """
-        bundle = {"GPU": 1} if device == "cuda" else _CPU_BUNDLE
-        group = placement_group([dict(bundle)] * self._num_ranks, strategy="PACK", name=name, lifetime="detached")
-        try:
-            await asyncio.wait_for(_as_future(group), _PLACEMENT_TIMEOUT_S)
-        except BaseException as error:
-            remove_placement_group(group)
-            if isinstance(error, TimeoutError):
-                free = ray.available_resources()
-                raise ConfigError(
-                    f"{self._num_ranks} ranks need {bundle} each, and the Ray cluster has not had that free within "
-                    f"{_PLACEMENT_TIMEOUT_S:g} s: {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free. "
-                    "Add nodes, end other work or lower tensor_parallel"
-                ) from None
-            raise
-        return group
-
-    def _make_actor(self, replica: str, epoch: int, rank: int, device: str, group: PlacementGroup | None) -> ActorHandle:
-        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
-        if group is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+    def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
         return self._worker_class.options(
             name=f"{replica}.{epoch}.{rank}",
             lifetime="detached",
             max_restarts=0,
             max_concurrency=_NUM_THREADS,
+            num_cpus=0,
             num_gpus=1 if device == "cuda" else 0,
             runtime_env={"env_vars": _ENVIRONMENT},
-            **options,
-        ).remote(replica if group is None else f"{replica}/{rank}")
+            **where,
+        ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 
     async def _start_ranks(self, handles: list[ActorHandle], epoch: int, device: Literal["cpu", "cuda"]) -> ServingWorker:
         """Starts all ranks together; the first of them that cannot start says why."""
@@ -193,7 +173,7 @@ class RayLauncher:
         found: dict[str, RayWorker] = {}
         for replica, epochs in ranks.items():
             for epoch in sorted(epochs, reverse=True):
-                group = _find_group(f"{replica}.{epoch}")
+                group = find_group(f"{replica}.{epoch}")
                 handles = [epochs[epoch][rank] for rank in sorted(epochs[epoch])]
                 serving = None if replica in found or len(handles) != self._num_ranks else await _describe(handles[LEADER])
                 if serving is None:
@@ -203,7 +183,12 @@ class RayLauncher:
         return found
 
     def _device(self) -> Literal["cpu", "cuda"]:
-        """What auto means in this cluster; all replicas get the same."""
+        """What auto means in this cluster; all replicas get the same, also when nodes are lost later."""
+        if self._settled_device is None:
+            self._settled_device = self._settle_device()
+        return self._settled_device
+
+    def _settle_device(self) -> Literal["cpu", "cuda"]:
         device, num_replicas = self._config.engine.device, self._config.fleet.num_replicas
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
         if device == "cpu" or (device == "auto" and num_gpus == 0):
@@ -221,6 +206,15 @@ class RayLauncher:
         return math.ceil(self._config.fleet.num_replicas * self._num_ranks / max(1, num_nodes))
 
 
+async def _where(group: PlacementGroup | None, num_ranks: int) -> list[dict[str, Any]]:
+    """What tells Ray where each rank goes: to its bundle, or, alone, to any node that answers."""
+    if group is not None:
+        bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(num_ranks)]
+        return [{"scheduling_strategy": bundle} for bundle in bundles]
+    selector = await reachable_only()
+    return [{"scheduling_strategy": "SPREAD"} | ({"label_selector": selector} if selector else {})]
+
+
 async def _describe(leader: ActorHandle) -> ServingWorker | None:
     """What a replica's leader serves; None if it does not serve."""
     try:
@@ -235,17 +229,6 @@ def _end(handles: list[ActorHandle], group: PlacementGroup | None) -> None:
         ray.kill(handle)
     if group is not None:
         remove_placement_group(group)
-
-
-def _find_group(name: str) -> PlacementGroup | None:
-    try:
-        return ray.util.get_placement_group(name)
-    except ValueError:
-        return None
-
-
-async def _as_future(group: PlacementGroup) -> object:
-    return await group.ready()
 
 
 def _cause_of_death(error: RayError) -> str:

@@ -12,6 +12,10 @@ class WorkerDied(Exception):
     """A worker process ended before it was ready, without saying why; the message has what is known."""
 
 
+class NoRoom(Exception):
+    """The cluster has nowhere to start a worker now; the message says what is missing."""
+
+
 class WorkerProcess(Protocol):
     """A worker that serves at `address`."""
 
@@ -38,6 +42,7 @@ class Launcher(Protocol):
         Raises:
             PilotfishError: it cannot start, and why.
             WorkerDied: its process ended.
+            NoRoom: it was not started.
         """
 
     async def find(self) -> Mapping[str, WorkerProcess]:

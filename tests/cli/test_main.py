@@ -47,6 +47,8 @@ def test_a_wrong_command_line_exits_2_and_says_how_to_get_help(argv, hint, capsy
         (["pull"], "smollm2-135m"),
         (["check-model", "no-such-model"], "Tried, in order"),
         (["serve"], "which model?"),
+        (["up"], "which model?"),
+        (["up", "m", "--placement", "spread", "--tensor-parallel", "0"], "tensor_parallel"),
         (["serve", "m", "--block-size", "20"], "power of two"),
         (["serve", "m", "--config", "/nonexistent.toml"], "cannot read the configuration"),
     ],

@@ -10,11 +10,11 @@ import pytest
 from fake_engine import expected_tokens
 from local_workers import Cluster, LocalLauncher, LocalWorker, StartCluster
 from pilotfish.common.cluster_state import ReplicaState
-from pilotfish.common.errors import InternalError, ModelLoadError, Unavailable
+from pilotfish.common.errors import ConfigError, InternalError, ModelLoadError, Unavailable
 from pilotfish.controller import fleet as fleet_module
 from pilotfish.controller import worker_link
 from pilotfish.controller.service import RequestHandle
-from pilotfish.controller.worker_process import WorkerDied
+from pilotfish.controller.worker_process import NoRoom, WorkerDied
 from pilotfish.workers.worker_service import ServerLimits
 from reading import Answer, eventually, read, read_until
 from tcp_proxy import TcpProxy
@@ -333,6 +333,24 @@ async def test_a_fleet_that_cannot_recover_tells_who_waits(start_cluster: StartC
     with pytest.raises(Unavailable, match="no memory"):
         await read(handle, into=answer)
     assert len(cluster.launcher.failures) == 3  # two restarts were tried
+
+
+async def test_a_stream_waits_while_there_is_no_room_for_its_replica(start_cluster: StartCluster) -> None:
+    """A lost node may come back, however often Ray has said that it is not there yet."""
+    cluster = await start_cluster(fleet={"max_restarts": 1})
+    handle = await generate(cluster)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 2)
+    cluster.launcher.failures = [NoRoom("2 ranks need a GPU each")] * 5
+    await cluster.launcher.launched[0].kill()
+    check(await read(handle, into=answer))
+
+
+async def test_no_room_at_the_first_start_is_told_to_who_waits(start_cluster: StartCluster) -> None:
+    launcher = LocalLauncher(failures=[NoRoom("2 ranks need a GPU each")])
+    cluster = await start_cluster(launcher=launcher, wait=False)
+    with pytest.raises(ConfigError, match="a GPU each"):
+        await cluster.controller.wait_ready()
 
 
 async def test_a_burst_with_one_prefix_meets_on_one_replica(start_cluster: StartCluster) -> None:

@@ -1,0 +1,46 @@
+"""A Ray cluster over three hosts on this machine, brought up with `ray up` and serving a tiny random Llama on two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import host_network
+import pytest
+from host_network import SHARED, HostNetwork
+from pilotfish import Pipeline, SamplingParams
+from ray_hosts import PROMPT, RayHosts
+from small_model import save_tiny_llama
+
+
+@pytest.fixture(scope="session", autouse=True)
+def possible_here() -> None:
+    if reason := host_network.why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def expected(model_path: Path) -> tuple[str, list[int]]:
+    """Text and tokens of one rank in this process, longer than any test's stream."""
+    with Pipeline(str(model_path), device="cpu", num_kv_blocks=256, num_threads=1) as pipeline:
+        done = pipeline(PROMPT, SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True))
+    return done.text, list(done.token_ids)
+
+
+@pytest.fixture(scope="module")
+def cluster(possible_here: None, model_path: Path) -> Iterator[RayHosts]:
+    with HostNetwork("head", "one", "two") as network:
+        for file in model_path.iterdir():
+            (network.shared / "tiny").mkdir(exist_ok=True)
+            (network.shared / "tiny" / file.name).write_bytes(file.read_bytes())
+        serve = (
+            f"{SHARED}/tiny --served-name tiny --wait-nodes 3 --host 0.0.0.0 --device cpu --num-kv-blocks 512 --num-threads 1"
+        )
+        hosts = RayHosts(network, serve=f"{serve} --max-num-seqs 8 --tensor-parallel 2 --placement spread")
+        print(hosts.up())
+        yield hosts
