@@ -45,11 +45,12 @@ def test_a_host_that_is_cut_off_is_replaced_at_once(cluster: RayHosts, expected:
     cluster.network.cut_off("two")
     try:
         assert "replica-0" in stream.wait_lost()
-        stream.finish(expected)
+        stream.wait_ready()
         assert cluster.ranks()["one"] == 2
     finally:
-        cluster.network.heal()
-    cluster.wait_for_nodes(3)  # Ray may have given the host up, and starts it anew then
+        cluster.network.heal()  # before Ray gives the host up, which would cost the next test half a minute
+    stream.finish(expected)
+    cluster.wait_for_nodes(3)
 
 
 def test_a_killed_host_is_replaced(cluster: RayHosts, expected: tuple[str, list[int]]) -> None:
@@ -86,6 +87,9 @@ class Stream:
         wait_until(lambda: len(events) > 1, "the loss to be found", LOST_WITHIN_S)
         wait_until(lambda: events[-1]["replicas"][0][2], "the reason", 2)
         return str(events[-1]["replicas"][0])
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self._watch.events[-1]["replicas"][0][1] == "ready", "the replica to be ready again", 90)
 
     def finish(self, expected: tuple[str, list[int]]) -> None:
         """To the last token, none lost and none repeated."""
