@@ -16,7 +16,7 @@ from small_model import save_tiny_llama
 @pytest.fixture(scope="session", autouse=True)
 def possible_here() -> None:
     if reason := host_network.why_not():
-        pytest.skip(reason)
+        pytest.fail(reason, pytrace=False)  # who runs these asked for them: none of them run is not a pass
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,18 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def nvrtc() -> None:
+    """Skips where there is no compiler; what it says of a source is the test's to hear."""
+    pytest.importorskip("cuda.bindings")
+    try:
+        loader.compile_source(b'extern "C" __global__ void nothing() {}', "nothing.cu", ["--gpu-architecture=sm_90a"])
+    except loader.BuildError as error:
+        if "does not load" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def fresh_loader(monkeypatch, tmp_path):
     """The folder of a cache without kernels; loading one answers what was compiled."""
     monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path))

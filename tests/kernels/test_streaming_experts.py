@@ -277,16 +277,9 @@ def test_where_it_can_run_the_table_is_followed(monkeypatch):
     assert choose_config("moe_down", SIZES, X, weight_of()) == CONFIG
 
 
-def test_nvrtc_compiles_it():
-    pytest.importorskip("cuda.bindings")
+def test_nvrtc_compiles_it(nvrtc):
     code = (loader.SOURCE_DIR / f"{module.SOURCE}.cu").read_bytes()
     header = (loader.SOURCE_DIR / loader.HEADER).read_bytes()
     for macros in ({"ROWS": 8, "TILE": 64, "GATED": 0, "FLOAT16": 0}, {"ROWS": 64, "TILE": 256, "GATED": 1, "FLOAT16": 1}):
         options = ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
-        try:
-            cubin = loader.compile_source(code, f"{module.SOURCE}.cu", options, header)
-        except loader.BuildError as error:
-            if "does not load" in str(error):
-                pytest.skip(str(error))
-            raise
-        assert cubin.startswith(b"\x7fELF")
+        assert loader.compile_source(code, f"{module.SOURCE}.cu", options, header).startswith(b"\x7fELF")

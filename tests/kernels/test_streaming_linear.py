@@ -336,14 +336,8 @@ def test_a_cache_that_cannot_be_written_says_so(fresh_loader, monkeypatch, caplo
     assert "set PILOTFISH_CACHE" in caplog.text
 
 
-def test_nvrtc_compiles_it_and_names_what_is_wrong():
-    pytest.importorskip("cuda.bindings")
+def test_nvrtc_compiles_it_and_names_what_is_wrong(nvrtc):
     options = ["--gpu-architecture=sm_90a", "-std=c++17"]
-    try:
-        cubin = loader.compile_source(b'extern "C" __global__ void nothing() {}', "nothing.cu", options)
-    except loader.BuildError as error:
-        pytest.skip(str(error))
-    assert cubin.startswith(b"\x7fELF")
     with pytest.raises(loader.BuildError, match=r"nothing.cu\(1\): error"):
         loader.compile_source(b"__global__ int nothing() {}", "nothing.cu", options)
     for macros in ({"ROWS": 8, "TILE": 64, "GATED": 0, "FLOAT16": 0}, {"ROWS": 128, "TILE": 256, "GATED": 1, "FLOAT16": 1}):

@@ -116,11 +116,12 @@ def collector():
 
 @pytest.fixture
 def make_loop(tiny_llama):
-    """A step loop over the tiny model, on this thread; `wrap` may replace the model, and `prepare` change the runner."""
+    """A step loop over the tiny model or `model`, on this thread; `wrap` may replace it, and `prepare` change the runner."""
 
     def make(
         on_step,
         *,
+        model=tiny_llama,
         max_in_flight: int = 1,
         wrap=lambda model: model,
         prepare=lambda runner: None,
@@ -128,7 +129,7 @@ def make_loop(tiny_llama):
         **options,
     ) -> StepLoop:
         config = EngineConfig(**{"device": "cpu", "num_threads": 1, "num_kv_blocks": 256, "max_num_seqs": 32, **options})
-        runner, info = set_up_runner(ModelConfig(model=str(tiny_llama), dtype="float32"), config)
+        runner, info = set_up_runner(ModelConfig(model=str(model), dtype="float32"), config)
         runner.model = wrap(runner.model)
         prepare(runner)
         scheduler = StepScheduler(

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pilotfish.common.config import EngineConfig, ModelConfig
-from pilotfish.scheduler.scheduler_config import SchedulerConfig
-from pilotfish.scheduler.step_scheduler import StepScheduler
 from pilotfish.workers.kv_cache import KvLayout, allocate_kv_cache
-from pilotfish.workers.runner_setup import set_up_runner
-from pilotfish.workers.step_loop import StepLoop
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 LATENT = KvLayout(block_size=16, num_layers=3, num_kv_heads=1, head_dim=24, dtype=torch.float32, values_in_keys=True)
@@ -21,7 +16,7 @@ def test_values_in_keys_take_half() -> None:
     assert all(keys is values for keys, values in cache.layers)
 
 
-def test_greedy_tokens_are_those_of_transformers(tmp_path, make_request, collector) -> None:
+def test_greedy_tokens_are_those_of_transformers(tmp_path, make_loop, make_request, collector) -> None:
     torch.manual_seed(20)
     config = DeepseekV3Config(
         vocab_size=320,
@@ -47,27 +42,25 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, make_request, collect
     )
     untouched = DeepseekV3ForCausalLM(config).eval()
     untouched.save_pretrained(tmp_path)
-    engine = EngineConfig(device="cpu", num_threads=1, num_kv_blocks=32, max_num_seqs=4, max_num_batched_tokens=16)
-    runner, info = set_up_runner(ModelConfig(model=str(tmp_path), dtype="float32"), engine)
-    assert info.kv_cache_bytes == 33 * 3 * info.block_size * 24 * 4
-    scheduler = StepScheduler(
-        SchedulerConfig(
-            num_blocks=info.num_blocks,
-            block_size=info.block_size,
-            max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=info.max_num_batched_tokens,
-            max_model_len=info.max_model_len,
-            prefix_caching=True,
-        )
+    runners = []
+    loop = make_loop(
+        collector,
+        model=tmp_path,
+        max_in_flight=2,
+        prepare=runners.append,
+        num_threads=1,
+        num_kv_blocks=32,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
     )
-    loop = StepLoop(runner, scheduler, on_step=collector, max_in_flight=2)
+    assert runners[0]._kv_cache.num_bytes == 33 * LATENT.bytes_per_block
     shared = list(range(40, 60))
     prompts = {"a": [*shared, 1, 2, 3], "b": [7, 8], "c": [*shared, 9]}
     for name, prompt in prompts.items():
-        scheduler.add(make_request(name, prompt, max_tokens=8))
+        loop.scheduler.add(make_request(name, prompt, max_tokens=8))
     while loop.has_work:
         loop.advance()
-        scheduler.check_invariants()
+        loop.scheduler.check_invariants()
     loop.finish()
     for name, prompt in prompts.items():
         expected = untouched.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
