@@ -4,7 +4,8 @@ A step has two halves. `launch` applies the plan and queues all its work; on a G
 that the next plan can be made and launched meanwhile. `PendingStep.result` waits for the tokens. Plans are launched in the
 order of their ids and their results are taken in the same order.
 
-On a GPU a step in which every row computes one token and samples replays a CUDA graph (decode_graphs.py).
+On a GPU most steps replay a CUDA graph: those in which every row computes one token and samples (decode_graphs.py), and those
+with prompt tokens in them (chunk_graphs.py).
 
 A step that raises is run again in halves: running the same rows twice writes the same keys and values and draws the same
 tokens. Rows that fail alone are reported as errors, all others get their tokens; a step that was too large for
@@ -27,8 +28,10 @@ from ..common.requests import TokenLogprob
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan, StepResult
 from .batch_state import BatchState, SamplingRows
+from .chunk_graphs import ChunkGraph, ChunkGraphs, ChunkStep, record_chunk_graphs
 from .comm import RankGroup
-from .decode_graphs import Capture, DecodeGraph, DecodeGraphs, DecodeStep, capture_decode_graphs
+from .cuda_graphs import GraphRecorder
+from .decode_graphs import DecodeGraph, DecodeGraphs, DecodeStep, record_decode_graphs
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
 from .stopwatch import Stopwatch
@@ -109,17 +112,22 @@ class ModelRunner:
         )
         self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size, group=group)
         self._isolates_failures = group is None  # what fails on one rank alone cannot run again on all
-        self._graphs: DecodeGraphs | None = None
+        self._decode_graphs, self._chunk_graphs = DecodeGraphs({}), ChunkGraphs({})
         # Slots whose sequence could not be admitted: their rows never run, since their block tables are not theirs.
         self._unusable_slots: dict[int, str] = {}
 
     @torch.inference_mode()
-    def use_graphs(self, sizes: Sequence[int], *, capture: Capture = capture_decode_graphs) -> None:
-        """Decode steps of up to the largest size replay what is captured here."""
-        state, sampler, cache = self._batch_state, self._sampler, self._kv_cache
-        self._graphs = capture(
-            sizes, lambda size: DecodeStep(size, model=self.model, batch_state=state, sampler=sampler, kv_cache=cache)
-        )
+    def use_graphs(self, decode_sizes: Sequence[int], chunk_sizes: Sequence[int], *, recorder: GraphRecorder) -> None:
+        """Decode steps of up to the largest size, and steps of about one of `chunk_sizes` tokens, replay what is recorded."""
+        model, state, cache = self.model, self._batch_state, self._kv_cache
+        chunks = [
+            ChunkStep(size, model=model, batch_state=state, kv_cache=cache) for size in chunk_sizes if size <= state.most_tokens
+        ]
+        self._chunk_graphs = record_chunk_graphs(chunks, recorder)
+        decodes = [
+            DecodeStep(size, model=model, batch_state=state, sampler=self._sampler, kv_cache=cache) for size in decode_sizes
+        ]
+        self._decode_graphs = record_decode_graphs(decodes, recorder)
 
     def close(self) -> None:
         """It holds nothing that outlives it."""
@@ -186,14 +194,31 @@ class ModelRunner:
     def _launch_whole(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
         if not rows:
             return []
-        graph = self._graphs.find(rows) if self._graphs is not None else None
-        sampled = self._replay(graph, rows, stopwatch) if graph is not None else self._forward_and_draw(rows, stopwatch)
+        if (decode := self._decode_graphs.find(rows)) is not None:
+            sampled: Sampled | None = self._replay_decode(decode, rows, stopwatch)
+        elif (chunk := self._chunk_graphs.find(rows)) is not None:
+            sampled = self._replay_chunk(chunk, rows, stopwatch)
+        else:
+            sampled = self._run(rows, stopwatch)
         return [PendingPart(rows, sampled.map(self._to_host) if sampled is not None else None)]
 
-    def _forward_and_draw(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled | None:
+    def _run(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled | None:
         batch, sampling = self._batch_state.compose(rows, self._kv_cache)
         with stopwatch.measure("forward"):
             hidden_RH = self.model.forward(batch)
+        return self._draw(hidden_RH, sampling, stopwatch)
+
+    def _replay_chunk(self, graph: ChunkGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled | None:
+        step = graph.step
+        columns, host_3R = self._batch_state.step_columns(rows, step.shape)
+        self._batch_state.fill(step.columns, columns)
+        with stopwatch.measure("forward"):
+            graph.forward.replay()
+        num_sampling = len(host_3R[0])
+        sampling = SamplingRows(*host_3R, step.draw_rows.first(num_sampling))
+        return self._draw(graph.hidden_RH[:num_sampling], sampling, stopwatch)
+
+    def _draw(self, hidden_RH: torch.Tensor, sampling: SamplingRows, stopwatch: Stopwatch) -> Sampled | None:
         if not len(sampling.host_slots_R):
             return None
         with stopwatch.measure("sample"):
@@ -202,7 +227,7 @@ class ModelRunner:
             self._batch_state.append_tokens(sampling.on_device, sampled.tokens_R)
         return sampled
 
-    def _replay(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
+    def _replay_decode(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
         columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
         self._batch_state.fill(graph.columns, columns)
         slots_R, positions_R, output_positions_R = columns[:, : len(rows)]
