@@ -119,6 +119,10 @@ class RankGroup:
         self._group.allreduce([tensor], options).wait()
         return int(tensor.item())
 
+    def abort(self) -> None:
+        """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
+        self._group.abort()
+
     def tell(self, key: str, value: str) -> None:
         """Leaves a word for the other ranks."""
         self._store.tell(key, value)

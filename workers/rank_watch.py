@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..common.rank_place import RankPlace
@@ -52,10 +53,11 @@ class Beat:
 
 
 class RankWatch:
-    """The leader's. `failure` is set once, and never taken back."""
+    """The leader's. `failure` is set once, and never taken back; then `on_failure` is called, on the watch's thread."""
 
-    def __init__(self, place: RankPlace) -> None:
+    def __init__(self, place: RankPlace, *, on_failure: Callable[[], None]) -> None:
         self.failure = ""
+        self._on_failure = on_failure
         self._store = RankStore(place)
         self._closed = threading.Event()
         self._heard = {rank: _Heard() for rank in range(1, place.size)}
@@ -75,6 +77,7 @@ class RankWatch:
                 return
             if self.failure:
                 logger.error("%s", self.failure)
+                self._on_failure()
                 return
 
     def _look_at(self, rank: int, heard: _Heard) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from ..common.config import EngineConfig, ModelConfig
-from ..common.errors import PilotfishError
+from ..common.errors import InternalError, PilotfishError
 from ..common.rank_place import RankPlace
 from ..common.requests import WorkerInfo
 from ..scheduler.step_plan import StepPlan
@@ -55,16 +55,27 @@ class LeadingRunner:
         self._sender.close()
 
 
-def lead(model_config: ModelConfig, engine_config: EngineConfig, *, place: RankPlace) -> tuple[LeadingRunner, WorkerInfo]:
+def lead(
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    *,
+    place: RankPlace,
+    on_join: Callable[[RankGroup], None] | None = None,
+) -> tuple[LeadingRunner, WorkerInfo]:
     """Sets the leader up together with its followers; an Engine's `set_up`.
+
+    `on_join` gets the group when all ranks are there, before a model is loaded.
 
     Raises:
         PilotfishError: this rank cannot start, or another did not come in time.
     """
-    group = RankGroup.join(place, choose_device(engine_config))
+    group = RankGroup.join(place, choose_device(engine_config, place))
+    if on_join is not None:
+        on_join(group)
     runner, info = set_up_runner(model_config, engine_config, group=group)
     sender = PlanSender(group)
-    return LeadingRunner(runner, sender, RankWatch(place), place), info
+    # A collective that waits for a rank which is stuck ends with the group, on a GPU too.
+    return LeadingRunner(runner, sender, RankWatch(place, on_failure=group.abort), place), info
 
 
 class Follower:
@@ -88,13 +99,15 @@ class Follower:
     def _run(self) -> None:
         place = self._place
         try:
-            group = RankGroup.join(place, choose_device(self._engine_config))
+            group = RankGroup.join(place, choose_device(self._engine_config, place))
             runner, _ = set_up_runner(self._model_config, self._engine_config, group=group)
             plans, beat = open_receiver(group), Beat(place)
-        except Exception as error:
-            if not isinstance(error, PilotfishError):
-                logger.exception("rank %d cannot start", place.rank)
+        except PilotfishError as error:
             self._started.set_exception(error)
+            return
+        except Exception as error:
+            logger.exception("rank %d cannot start", place.rank)
+            self._started.set_exception(InternalError(f"{type(error).__name__}: {error}"))
             return
         self._started.set_result(None)
         try:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..common.errors import InternalError
 from ..common.requests import StepOutput, StepTimings
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.step_scheduler import StepScheduler
@@ -81,7 +82,10 @@ class StepLoop:
 
     def _complete(self) -> None:
         step = self._in_flight.popleft()
-        self.scheduler.update(step.pending.result())
+        result = step.pending.result()
+        if self._runner.failure:  # it ended without the other ranks
+            raise InternalError(self._runner.failure)
+        self.scheduler.update(result)
         now_s = time.monotonic()
         spent_ms = step.pending.stopwatch.total_ms()
         timings = StepTimings(

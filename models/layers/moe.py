@@ -13,8 +13,9 @@ import torch
 from ...kernels.linear import linear
 from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_routing import route_tokens
+from ...kernels.own_experts import own_experts
 from ..model_shape import ModelShape, MoeShape
-from ..parallel import Share, whole
+from ..parallel import whole
 from ..weight_source import Placement, WeightSource
 from .expert_choice import ExpertChoice
 from .linear import column_linear
@@ -78,7 +79,7 @@ class SparseMlp(torch.nn.Module):
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         weights_TC, experts_TC = self.choose(x_TH)
         if self.experts.size < self.experts.total:
-            experts_TC = local_experts(experts_TC, self.experts)
+            experts_TC = own_experts(experts_TC, first=self.experts.start, num_own=self.experts.size)
         out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
         if self.shared is not None:
             out_TH = out_TH + self.shared.addend(x_TH)
@@ -141,9 +142,3 @@ class SparseMlp(torch.nn.Module):
             region=(self.experts.range, slice(None), rows.range),
             target=self.down_weight,
         )
-
-
-def local_experts(experts_TC: torch.Tensor, mine: Share) -> torch.Tensor:
-    """This rank's numbers of its own experts, -1 for those of others: int32 [T, C]."""
-    local_TC = experts_TC - mine.start
-    return torch.where((local_TC >= 0) & (local_TC < mine.size), local_TC, -1)
