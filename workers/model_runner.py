@@ -71,11 +71,18 @@ class PendingStep:
     parts: Sequence[PendingPart]
     stopwatch: Stopwatch
     arrived: torch.cuda.Event | None
+    group: RankGroup | None = None
 
     def result(self) -> StepResult:
-        """Waits for the step's work; one token for each row that samples, in the order of the plan."""
+        """Waits for the step's work; one token for each row that samples, in the order of the plan.
+
+        Raises:
+            InternalError: another rank took no part in it.
+        """
         if self.arrived is not None:
             self.arrived.synchronize()
+        if self.group is not None:
+            self.group.check()
         drawn: dict[str, tuple[int, TokenLogprob | None]] = {}
         errors: dict[str, str] = {}
         for part in self.parts:
@@ -111,6 +118,7 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size, group=group)
+        self._group = group
         self._isolates_failures = group is None  # what fails on one rank alone cannot run again on all
         self._decode_graphs, self._chunk_graphs = DecodeGraphs({}), ChunkGraphs({})
         # Slots whose sequence could not be admitted: their rows never run, since their block tables are not theirs.
@@ -160,7 +168,7 @@ class ModelRunner:
         arrived = torch.cuda.Event() if self._device.type == "cuda" else None
         if arrived is not None:
             arrived.record()
-        return PendingStep(plan, parts, stopwatch, arrived)
+        return PendingStep(plan, parts, stopwatch, arrived, self._group)
 
     def _admit(self, sequence: AdmittedSequence, *, isolate_failures: bool) -> None:
         self._unusable_slots.pop(sequence.slot, None)

@@ -77,13 +77,14 @@ class SparseMlp(torch.nn.Module):
         self.down_weight = placement.matrix(self.experts.size, shape.hidden_size, self.intermediate.size)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to the sum over ranks."""
         weights_TC, experts_TC = self.choose(x_TH)
         if self.experts.size < self.experts.total:
             experts_TC = own_experts(experts_TC, first=self.experts.start, num_own=self.experts.size)
         out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
         if self.shared is not None:
             out_TH = out_TH + self.shared.addend(x_TH)
-        return self.parallel.sum(out_TH)
+        return out_TH
 
     def choose(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each token's weights [T, C] and experts [T, C]."""
