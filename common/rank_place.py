@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .identity import Identity
+
 LEADER = 0
 
 
@@ -16,6 +18,7 @@ class RankPlace:
         host: this rank's own address, on which the others reach it.
         timeout_s: of every collective, and of the wait for all ranks to come.
         whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
+        identity: this rank's, and `leader_name` the name in the leader's: ranks on other machines than the leader's need them.
     """
 
     rank: int
@@ -25,6 +28,8 @@ class RankPlace:
     host: str
     timeout_s: float
     whole_experts: bool = False
+    identity: Identity | None = None
+    leader_name: str = ""
 
     @property
     def is_leader(self) -> bool:

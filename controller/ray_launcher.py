@@ -26,8 +26,9 @@ from ..common.config import ServeConfig
 from ..common.errors import ConfigError, PilotfishError
 from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker, WorkerInfo
+from .authority import Authority
 from .ray_placement import find_group, place, reachable_only
-from .worker_process import WorkerDied
+from .worker_process import WorkerDied, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,9 @@ class RayWorker:
 class RayLauncher:
     """Starts workers in the namespace of the calling actor."""
 
-    def __init__(self, worker_class: ActorClass, config: ServeConfig) -> None:
+    def __init__(self, worker_class: ActorClass, config: ServeConfig, authority: Authority) -> None:
         self._worker_class = worker_class
+        self._authority = authority
         self._config = config
         self._node = ray.get_runtime_context().get_node_id()
         self._settled_device: Literal["cpu", "cuda"] | None = None
@@ -97,7 +99,7 @@ class RayLauncher:
             where = await _where(group, self._num_ranks)
             for rank in range(self._num_ranks):
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
-            serving = await self._start_ranks(handles, epoch, device)
+            serving = await self._start_ranks(handles, replica, epoch, device)
         except BaseException as error:
             _end(handles, group)
             if isinstance(error, RayTaskError) and isinstance(error.cause, PilotfishError):
@@ -113,7 +115,7 @@ class RayLauncher:
 
     def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
         return self._worker_class.options(
-            name=f"{replica}.{epoch}.{rank}",
+            name=worker_name(replica, epoch=epoch, rank=rank),
             lifetime="detached",
             max_restarts=0,
             max_concurrency=_NUM_THREADS,
@@ -123,7 +125,9 @@ class RayLauncher:
             **where,
         ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 
-    async def _start_ranks(self, handles: list[ActorHandle], epoch: int, device: Literal["cpu", "cuda"]) -> ServingWorker:
+    async def _start_ranks(
+        self, handles: list[ActorHandle], replica: str, epoch: int, device: Literal["cpu", "cuda"]
+    ) -> ServingWorker:
         """Starts all ranks together; the first of them that cannot start says why."""
         timeout_s = self._config.parallel.collective_timeout_s
         address = ""
@@ -141,6 +145,7 @@ class RayLauncher:
                     host="",
                     timeout_s=timeout_s,
                     whole_experts=self._config.parallel.expert_parallel,
+                    leader_name=worker_name(replica, epoch=epoch),
                 )
             starts.append(
                 asyncio.ensure_future(
@@ -148,6 +153,7 @@ class RayLauncher:
                         model_config=self._config.model,
                         engine_config=replace(self._config.engine, device=device),
                         epoch=epoch,
+                        identity=self._authority.issue(worker_name(replica, epoch=epoch, rank=rank)),
                         controller_node=self._node,
                         num_node_workers=self._num_node_workers(),
                         place=place,

@@ -18,6 +18,7 @@ import ray
 from ..common import logs
 from ..common.config import DEFAULT_KV_MEMORY_FRACTION, EngineConfig, ModelConfig
 from ..common.errors import InternalError, PilotfishError
+from ..common.identity import Identity
 from ..common.rank_place import RankPlace
 from ..common.requests import ServingWorker
 from .engine_interface import FAILED_PHASE, EngineInterface
@@ -51,6 +52,7 @@ class WorkerActor:
         model_config: ModelConfig,
         engine_config: EngineConfig,
         epoch: int,
+        identity: Identity,
         controller_node: str,
         num_node_workers: int,
         place: RankPlace | None = None,
@@ -59,9 +61,10 @@ class WorkerActor:
 
         Args:
             engine_config: with the device settled, cpu or cuda.
+            identity: what this worker shows to the other parts of the cluster.
             controller_node: Ray's id of the controller's node: a worker there listens on the loopback address only.
             num_node_workers: how many workers share this node's cores and memory.
-            place: among the ranks of the replica, where it has several; this worker's `host` is filled in.
+            place: among the ranks of the replica, where it has several; this worker's `host` and `identity` are filled in.
 
         Raises:
             PilotfishError: why it cannot start.
@@ -69,11 +72,13 @@ class WorkerActor:
         try:
             engine_config = _share_of_node(engine_config, num_node_workers)
             if place is not None:
-                place = replace(place, host=ray.util.get_node_ip_address())
+                place = replace(place, host=ray.util.get_node_ip_address(), identity=identity)
             if place is not None and not place.is_leader:
                 self._follow(model_config, engine_config, place)
             else:
-                self._serving = self._serve(model_config, engine_config, place, epoch=epoch, controller_node=controller_node)
+                self._serving = self._serve(
+                    model_config, engine_config, place, epoch=epoch, identity=identity, controller_node=controller_node
+                )
         except PilotfishError:
             raise
         except Exception as error:
@@ -103,6 +108,7 @@ class WorkerActor:
         place: RankPlace | None,
         *,
         epoch: int,
+        identity: Identity,
         controller_node: str,
     ) -> ServingWorker:
         from .engine import Engine
@@ -110,7 +116,7 @@ class WorkerActor:
         from .server import WorkerServer
         from .worker_service import ServerLimits
 
-        server = WorkerServer(ServerLimits())
+        server = WorkerServer(ServerLimits(), identity)
         set_up = None if place is None else partial(lead, place=place)
         engine = Engine(model_config, engine_config, on_step=server.on_step, set_up=set_up)
         info = replace(engine.start(), epoch=epoch, pid=os.getpid())
