@@ -26,6 +26,7 @@ from ..common.config import ServeConfig
 from ..common.errors import ConfigError, PilotfishError
 from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker, WorkerInfo
+from ..proto.versions import mismatch, own_versions
 from .authority import Authority
 from .ray_placement import find_group, place, reachable_only
 from .worker_process import WorkerDied, worker_name
@@ -84,6 +85,7 @@ class RayLauncher:
         self._authority = authority
         self._config = config
         self._node = ray.get_runtime_context().get_node_id()
+        self._versions = own_versions(ray.util.get_node_ip_address())
         self._settled_device: Literal["cpu", "cuda"] | None = None
 
     async def launch(self, replica: str, *, epoch: int) -> RayWorker:
@@ -99,6 +101,8 @@ class RayLauncher:
             where = await _where(group, self._num_ranks)
             for rank in range(self._num_ranks):
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
+            if problem := mismatch(self._versions, await asyncio.gather(*(handle.versions.remote() for handle in handles))):
+                raise ConfigError(problem)
             serving = await self._start_ranks(handles, replica, epoch, device)
         except BaseException as error:
             _end(handles, group)
@@ -181,12 +185,23 @@ class RayLauncher:
             for epoch in sorted(epochs, reverse=True):
                 group = find_group(f"{replica}.{epoch}")
                 handles = [epochs[epoch][rank] for rank in sorted(epochs[epoch])]
-                serving = None if replica in found or len(handles) != self._num_ranks else await _describe(handles[LEADER])
+                serving = None if replica in found or len(handles) != self._num_ranks else await self._describe(handles[LEADER])
                 if serving is None:
                     _end(handles, group)
                 else:
                     found[replica] = RayWorker(handles, serving, group)
         return found
+
+    async def _describe(self, leader: ActorHandle) -> ServingWorker | None:
+        """What a replica's leader serves; None if it does not serve, or runs what this controller does not fit."""
+        try:
+            if problem := mismatch(self._versions, [await asyncio.wait_for(leader.versions.remote(), _DESCRIBE_TIMEOUT_S)]):
+                logger.warning("a worker of an earlier controller is ended: %s", problem)
+                return None
+            serving: ServingWorker | None = await asyncio.wait_for(leader.describe.remote(), _DESCRIBE_TIMEOUT_S)
+        except (RayError, TimeoutError):
+            return None
+        return serving
 
     def _device(self) -> Literal["cpu", "cuda"]:
         """What auto means in this cluster; all replicas get the same, also when nodes are lost later."""
@@ -219,15 +234,6 @@ async def _where(group: PlacementGroup | None, num_ranks: int) -> list[dict[str,
         return [{"scheduling_strategy": bundle} for bundle in bundles]
     selector = await reachable_only()
     return [{"scheduling_strategy": "SPREAD"} | ({"label_selector": selector} if selector else {})]
-
-
-async def _describe(leader: ActorHandle) -> ServingWorker | None:
-    """What a replica's leader serves; None if it does not serve."""
-    try:
-        serving: ServingWorker | None = await asyncio.wait_for(leader.describe.remote(), _DESCRIBE_TIMEOUT_S)
-    except (RayError, TimeoutError):
-        return None
-    return serving
 
 
 def _end(handles: list[ActorHandle], group: PlacementGroup | None) -> None:

@@ -21,6 +21,7 @@ from ..common.errors import InternalError, PilotfishError
 from ..common.identity import Identity
 from ..common.rank_place import RankPlace
 from ..common.requests import ServingWorker
+from ..proto.versions import own_versions
 from .engine_interface import FAILED_PHASE, EngineInterface
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,15 @@ class WorkerActor:
 
     def __init__(self, name: str) -> None:
         logs.set_up(name)
+        self._versions = own_versions(
+            ray.util.get_node_ip_address()
+        )  # what this process has loaded, whatever is installed later
         self._serving: ServingWorker | None = None
         self._rendezvous: object = None  # held open
+
+    def versions(self) -> dict[str, str]:
+        """Asked before all else: see proto/versions.py."""
+        return self._versions
 
     def open_rendezvous(self, *, timeout_s: float) -> str:
         """Asked of a replica's first rank: the address where all ranks find each other."""
