@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .identity import Identity
+
 LEADER = 0
 
 
@@ -17,6 +19,7 @@ class RankPlace:
         timeout_s: of every collective, and of the wait for all ranks to come.
         whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
         gpu: which of the GPUs that this rank's process sees it takes, where it takes one.
+        identity: this rank's, and `leader_name` the name in the leader's: ranks on other machines than the leader's need them.
     """
 
     rank: int
@@ -27,6 +30,8 @@ class RankPlace:
     timeout_s: float
     whole_experts: bool = False
     gpu: int = 0
+    identity: Identity | None = None
+    leader_name: str = ""
 
     @property
     def is_leader(self) -> bool:

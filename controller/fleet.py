@@ -17,10 +17,11 @@ from ..common.errors import ConfigError, InternalError, ModelLoadError, ModelNot
 from ..common.requests import BlockStored, StepOutput, WorkerInfo
 from ..proto import worker_pb2
 from ..text.prepare import ModelLimits
+from .authority import Authority
 from .dispatcher import Dispatcher
 from .replica import Happening, Replica
 from .worker_link import WorkerLink, WorkerUnfit
-from .worker_process import Launcher, NoRoom, WorkerDied, WorkerProcess
+from .worker_process import Launcher, NoRoom, WorkerDied, WorkerProcess, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,14 @@ class Fleet:
         *,
         launcher: Launcher,
         dispatcher: Dispatcher,
+        authority: Authority,
         controller_id: str,
         stall_timeout_s: float,
     ) -> None:
         self._config = config
         self._launcher = launcher
         self._dispatcher = dispatcher
+        self._authority = authority
         self._controller_id = controller_id
         self._stall_timeout_s = stall_timeout_s
         self.changed = asyncio.Event()
@@ -165,6 +168,8 @@ class Fleet:
         """Returns why the worker is of no use any more; it has ended then."""
         link = WorkerLink(
             address=worker.address,
+            peer=worker_name(replica.name, epoch=worker.info.epoch),
+            identity=self._authority.issue("controller"),
             epoch=worker.info.epoch,
             controller_id=self._controller_id,
             listener=_Listener(replica, self._dispatcher),

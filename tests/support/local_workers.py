@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fake_engine import FakeEngine
+from pilotfish.common.identity import Identity
 from pilotfish.common.requests import WorkerInfo
+from pilotfish.controller.authority import Authority
 from pilotfish.controller.controller import Controller
 from pilotfish.controller.service import InferenceService
+from pilotfish.controller.worker_process import worker_name
 from pilotfish.workers.server import WorkerServer
 from pilotfish.workers.worker_service import ServerLimits
 
@@ -18,8 +21,8 @@ from pilotfish.workers.worker_service import ServerLimits
 class LocalWorker:
     """A worker that can be killed as abruptly as a process: its connections break and nothing more comes from it."""
 
-    def __init__(self, *, epoch: int, limits: ServerLimits, engine_options: Mapping[str, Any]) -> None:
-        self.server = WorkerServer(limits)
+    def __init__(self, *, epoch: int, identity: Identity, limits: ServerLimits, engine_options: Mapping[str, Any]) -> None:
+        self.server = WorkerServer(limits, identity)
         self.engine = FakeEngine(self.server.on_step, **engine_options)
         self.info: WorkerInfo = self.engine.info(epoch=epoch)
         self.address = self.server.start(self.engine, self.info, host="127.0.0.1")
@@ -49,11 +52,13 @@ class LocalLauncher:
     failures: list[Exception] = field(default_factory=list)
     living: dict[str, LocalWorker] = field(default_factory=dict)
     launched: list[LocalWorker] = field(default_factory=list)
+    authority: Authority = field(default_factory=Authority.create)
 
     async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
         if self.failures:
             raise self.failures.pop(0)
-        worker = LocalWorker(epoch=epoch, limits=self.limits, engine_options=self.engine_options)
+        identity = self.authority.issue(worker_name(replica, epoch=epoch))
+        worker = LocalWorker(epoch=epoch, identity=identity, limits=self.limits, engine_options=self.engine_options)
         self.launched.append(worker)
         return worker
 
