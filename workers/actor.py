@@ -21,8 +21,8 @@ from ..common.errors import InternalError, PilotfishError
 from ..common.identity import Identity
 from ..common.rank_place import RankPlace
 from ..common.requests import ServingWorker
-from .cpu_threads import share_of_machine
 from ..proto.versions import own_versions
+from .cpu_threads import share_of_machine
 from .engine_interface import FAILED_PHASE, EngineInterface
 
 logger = logging.getLogger(__name__)
