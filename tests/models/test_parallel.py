@@ -144,9 +144,15 @@ def test_fewer_kv_heads_than_ranks_are_repeated() -> None:
     assert shares == [Share(start, start + 10, 30) for start in (0, 0, 10, 10, 20, 20)]
 
 
+def test_a_vocabulary_smaller_than_its_ranks_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match="a vocabulary of 12 tokens cannot be split over 4 ranks"):
+        ThreadGroup(4).parallel(0).vocab_share(12)
+
+
 def test_vocabulary_is_covered_once() -> None:
-    for size, vocab_size in ((3, 131), (4, 5), (2, 8)):
+    for size, vocab_size in ((3, 131), (4, 13), (2, 8), (1, 5)):
         shares = [ThreadGroup(size).parallel(rank).vocab_share(vocab_size) for rank in range(size)]
+        assert all(share.start % 4 == 0 for share in shares)
         assert [index for share in shares for index in range(share.start, share.stop)] == list(range(vocab_size))
 
 
