@@ -23,7 +23,7 @@ from ..common.rank_place import LEADER, RankPlace
 from ..kernels.all_reduce import MAX_HIDDEN, PeerBuffers, all_reduce, all_reduce_norm, unfit_reason
 from ..kernels.rms_norm import rms_norm
 from ..models.parallel import Parallel
-from .peer_memory import Way, check_all_came, choose_way, open_peer_buffers
+from .peer_memory import CAPACITY_BYTES, Way, check_all_came, choose_way, open_peer_buffers
 
 
 class Rendezvous:
@@ -73,8 +73,8 @@ class RankGroup:
         self.peers: PeerBuffers | None = None
 
     @classmethod
-    def join(cls, place: RankPlace, device: torch.device) -> RankGroup:
-        """Waits for all ranks.
+    def join(cls, place: RankPlace, device: torch.device, *, peer_capacity_bytes: int = CAPACITY_BYTES) -> RankGroup:
+        """Waits for all ranks. `peer_capacity_bytes`: the largest message of their shared memory.
 
         Raises:
             InternalError: they have not all come within the timeout.
@@ -86,7 +86,9 @@ class RankGroup:
             joined = cls(place, store, group, device)
             joined.agree_on_least(place.rank)  # the first collective connects them
             if device.type == "cuda" and place.size > 1:
-                joined.peers = open_peer_buffers(place, joined, device, agree_on_least=joined.agree_on_least)
+                joined.peers = open_peer_buffers(
+                    place, joined, device, agree_on_least=joined.agree_on_least, capacity_bytes=peer_capacity_bytes
+                )
         except (RuntimeError, ValueError) as error:
             raise InternalError(
                 f"rank {place.rank} of {place.size} found no group of all ranks at {place.address} within "
