@@ -30,7 +30,7 @@ from ..cpu.library import cache_dir
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
-HEADER = "streaming.cuh"  # of all sources
+HEADERS = ("hopper.cuh", "streaming.cuh")  # what a source may include
 CAPABILITY = (9, 0)
 MAX_SHARED_BYTES = 223 * 1024  # dynamic; a CTA may have 227 KiB together with its static ones
 INSTALL_HINT = (
@@ -121,7 +121,7 @@ def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
 
 def cubin_path(source: str, macros: Macros) -> Path:
     """Where the compiled kernel lies or will lie."""
-    code = (SOURCE_DIR / f"{source}.cu").read_bytes() + (SOURCE_DIR / HEADER).read_bytes()
+    code = b"".join((SOURCE_DIR / name).read_bytes() for name in (f"{source}.cu", *HEADERS))
     digest = hashlib.sha256(code + "\0".join(_compile_options(macros)).encode())
     return cache_dir() / f"{source}-{digest.hexdigest()[:24]}.cubin"
 
@@ -129,8 +129,7 @@ def cubin_path(source: str, macros: Macros) -> Path:
 def build(source: str, macros: Macros, path: Path) -> None:
     """Compiles into `path`, which appears complete or not at all. BuildError where that is impossible."""
     logger.info("compiling the CUDA C++ kernel %s into %s", source, path)
-    header = (SOURCE_DIR / HEADER).read_bytes()
-    cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros), header)
+    cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
@@ -141,12 +140,14 @@ def build(source: str, macros: Macros, path: Path) -> None:
         raise BuildError(f"cannot write a compiled kernel to {path.parent}: {error}; set PILOTFISH_CACHE") from error
 
 
-def compile_source(code: bytes, name: str, options: Sequence[str], header: bytes = b"") -> bytes:
-    """The cubin; `header` is what the code includes as HEADER. BuildError with the compiler's own words where there is none."""
+def compile_source(code: bytes, name: str, options: Sequence[str]) -> bytes:
+    """The cubin of code that may include HEADERS. BuildError with the compiler's own words where there is none."""
     nvrtc = _import_nvrtc()
     words = [option.encode() for option in options]
     try:
-        status, program = nvrtc.nvrtcCreateProgram(code, name.encode(), 1, [header], [HEADER.encode()])
+        headers = [(SOURCE_DIR / header).read_bytes() for header in HEADERS]
+        names = [header.encode() for header in HEADERS]
+        status, program = nvrtc.nvrtcCreateProgram(code, name.encode(), len(headers), headers, names)
     except RuntimeError as error:  # the bindings are there, the library is not
         raise BuildError(f"NVRTC does not load ({' '.join(str(error).split())}): {INSTALL_HINT}") from error
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -161,29 +162,36 @@ def compile_source(code: bytes, name: str, options: Sequence[str], header: bytes
     return cubin
 
 
-@functools.lru_cache(maxsize=8192)
 def tensor_map(address: int, dtype: torch.dtype, shape: tuple[int, int], row_stride: int, box: tuple[int, int]) -> TensorMap:
-    """That of a matrix [rows, columns] of 16-bit numbers at `address`, read in boxes of `box`, of 128 bytes a row, swizzled.
+    """That of a matrix [rows, columns] of 16-bit numbers at `address`, read in boxes of `box`; see `tensor_map_of`."""
+    return tensor_map_of(address, dtype, shape, (row_stride,), box)
 
-    `row_stride` in numbers; the address and the rows lie at multiples of 16 bytes. Outside of the matrix zeros are read.
-    The map follows from the arguments alone, so one is kept for each.
+
+@functools.lru_cache(maxsize=8192)
+def tensor_map_of(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> TensorMap:
+    """That of a tensor of two to five dimensions of 16-bit numbers, read in boxes of `box`, of 128 bytes a row, swizzled.
+
+    `strides` in numbers, of all dimensions but the last; the address and the strides are multiples of 16 bytes. Outside of the
+    tensor zeros are read. The map follows from the arguments alone, so one is kept for each.
     """
-    target = TensorMap()
+    target, rank = TensorMap(), len(shape)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(target.address),
         ctypes.c_int(_DATA_TYPES[dtype]),
-        ctypes.c_uint32(2),
+        ctypes.c_uint32(rank),
         ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(shape[1], shape[0]),
-        (ctypes.c_uint64 * 1)(row_stride * dtype.itemsize),
-        (ctypes.c_uint32 * 2)(box[1], box[0]),
-        (ctypes.c_uint32 * 2)(1, 1),
+        (ctypes.c_uint64 * rank)(*reversed(shape)),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * dtype.itemsize for stride in reversed(strides))),
+        (ctypes.c_uint32 * rank)(*reversed(box)),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         ctypes.c_int(_NO_INTERLEAVE),
         ctypes.c_int(_SWIZZLE_128_BYTES),
         ctypes.c_int(_PROMOTE_TO_256_BYTES),
         ctypes.c_int(_FILL_WITH_ZEROS),
     )
-    _check(status, f"cuTensorMapEncodeTiled of {shape} {dtype}, stride {row_stride}, box {box}")
+    _check(status, f"cuTensorMapEncodeTiled of {shape} {dtype}, strides {strides}, box {box}")
     return target
 
 

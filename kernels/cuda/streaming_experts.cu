@@ -27,26 +27,6 @@ struct Item {
   int first_output, first_place, num_pairs;
 };
 
-// Past L1, which need not have seen what another kernel wrote.
-__device__ __forceinline__ int load_from_l2(const int* source) {
-  int value;
-  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
-  return value;
-}
-
-// Asynchronous copy of 16 bytes to shared memory, or of 16 zeros.
-__device__ __forceinline__ void copy_chunk(u32 target, const void* source, bool is_there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(is_there ? 16 : 0) : "memory");
-}
-
-// One arrival at the barrier when all copies of this thread so far are there.
-__device__ __forceinline__ void arrive_when_copied(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// What copy_chunk wrote is read by tensor cores.
-__device__ __forceinline__ void show_copies_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 streaming_experts(const __grid_constant__ TensorMap weight_map, const u16* x, const float* scales, u16* y, const int* pairs,
                   const int* expert_starts, int stride_x, int num_inputs, int num_outputs, int num_experts, int tiles_an_expert,
@@ -181,7 +161,7 @@ streaming_experts(const __grid_constant__ TensorMap weight_map, const u16* x, co
         const u64 rows = matrix_descriptor(stages + stage * STAGE_BYTES + WEIGHT_BYTES);
         start_multiplying();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) multiply(sums, weight + 2 * k, rows + 2 * k);  // 16 numbers are 32 bytes: 2 units
+        for (int k = 0; k < 4; ++k) multiply<ROWS>(sums, weight + 2 * k, rows + 2 * k);  // 16 numbers are 32 bytes: 2 units
         commit_products();
         wait_for_products<1>();
         if (step > 0 && lane == 0) arrive(empty + 8 * previous);

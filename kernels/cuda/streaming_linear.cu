@@ -158,7 +158,7 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
     const u64 x = matrix_descriptor(stages + stage * STAGE_BYTES + WEIGHT_BYTES);
     start_multiplying();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) multiply(sums, weight + 2 * k, x + 2 * k);  // 16 numbers are 32 bytes, 2 units of an address
+    for (int k = 0; k < 4; ++k) multiply<ROWS>(sums, weight + 2 * k, x + 2 * k);  // 16 numbers are 32 bytes, 2 units of an address
     commit_products();
     wait_for_products<1>();
     if (step > 0 && lane == 0) arrive(empty + 8 * previous);
