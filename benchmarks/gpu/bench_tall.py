@@ -20,7 +20,7 @@ import torch
 from pilotfish.kernels import tuning
 from pilotfish.kernels.graph_timing import num_copies, time_in_graph
 from pilotfish.kernels.moe_config import table_config
-from pilotfish.kernels.tall_experts import TallConfig, tall_experts
+from pilotfish.kernels.tall_experts import TallConfig, tall_linear
 from pilotfish.kernels.tune_linear import LinearCase
 from pilotfish.kernels.tune_moe import TALL_STREAMS, MoeCase, moe_cases
 
@@ -62,18 +62,10 @@ def dense_calls(case: LinearCase, config: TallConfig) -> Calls:
     num_outputs, num_inputs = case.sizes
     activation = "silu" if case.op == "gated_linear" else None
     x = torch.randn(case.num_rows, num_inputs, device="cuda", generator=generator).bfloat16()
-    pairs = torch.arange(case.num_rows, device="cuda", dtype=torch.int32)
-    starts = torch.tensor([0, case.num_rows], device="cuda", dtype=torch.int32)
-    scales = None if activation else torch.ones(case.num_rows, device="cuda")
-    weights = torch.empty(num_copies(case.read_bytes), 1, num_outputs, num_inputs, device="cuda", dtype=torch.bfloat16)
+    weights = torch.empty(num_copies(case.read_bytes), num_outputs, num_inputs, device="cuda", dtype=torch.bfloat16)
     weights[0].normal_(0, num_inputs**-0.5, generator=generator)
     weights[1:].copy_(weights[0])
-
-    def call(weight: torch.Tensor) -> torch.Tensor:
-        y = x.new_empty(case.num_rows, num_outputs // (2 if activation else 1))
-        tall_experts(x, weight, scales, y, pairs, starts, activation=activation, config=config, sorted_rows=True)
-        return y
-
+    call = partial(tall_linear, x, activation=activation, config=config)
     return [partial(call, weights[i % len(weights)]) for i in range(4)]
 
 

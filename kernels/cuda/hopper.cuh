@@ -67,6 +67,13 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 }
 
 // What lies outside the tensor is filled with zeros, and counts among the bytes that the barrier expects.
+__device__ __forceinline__ void load_box(u32 target, const TensorMap& map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
 __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, int column, int row, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"

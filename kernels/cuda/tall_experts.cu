@@ -4,15 +4,16 @@
 // Pairs are sorted by expert (moe_sort.py): those of expert e are pairs[expert_starts[e] .. expert_starts[e + 1]). An item is TILE
 // rows of one expert's weight (the M side of wgmma) by up to PAIRS of its pairs (the N side). An expert's pairs are shared out
 // evenly among its items, in multiples of 16 for which there is an instruction each, so that few products are made in vain.
-// A CTA takes every gridDim.x-th item. One warpgroup copies ahead through all of them, stages of 64 inputs: the weight by TMA, the
-// scattered rows of x 16 bytes a lane. Two warpgroups multiply, 128 rows of the weight each.
+// A CTA takes every gridDim.x-th item. One warpgroup copies ahead through all of them, stages of 64 inputs: the weight by TMA, and
+// where the rows of x are IN_ORDER of the places of `pairs` these too; scattered rows 16 bytes a lane. Two warpgroups multiply, 128
+// rows of the weight each.
 // GATED: 8 rows of the gate and the 8 rows of up for the same outputs follow each other in a stage, which leaves a gate and its up
 // in one thread; y = activation(gate) * up, both rounded before. Otherwise y = scales[pair] * sum. Sums are float32, in the order of
-// K. With sorted_rows the rows of what lies between the two products (y of the gated one, x of the other) are in the order of
-// `pairs`, else in that of pair.
+// K. With sorted_rows the rows of y of the gated product are in the order of `pairs`, else in that of pair.
 // It waits for the kernel before it lets the next one start, which may read the routing before its own wait.
 //
-// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, FLOAT16, GATED, ACTIVATION.
+// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, IN_ORDER, FLOAT16, GATED,
+// ACTIVATION.
 
 #include "hopper.cuh"
 
@@ -25,6 +26,7 @@ constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 56;  // 65536 in al
 constexpr int WEIGHT_BYTES = TILE * STEP_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + PAIRS * STEP_BYTES;
 constexpr int ROWS_A_PRODUCER = PAIRS / 16;  // of x, whose 8 chunks of 16 bytes are copied by 8 threads
+constexpr int BOX_ROWS = PAIRS % 32 == 0 ? 32 : 16;  // of x, where IN_ORDER
 constexpr int PASS_OUTPUTS = 64;             // of a warpgroup, that lie in shared memory at once: rows of 128 swizzled bytes
 constexpr int PASSES = OUTPUTS / GROUPS / PASS_OUTPUTS;
 constexpr int PASS_BYTES = PAIRS * 2 * PASS_OUTPUTS;
@@ -80,7 +82,7 @@ __device__ __forceinline__ void multiply_item(float (&sums)[BLOCKS][PAIRS / 2], 
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
     wait(full + 8 * ring.stage, ring.parity);
-    show_copies_to_tensor_cores();
+    if (!IN_ORDER) show_copies_to_tensor_cores();
     const u32 stage = stages + ring.stage * STAGE_BYTES;
     const u64 x = matrix_descriptor(stage + WEIGHT_BYTES);
     start_multiplying();
@@ -105,10 +107,11 @@ __device__ __forceinline__ void multiply_item(float (&sums)[BLOCKS][PAIRS / 2], 
   if (is_first_lane) arrive(empty + 8 * previous);
 }
 
-// Grid: as many CTAs as run at once. The weight's map has boxes of TILE rows x 64 inputs, see load_weight. num_outputs: of y.
+// Grid: as many CTAs as run at once. The weight's map has boxes of TILE rows x 64 inputs, see load_weight; that of x boxes of
+// BOX_ROWS x 64, it is read where IN_ORDER. num_outputs: of y.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-tall_experts(const __grid_constant__ TensorMap weight_map, const u16* x, const float* scales, u16* y, const int* pairs,
-             const int* expert_starts, int stride_x, int num_inputs, int num_outputs, int num_experts, int pairs_per_row,
+tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const u16* x,
+             const float* scales, u16* y, const int* pairs, const int* expert_starts, int stride_x, int num_inputs, int num_outputs, int num_experts, int pairs_per_row,
              int sorted_rows) {
   extern __shared__ unsigned char dynamic_memory[];
   __shared__ u64 barriers[2 * STAGES];
@@ -123,8 +126,9 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const u16* x, const f
 
   if (threadIdx.x == CONSUMERS) {
     prefetch_map(weight_map);
+    if (IN_ORDER) prefetch_map(x_map);
     for (int stage = 0; stage < STAGES; ++stage) {
-      init_barrier(full + 8 * stage, 1 + PRODUCERS);  // the weight, and x of each thread
+      init_barrier(full + 8 * stage, IN_ORDER ? 1 : 1 + PRODUCERS);  // the weight, and scattered rows of each thread
       init_barrier(empty + 8 * stage, CONSUMERS / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -172,38 +176,48 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const u16* x, const f
   if (warp >= CONSUMERS / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     const int thread = threadIdx.x - CONSUMERS, chunk = thread % 8, first_row = thread / 8;
+    if (IN_ORDER && thread > 0) return;
     const u32 own_chunk = first_row * STEP_BYTES + (chunk ^ (first_row & 7)) * 16;
     int count = 0, expert = 0;  // steps so far
     for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
       const Item item = find_item(index, expert);
       expert = item.expert;
+      const int num_boxes = (item.columns + BOX_ROWS - 1) / BOX_ROWS;
       int sources[ROWS_A_PRODUCER];  // rows of x, none: -1
+      if (!IN_ORDER) {
 #pragma unroll
-      for (int i = 0; i < ROWS_A_PRODUCER; ++i) {
-        const int place = i * 16 + first_row, row = item.first_place + place;
-        sources[i] = -1;
-        if (place < item.num_pairs) sources[i] = GATED || !sorted_rows ? load_from_l2(pairs + row) / pairs_per_row : row;
+        for (int i = 0; i < ROWS_A_PRODUCER; ++i) {
+          const int place = i * 16 + first_row;
+          sources[i] = place < item.num_pairs ? load_from_l2(pairs + item.first_place + place) / pairs_per_row : -1;
+        }
       }
       for (int step = 0; step < steps; ++step, ++count) {
         const u32 stage = stages + ring.stage * STAGE_BYTES, barrier = full + 8 * ring.stage;
         if (count >= STAGES) wait(empty + 8 * ring.stage, ring.parity ^ 1);
         if (thread == 0) {
-          arrive_and_expect(barrier, WEIGHT_BYTES);
+          arrive_and_expect(barrier, WEIGHT_BYTES + (IN_ORDER ? num_boxes * BOX_ROWS * STEP_BYTES : 0));
           load_weight(stage, weight_map, step * STEP_INPUTS, item.first_output, item.expert, barrier);
         }
-        const u16* inputs = x + step * STEP_INPUTS + chunk * 8;
-#pragma unroll
-        for (int i = 0; i < ROWS_A_PRODUCER; ++i) {
-          if (i * 16 < item.columns) {
-            const u16* source = inputs + static_cast<long long>(max(sources[i], 0)) * stride_x;
-            copy_chunk(stage + WEIGHT_BYTES + own_chunk + i * 16 * STEP_BYTES, source, sources[i] >= 0);
+        if (IN_ORDER) {
+          for (int box = 0; box < num_boxes; ++box) {
+            const u32 target = stage + WEIGHT_BYTES + box * BOX_ROWS * STEP_BYTES;
+            load_box(target, x_map, step * STEP_INPUTS, item.first_place + box * BOX_ROWS, barrier);
           }
+        } else {
+          const u16* inputs = x + step * STEP_INPUTS + chunk * 8;
+#pragma unroll
+          for (int i = 0; i < ROWS_A_PRODUCER; ++i) {
+            if (i * 16 < item.columns) {
+              const u16* source = inputs + static_cast<long long>(max(sources[i], 0)) * stride_x;
+              copy_chunk(stage + WEIGHT_BYTES + own_chunk + i * 16 * STEP_BYTES, source, sources[i] >= 0);
+            }
+          }
+          arrive_when_copied(barrier);
         }
-        arrive_when_copied(barrier);
         ring.advance();
       }
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    if (!IN_ORDER) asm volatile("cp.async.wait_all;" ::: "memory");
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     const int thread = threadIdx.x % 128;

@@ -9,13 +9,15 @@ from pilotfish.kernels import tall_experts as module
 from pilotfish.kernels import tuning
 from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.gated_activation import ACTIVATIONS
+from pilotfish.kernels.gated_linear import gated_linear_ref
 from pilotfish.kernels.grouped_tiles import GroupedConfig
+from pilotfish.kernels.linear import linear_ref
 from pilotfish.kernels.moe_config import parse_config, table_config
 from pilotfish.kernels.moe_gemv import GemvConfig
 from pilotfish.kernels.moe_mlp import TOLERANCE, moe_mlp, moe_mlp_ref, run_experts
 from pilotfish.kernels.moe_sort import sort_pairs
 from pilotfish.kernels.streaming_experts import StreamingConfig, streaming_experts_ref
-from pilotfish.kernels.tall_experts import MOST_PAIRS, TallConfig, shared_bytes, tall_experts, unfit_reason
+from pilotfish.kernels.tall_experts import MOST_PAIRS, TallConfig, shared_bytes, tall_experts, tall_linear, unfit_reason
 
 DTYPES = (torch.bfloat16, torch.float16)
 CONFIG = TallConfig(most_pairs=192, num_stages=3)
@@ -97,6 +99,18 @@ def test_on_a_gpu_the_activation_is_the_one_asked_for(activation):
 @pytest.mark.gpu
 def test_on_a_gpu_the_most_experts_are_right():
     assert_products_are_right(3000, (128, 64), torch.bfloat16, CONFIG, num_experts=module.MAX_EXPERTS, num_choices=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_on_a_gpu_a_dense_layer_is_one_expert(config, dtype):
+    for num_rows, (num_inputs, num_outputs) in product((1, 100, 193, 2000), ((64, 8), (320, 776), (1024, 3336))):
+        x = torch.randn(num_rows, num_inputs, device="cuda", dtype=dtype)
+        weight = torch.randn(2 * num_outputs, num_inputs, device="cuda", dtype=dtype) * num_inputs**-0.5
+        gated = tall_linear(x, weight, activation="silu", config=config)
+        assert_close(gated, gated_linear_ref(x, weight, None, activation="silu"))
+        assert_close(tall_linear(x, weight, activation=None, config=config), linear_ref(x, weight, None))
 
 
 GROUPED = GroupedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, tma=True, persistent=True)
@@ -192,8 +206,8 @@ def test_all_memory_of_a_cta_is_within_the_limit_of_the_hardware():
 @pytest.mark.parametrize(
     "macros",
     [
-        {"PAIRS": 192, "STAGES": 3, "GATED": 1, "ACTIVATION": 0, "FLOAT16": 0},
-        {"PAIRS": 96, "STAGES": 4, "GATED": 0, "ACTIVATION": 0, "FLOAT16": 1},
+        {"PAIRS": 192, "STAGES": 3, "IN_ORDER": 0, "GATED": 1, "ACTIVATION": 0, "FLOAT16": 0},
+        {"PAIRS": 96, "STAGES": 4, "IN_ORDER": 1, "GATED": 0, "ACTIVATION": 0, "FLOAT16": 1},
     ],
     ids=str,
 )
