@@ -184,6 +184,51 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Where the weight and x of a step lie, for matrix descriptors.
+struct Operands {
+  u64 weight, x;
+};
+
+// sums = the products of `steps` steps of 64 inputs: BLOCKS times 64 rows of the weight by COLUMNS rows of x. acquire() waits for
+// the next step and says where it lies; release() gives back the oldest that has not been: one step after its own, so there are
+// two stages at least, unless there is but one step.
+template <int COLUMNS, int BLOCKS, int NUM_SUMS, typename Acquire, typename Release>
+__device__ __forceinline__ void multiply_steps(float (&sums)[BLOCKS][NUM_SUMS], int steps, Acquire acquire, Release release) {
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) sums[block][i] = 0.0f;
+  }
+  for (int step = 0; step < steps; ++step) {
+    const Operands operands = acquire();
+    start_multiplying();
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      const u64 weight = operands.weight + block * 64 * STEP_BYTES / 16;  // 16 bytes are a unit of an address
+#pragma unroll
+      for (int k = 0; k < 4; ++k) multiply<COLUMNS>(sums[block], weight + 2 * k, operands.x + 2 * k);
+    }
+    commit_products();
+    wait_for_products<1>();
+    if (step > 0) release();
+  }
+  wait_for_products<0>();
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 2; ++i) asm volatile("" : "+f"(sums[block][i])::"memory");  // no sum is read before the wait
+  }
+  release();
+}
+
+// Where a role is in a ring of stages.
+struct Place {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void advance(int num_stages) {
+    if (++stage == num_stages) stage = 0, parity ^= 1;
+  }
+};
+
 // --- kernels
 
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -192,17 +237,7 @@ __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontr
 
 // --- roundings
 
-__device__ __forceinline__ u16 round_input(float value) {
-  u16 bits;
-#if FLOAT16
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  return bits;
-}
-
-// Two at once: the low half of the result is the first.
+// Two numbers to 16 bits each, the first in the low half.
 __device__ __forceinline__ u32 round_two(float first, float second) {
   u32 bits;
 #if FLOAT16

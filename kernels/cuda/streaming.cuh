@@ -1,8 +1,8 @@
 // What the streaming kernels share: the sizes of their tiles, sums and outputs. sm_90a; the weight is on the M side of wgmma.
 //
-// A CTA has GROUPS warpgroups that multiply, 64 rows of the weight each, and one warp that copies: stages of 64 inputs (rows of
-// 128 swizzled bytes) of TILE rows of the weight and, behind them, of ROWS rows of x. GATED: the first half of the TILE are rows
-// of the gate, the second half those of up, both for the same outputs.
+// A CTA has GROUPS warpgroups that multiply, 64 rows of the weight each, and warps that copy: stages of 64 inputs (rows of 128
+// swizzled bytes) of TILE rows of the weight and of ROWS rows of x. GATED: the first half of the TILE are rows of the gate, the
+// second half those of up, both for the same outputs.
 //
 // Set by the compiler's command line: ROWS, TILE, FLOAT16, GATED.
 
@@ -12,10 +12,9 @@
 
 constexpr int GROUPS = TILE / 64;
 constexpr int CONSUMERS = GROUPS * 128;
-constexpr int THREADS = CONSUMERS + 32;
 constexpr int OUTPUTS = GATED ? TILE / 2 : TILE;
 constexpr int WEIGHT_BYTES = TILE * STEP_BYTES;
-constexpr int STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP_BYTES;
+constexpr int X_BYTES = ROWS * STEP_BYTES;
 constexpr int SUMS = ROWS / 2;  // accumulators of a thread
 constexpr int MAX_STAGES = 32;
 
@@ -74,13 +73,24 @@ __device__ __forceinline__ void store(void* y, u64 index, const Four& four, int 
     return;
   }
   u16* target = static_cast<u16*>(y) + index;
-  u64 bits[4];
-  for (int i = 0; i < 4; ++i) bits[i] = round_input(four.value[i]);
+  const u32 low = round_two(four.value[0], four.value[1]), high = round_two(four.value[2], four.value[3]);
   if (whole) {
-    *reinterpret_cast<u64*>(target) = bits[0] | bits[1] << 16 | bits[2] << 32 | bits[3] << 48;
+    *reinterpret_cast<u64*>(target) = low | static_cast<u64>(high) << 32;
     return;
   }
+  const u32 bits[4] = {low & 0xffff, low >> 16, high & 0xffff, high >> 16};
   for (int i = 0; i < 4; ++i) {
     if (i < count) target[i] = static_cast<u16>(bits[i]);
   }
+}
+
+// activation(gate) * up of four outputs, both rounded before.
+__device__ __forceinline__ Four activate_four(const Four& gate, const Four& up, int activation) {
+  Four result;
+  for (int i = 0; i < 4; i += 2) {
+    const u32 gates = round_two(gate.value[i], gate.value[i + 1]), ups = round_two(up.value[i], up.value[i + 1]);
+    result.value[i] = activate(widen_input(gates & 0xffff), widen_input(ups & 0xffff), activation);
+    result.value[i + 1] = activate(widen_input(gates >> 16), widen_input(ups >> 16), activation);
+  }
+  return result;
 }

@@ -62,51 +62,6 @@ __device__ __forceinline__ u32 activate_two(const float* gates, const float* ups
                    activate(widen_input(gate >> 16), widen_input(up >> 16), ACTIVATION));
 }
 
-// Where a role is among the stages: both go through the same.
-struct Ring {
-  int stage = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
-// The sums of an item of COLUMNS pairs. A stage is given back one step after its own, so there are 2 at least.
-template <int COLUMNS>
-__device__ __forceinline__ void multiply_item(float (&sums)[BLOCKS][PAIRS / 2], Ring& ring, int steps, u32 stages, u32 full,
-                                              u32 empty, int group, bool is_first_lane) {
-#pragma unroll
-  for (int block = 0; block < BLOCKS; ++block) {
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) sums[block][i] = 0.0f;
-  }
-  int previous = 0;
-  for (int step = 0; step < steps; ++step) {
-    wait(full + 8 * ring.stage, ring.parity);
-    if (!IN_ORDER) show_copies_to_tensor_cores();
-    const u32 stage = stages + ring.stage * STAGE_BYTES;
-    const u64 x = matrix_descriptor(stage + WEIGHT_BYTES);
-    start_multiplying();
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-      const u64 weight = matrix_descriptor(stage + (group * BLOCKS + block) * 64 * STEP_BYTES);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) multiply<COLUMNS>(sums[block], weight + 2 * k, x + 2 * k);  // 16 numbers are 32 bytes: 2 units
-    }
-    commit_products();
-    wait_for_products<1>();
-    if (step > 0 && is_first_lane) arrive(empty + 8 * previous);
-    previous = ring.stage;
-    ring.advance();
-  }
-  wait_for_products<0>();
-#pragma unroll
-  for (int block = 0; block < BLOCKS; ++block) {
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) asm volatile("" : "+f"(sums[block][i])::"memory");  // no sum is read before the wait
-  }
-  if (is_first_lane) arrive(empty + 8 * previous);
-}
-
 // Grid: as many CTAs as run at once. The weight's map has boxes of TILE rows x 64 inputs, see load_weight; that of x boxes of
 // BOX_ROWS x 64, it is read where IN_ORDER. num_outputs: of y.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -172,7 +127,7 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
     return Item{expert, first_output, starts[expert] + tile * share, num_pairs, (num_pairs + 15) / 16 * 16};
   };
 
-  Ring ring;
+  Place ring;
   if (warp >= CONSUMERS / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     const int thread = threadIdx.x - CONSUMERS, chunk = thread % 8, first_row = thread / 8;
@@ -214,7 +169,7 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
           }
           arrive_when_copied(barrier);
         }
-        ring.advance();
+        ring.advance(STAGES);
       }
     }
     if (!IN_ORDER) asm volatile("cp.async.wait_all;" ::: "memory");
@@ -227,6 +182,18 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
     const int matrix = lane / 8;
     const int own_chunk = GATED ? matrix % 2 * 4 + warp % 4 : warp % 4 * 2 + matrix % 2;
     const u32 own_row = staging + (matrix / 2 * 8 + lane % 8) * STEP_BYTES + (own_chunk ^ lane % 8) * 16;
+    const auto acquire = [&]() {
+      wait(full + 8 * ring.stage, ring.parity);
+      if (!IN_ORDER) show_copies_to_tensor_cores();
+      const u32 stage = stages + ring.stage * STAGE_BYTES;
+      ring.advance(STAGES);
+      return Operands{matrix_descriptor(stage + group * BLOCKS * 64 * STEP_BYTES), matrix_descriptor(stage + WEIGHT_BYTES)};
+    };
+    Place released;
+    const auto release = [&]() {
+      if (lane == 0) arrive(empty + 8 * released.stage);
+      released.advance(STAGES);
+    };
     float sums[BLOCKS][PAIRS / 2];
     int expert = 0, buffer = 0;
     for (int index = blockIdx.x; index < num_items; index += gridDim.x, buffer ^= 1) {
@@ -237,12 +204,10 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
         rows_of_y[group][buffer][place] = GATED && sorted_rows ? item.first_place + place : pair;
         if (!GATED) scales_of_pairs[group][buffer][place] = scales[pair];
       }
-      switch (item.columns / 16) {
+      switch (item.columns / 16) {  // an instruction for each
 #define CASE(sixteens) \
   case sixteens: \
-    if constexpr (sixteens * 16 <= PAIRS) { \
-      multiply_item<sixteens * 16>(sums, ring, steps, stages, full, empty, group, lane == 0); \
-    } \
+    if constexpr (sixteens * 16 <= PAIRS) multiply_steps<sixteens * 16>(sums, steps, acquire, release); \
     break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
       }
