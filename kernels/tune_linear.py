@@ -42,6 +42,19 @@ SHAPES: dict[str, list[tuple[str, int, int]]] = {
         ("linear", 128, 2048),
         ("linear_float32", 151936, 2048),
     ],
+    # of each of two ranks that share every layer
+    "qwen3-8b-tp2": [
+        ("linear", 3072, 4096),
+        ("linear", 4096, 2048),
+        ("gated_linear", 12288, 4096),
+        ("linear", 4096, 6144),
+        ("linear_float32", 75968, 4096),
+    ],
+    "qwen3-30b-a3b-tp2": [
+        ("linear", 2560, 2048),
+        ("linear", 2048, 2048),
+        ("linear_float32", 75968, 2048),
+    ],
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -66,6 +79,10 @@ class LinearCase:
     def baseline(self) -> Config:
         """What serves the op where no kernel of skinny_linear does."""
         return {"kernel": "unfused" if self.op == "gated_linear" else "cublas"}
+
+    @property
+    def keeps_twin(self) -> bool:
+        return True
 
     def candidates(self) -> list[Config]:
         """The configs to compare with the baseline, each also with an early start where the GPU has it."""

@@ -21,7 +21,7 @@ from .tall_experts import TallConfig
 from .tuning import Config
 
 # (experts, choices, hidden, intermediate) of a model's sparse layers on one GPU.
-MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
+MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768), "qwen3-30b-a3b-tp2": (128, 8, 2048, 384)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
 MAX_GEMV_ROWS = 16  # beyond, two tokens share an expert too often
@@ -106,6 +106,10 @@ class MoeCase:
     @property
     def baseline(self) -> Config:
         return table_config(rule(self.op, self.moe, element_size=2))
+
+    @property
+    def keeps_twin(self) -> bool:
+        return False
 
     def candidates(self) -> list[Config]:
         return [table_config(config) for config in self._configs()]
