@@ -4,8 +4,8 @@ Life cycle: the leader opens a Rendezvous on a free port; every rank joins it wi
 call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
 the group is of no use and its processes end. A message of another epoch is never seen: it is part of every key of the store.
 
-gloo serves CPUs, NCCL GPUs; small sums of the ranks of one machine go through memory that they share (peer_memory.py). Such a
-sum waits for `timeout_s` too, but cannot raise: `check` does, once its step has ended. NVLink multicast stays off
+gloo serves CPUs, NCCL GPUs; what is small goes through memory that the ranks of one machine share (peer_collectives.py). Such a
+collective waits for `timeout_s` too, but cannot raise: `check` does, once its step has ended. NVLink multicast stays off
 (NCCL_NVLS_ENABLE=0 in the worker's environment, see ray_launcher.py).
 """
 
@@ -20,10 +20,10 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
-from ..kernels.all_reduce import MAX_HIDDEN, PeerBuffers, all_reduce, all_reduce_norm, unfit_reason
 from ..kernels.rms_norm import rms_norm
 from ..models.parallel import Parallel
-from .peer_memory import CAPACITY_BYTES, Way, check_all_came, choose_way, open_peer_buffers
+from .peer_collectives import PeerCollectives
+from .peer_memory import CAPACITY_BYTES, open_peer_buffers
 
 
 class Rendezvous:
@@ -62,7 +62,7 @@ class RankGroup:
     """The collectives of one replica, as one rank sees them.
 
     Attributes:
-        peers: through which small sums go; None where the process group serves alone.
+        peers: what small collectives go through; None where the process group serves alone.
     """
 
     def __init__(self, place: RankPlace, store: RankStore, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -70,7 +70,7 @@ class RankGroup:
         self._store = store
         self._group = group
         self._device = device
-        self.peers: PeerBuffers | None = None
+        self.peers: PeerCollectives | None = None
 
     @classmethod
     def join(cls, place: RankPlace, device: torch.device, *, peer_capacity_bytes: int = CAPACITY_BYTES) -> RankGroup:
@@ -86,9 +86,10 @@ class RankGroup:
             joined = cls(place, store, group, device)
             joined.agree_on_least(place.rank)  # the first collective connects them
             if device.type == "cuda" and place.size > 1:
-                joined.peers = open_peer_buffers(
+                buffers = open_peer_buffers(
                     place, joined, device, agree_on_least=joined.agree_on_least, capacity_bytes=peer_capacity_bytes
                 )
+                joined.peers = None if buffers is None else PeerCollectives(buffers)
         except (RuntimeError, ValueError) as error:
             raise InternalError(
                 f"rank {place.rank} of {place.size} found no group of all ranks at {place.address} within "
@@ -110,9 +111,9 @@ class RankGroup:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's x; x itself may become it."""
-        x, way = _aligned(x), self._way(x)
-        if self.peers is not None and way != "group":
-            return all_reduce(x, self.peers, two_shot=way == "two_shot")
+        if self.peers is not None and (total := self.peers.all_reduce(x)) is not None:
+            return total
+        x = x.contiguous()
         options = dist.AllreduceOptions()
         options.asyncOp = False
         _finish(self._group.allreduce([x], options))
@@ -122,25 +123,21 @@ class RankGroup:
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(s), s), where s is the residual plus the sum of every rank's x: one kernel where x is small."""
-        way = self._way(x_TH)
-        if self.peers is None or way == "group" or x_TH.shape[1] > MAX_HIDDEN:
-            return rms_norm(self.all_reduce(x_TH), weight_H, eps, residual_TH=residual_TH)
-        two_shot = way == "two_shot"
-        return all_reduce_norm(_aligned(x_TH), _aligned(residual_TH), weight_H, eps, self.peers, two_shot=two_shot)
-
-    def _way(self, x: torch.Tensor) -> Way:
-        if self.peers is None or unfit_reason(x.shape, x.dtype, self.peers) is not None:
-            return "group"
-        return choose_way(x.nbytes, self.place.size)
+        if self.peers is not None and (both := self.peers.all_reduce_norm(x_TH, residual_TH, weight_H, eps)) is not None:
+            return both
+        return rms_norm(self.all_reduce(x_TH), weight_H, eps, residual_TH=residual_TH)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x of one shape, joined along the last dimension in the order of ranks."""
-        x = x.contiguous()
-        parts = x.new_empty((self.place.size * x.shape[0], *x.shape[1:]))
-        options = AllgatherOptions()
-        options.asyncOp = False
-        _finish(self._group._allgather_base(parts, x, options))
-        return parts.view(self.place.size, *x.shape).movedim(0, -2).flatten(-2)
+        parts = None if self.peers is None else self.peers.all_gather(x)
+        if parts is None:
+            x = x.contiguous()
+            rows = x.new_empty((self.place.size * x.shape[0], *x.shape[1:]))
+            options = AllgatherOptions()
+            options.asyncOp = False
+            _finish(self._group._allgather_base(rows, x, options))
+            parts = rows.view(self.place.size, *x.shape)
+        return parts.movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: torch.Tensor) -> None:
         """x becomes the leader's."""
@@ -164,7 +161,7 @@ class RankGroup:
     def check(self) -> None:
         """Asked when a step has ended, before its results are used: InternalError where it waited in vain for a rank."""
         if self.peers is not None:
-            check_all_came(self.peers)
+            self.peers.check()
 
     def tell(self, key: str, value: str) -> None:
         """Leaves a word for the other ranks."""
@@ -176,12 +173,6 @@ class RankGroup:
             return self._store.hear(key)
         except RuntimeError as error:
             raise InternalError(f"no rank has said {key!r} within {self.place.timeout_s:g} s: {error}") from error
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or a copy, as kernels want it: contiguous, from a multiple of 16 bytes on."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _finish(work: dist.Work | None) -> None:

@@ -15,25 +15,21 @@ import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
-from ..common.errors import InternalError
 from ..common.rank_place import RankPlace
-from ..kernels.all_reduce import MAX_RANKS, NOTHING, PeerBuffers, load_kernel, receive_bytes
+from ..kernels.all_reduce import is_available
 from ..kernels.cuda.driver import CudaError
 from ..kernels.cuda.shareable_memory import allocate, fill, map_shared
 from ..kernels.dispatch import kernel_mode
+from ..kernels.peer_buffers import MAX_RANKS, NOTHING, PeerBuffers, receive_bytes
 
 logger = logging.getLogger(__name__)
 
-Way = Literal["one_shot", "two_shot", "group"]
-
 # The largest message.
 CAPACITY_BYTES = 4 << 20
-# Up to here one shot beats two shots and NCCL: bytes that a rank sends in one shot, over all links together.
-MAX_ONE_SHOT_SENT_BYTES = 4 << 20
 _MACHINE_ID = Path("/proc/sys/kernel/random/boot_id")
 _EXCHANGE_S = 10.0
 
@@ -44,19 +40,6 @@ class Words(Protocol):
     def tell(self, key: str, value: str) -> None: ...
 
     def hear(self, key: str) -> str: ...
-
-
-def choose_way(num_bytes: int, num_ranks: int) -> Way:
-    """How a message goes: through the buffers in one or two trips, or by the process group. All ranks choose alike.
-
-    Two ranks send each other everything in one shot, which is the least there is. More than two send (ranks - 1) times the
-    message in one shot, 2 (ranks - 1) / ranks times in two.
-    """
-    if num_bytes > CAPACITY_BYTES:
-        return "group"
-    if num_bytes * (num_ranks - 1) <= MAX_ONE_SHOT_SENT_BYTES:
-        return "one_shot"
-    return "two_shot" if num_ranks > 2 else "group"
 
 
 def open_peer_buffers(
@@ -110,7 +93,7 @@ def _unfit_reason(place: RankPlace, words: Words, device: torch.device) -> str |
         return f"{place.size} ranks, it serves up to {MAX_RANKS}"
     if kernel_mode() == "ref":
         return "PILOTFISH_KERNELS=ref"
-    if not load_kernel(place.size, device):
+    if not is_available(place.size, device):
         return f"its kernel does not run on {torch.cuda.get_device_name(device)}, or cannot be compiled"
     return None
 
@@ -157,10 +140,3 @@ def exchange_descriptors(place: RankPlace, words: Words, descriptor: int) -> dic
                 raise ConnectionError("a rank sent no descriptor")
             received[sender[0]] = descriptors[0]
     return received
-
-
-def check_all_came(buffers: PeerBuffers) -> None:
-    """Raises InternalError where a step that has ended waited in vain for a rank."""
-    rank = buffers.missing_rank
-    if rank is not None:
-        raise InternalError(f"rank {rank} took no part in a sum over ranks within {buffers.timeout_s:g} s: the step is void")

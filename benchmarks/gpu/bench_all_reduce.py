@@ -32,7 +32,8 @@ from multiprocessing import get_context
 import torch
 import torch.distributed as dist
 from pilotfish.common.rank_place import RankPlace
-from pilotfish.kernels.all_reduce import PeerBuffers, all_reduce, all_reduce_norm
+from pilotfish.kernels.all_reduce import all_reduce, all_reduce_norm
+from pilotfish.kernels.peer_buffers import PeerBuffers
 from pilotfish.kernels.rms_norm import rms_norm
 from pilotfish.workers.comm import RankGroup, Rendezvous
 
@@ -133,7 +134,7 @@ def run_rank(place: RankPlace, options: argparse.Namespace) -> None:
     if group.peers is None:
         raise SystemExit("these ranks cannot share memory; the log above says why")
     for num_bytes in options.sizes:
-        measure(group, group.peers, device, num_bytes, options)
+        measure(group, group.peers.buffers, device, num_bytes, options)
     group.agree_on_least(0)
     dist.destroy_process_group()
 

@@ -31,7 +31,7 @@ from .driver import check, driver, ensure_context
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
-HEADERS = ("device.cuh", "hopper.cuh", "streaming.cuh")  # what a source may include
+HEADERS = ("device.cuh", "hopper.cuh", "streaming.cuh", "peers.cuh")  # what a source may include
 CAPABILITY = (9, 0)
 MAX_SHARED_BYTES = 223 * 1024  # dynamic; a CTA may have 227 KiB together with its static ones
 INSTALL_HINT = (

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import torch
 from pilotfish.common.errors import InternalError
-from pilotfish.kernels.all_reduce import all_reduce, all_reduce_norm, all_reduce_norm_ref, all_reduce_ref
+from pilotfish.kernels.all_reduce import all_reduce_norm_ref, all_reduce_ref
 from pilotfish.kernels.rms_norm import TOLERANCE, rms_norm_ref
 from pilotfish.workers.comm import RankGroup
-from pilotfish.workers.peer_memory import CAPACITY_BYTES, check_all_came, exchange_descriptors
+from pilotfish.workers.peer_collectives import PeerCollectives
+from pilotfish.workers.peer_memory import CAPACITY_BYTES, exchange_descriptors
 
 EPS = 1e-6
 DTYPE = torch.bfloat16
@@ -116,7 +117,9 @@ def replay_often(group: RankGroup, device: torch.device, num_replays: int) -> tu
             y, new_residual = group.all_reduce_norm(parts[rank], parts[0], weight, EPS)
             expected_y, expected_residual = rms_norm_ref(expected, weight, EPS, residual_TH=parts[0])
             error = (y - expected_y).abs().float() - 0.02 * expected_y.abs().float() - 0.01  # beyond the tolerance
-            differences = (total != expected).float().max(), (new_residual != expected_residual).float().max()
+            differences = ((total != expected).float().max(), (new_residual != expected_residual).float().max())
+            gathered = group.all_gather(parts[rank].view(-1))
+            differences += ((gathered.view(size, -1) != torch.stack(parts).view(size, -1)).float().max(),)
             worst.copy_(torch.maximum(worst, torch.stack([*differences, error.max().clamp(min=0)]).max()))
 
     stream = torch.cuda.Stream()
@@ -134,27 +137,27 @@ def replay_often(group: RankGroup, device: torch.device, num_replays: int) -> tu
         if replay % 50 == 0:
             chain()  # launched one by one between replays
     torch.cuda.synchronize()
-    return float(worst), group.peers.missing_rank
+    return float(worst), group.peers.buffers.missing_rank
 
 
 def wait_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tuple[str, float]:
     """(what the first rank says that waits for the others in vain, the seconds that it waited)."""
     assert group.peers is not None
-    buffers = replace(group.peers, timeout_s=timeout_s)
+    peers = PeerCollectives(replace(group.peers.buffers, timeout_s=timeout_s))
     x = torch.ones(4, 4096, dtype=DTYPE, device=device)
-    all_reduce(x, buffers)  # all come
+    peers.all_reduce(x)  # all come
     torch.cuda.synchronize()
-    check_all_came(buffers)
+    peers.check()
     group.agree_on_least(0)
     if group.place.rank > 0:
         return "", 0.0
     start_s = time.monotonic()
     for _ in range(100):
-        all_reduce_norm(x, x, x[0], EPS, buffers)
+        peers.all_reduce_norm(x, x, x[0], EPS)
     torch.cuda.synchronize()
     waited_s = time.monotonic() - start_s
     try:
-        check_all_came(buffers)
+        peers.check()
     except InternalError as error:
         return error.message, waited_s
     return "no error", waited_s
