@@ -29,6 +29,7 @@ from .rms_norm import rms_norm_ref
 MAX_RANKS = 8
 SOURCE = "all_reduce"
 _GENERATIONS = 3
+_FAILED = 2  # index in the state
 _UNIT_BYTES = 16
 _UNIT_NUMBERS = 8
 _CHUNK_UNITS = 512  # of a CTA, where there are no rows
@@ -70,6 +71,15 @@ class PeerBuffers:
         """A rank that a finished call has waited for in vain (in two shots perhaps one that waited itself); None without."""
         word = int(self.missing)
         return word - 1 if word else None
+
+    def give_up_on(self, rank: int) -> None:
+        """Ends the call that waits and all later ones, as if they had waited too long for `rank`. From any thread.
+
+        Without a kernel: those that wait may have every multiprocessor.
+        """
+        self.missing.fill_(rank + 1)
+        with torch.cuda.stream(torch.cuda.Stream(self.state.device)):
+            self.state[_FAILED : _FAILED + 1].copy_(self.missing, non_blocking=True)
 
 
 def receive_bytes(num_ranks: int, capacity_bytes: int) -> int:

@@ -163,4 +163,4 @@ def check_all_came(buffers: PeerBuffers) -> None:
     """Raises InternalError where a step that has ended waited in vain for a rank."""
     rank = buffers.missing_rank
     if rank is not None:
-        raise InternalError(f"rank {rank} took no part in a sum over ranks within {buffers.timeout_s:g} s: the step is void")
+        raise InternalError(f"rank {rank} took no part in a sum over ranks, which waits up to {buffers.timeout_s:g} s")

@@ -13,7 +13,8 @@
 // that nobody else uses for this chunk. Less is sent where there are more than two ranks, in two trips.
 //
 // A poll ends after limit_ns. Then the missing rank's number + 1 is left in the state and in the host's memory, and this call and
-// all later ones neither wait nor send: what they compute is of no use, and the host must look.
+// all later ones neither wait nor send: what they compute is of no use, and the host must look. The host may write `failed` itself
+// to end a wait sooner.
 //
 // Set by the compiler's command line: RANKS (2 to 8), UNITS (of a chunk, a thread), FLOAT16, NORM, TWO_SHOT.
 
@@ -21,7 +22,7 @@
 
 constexpr u32 MINUS_ZEROS = 0x80008000;
 constexpr u32 ALL_LANES = 0xffffffff;
-constexpr u32 POLLS_BETWEEN_LOOKS = 256;  // at the clock
+constexpr u32 POLLS_BETWEEN_LOOKS = 256;  // at the clock and at `failed`
 
 // 8 numbers: what is sent and polled at once. Only its halves need to arrive whole.
 struct alignas(16) Unit {
@@ -69,6 +70,12 @@ __device__ __forceinline__ State load_state(const State* state) {
 
 __device__ __forceinline__ void tell_host(u32* word, u32 value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 ask(const u32* word) {
+  u32 value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
 }
 
 __device__ __forceinline__ u64 now_ns() {
@@ -155,15 +162,15 @@ struct Call {
   __device__ __forceinline__ Unit wait_for(Unit seen, u32 unit, u32 from) {
     while (is_missing(seen) && !has_failed) {
       seen = look(unit, from);
-      if (++polls % POLLS_BETWEEN_LOOKS == 0) check_clock(from);
+      if (++polls % POLLS_BETWEEN_LOOKS == 0) check_whether_to_go_on(from);
     }
     return seen;
   }
 
-  __device__ void check_clock(u32 from) {
+  __device__ void check_whether_to_go_on(u32 from) {
     const u64 now = now_ns();
     if (end_ns == 0) end_ns = now + limit_ns;
-    if (now <= end_ns) return;
+    if (now <= end_ns && ask(&state->failed) == 0) return;
     has_failed = true;
     atomicCAS(&state->failed, 0, from + 1);
     tell_host(host_failed, from + 1);
