@@ -29,6 +29,7 @@ MAX_THREADS = 1024
 # Every half is minus zero, which stands for "not here yet".
 NOTHING = 0x80008000
 _GENERATIONS = 3
+_FAILED = 2  # index in the state
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,6 +69,15 @@ class PeerBuffers:
         """A rank that a finished call has waited for in vain (in two shots perhaps one that waited itself); None without."""
         word = int(self.missing)
         return word - 1 if word else None
+
+    def give_up_on(self, rank: int) -> None:
+        """Ends the call that waits and all later ones, as if they had waited too long for `rank`. From any thread.
+
+        Without a kernel: those that wait may have every multiprocessor.
+        """
+        self.missing.fill_(rank + 1)
+        with torch.cuda.stream(torch.cuda.Stream(self.state.device)):
+            self.state[_FAILED : _FAILED + 1].copy_(self.missing, non_blocking=True)
 
 
 def receive_bytes(num_ranks: int, capacity_bytes: int) -> int:

@@ -77,10 +77,10 @@ class LocalReplica:
             threading.Thread(target=self._watch, name="follower-watch", daemon=True).start()
             self._runner, info = lead(model_config, engine_config, place=leader, on_join=self._join)
         except BaseException as error:
-            reason = self._failure or self._last_words()  # the cause comes before the leader's complaint about it
+            lost = self._first_ended()  # its reason is the cause of the leader's complaint
             self.close()
-            if reason and isinstance(error, Exception):
-                raise InternalError(reason) from error
+            if lost is not None and isinstance(error, Exception):
+                raise InternalError(self._failure or lost.last_words()) from error
             raise
         return self, info
 
@@ -128,16 +128,16 @@ class LocalReplica:
             pass
         if self._is_closing:
             return
-        self._failure = self.failure or self._last_words()
+        lost = self._first_ended()
+        self._failure = self.failure or (lost.last_words() if lost is not None else "")
         for follower in self._followers:
             follower.end(0)
-        if self._group is not None:
-            self._group.abort()
+        if self._group is not None and lost is not None:  # one that is stuck is the watch's
+            self._group.abort(lost=lost.place.rank)
 
-    def _last_words(self) -> str:
-        """Why the first of the followers that have ended did; "" while all run."""
-        ended = [follower for follower in self._followers if connection.wait([follower.process.sentinel], 0)]
-        return ended[0].last_words() if ended else ""
+    def _first_ended(self) -> _FollowerProcess | None:
+        """None while all run."""
+        return next((follower for follower in self._followers if connection.wait([follower.process.sentinel], 0)), None)
 
 
 @dataclass(frozen=True, slots=True)

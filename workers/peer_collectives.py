@@ -79,7 +79,7 @@ class PeerCollectives:
         rank = self.buffers.missing_rank
         if rank is not None:
             raise InternalError(
-                f"rank {rank} took no part in a collective within {self.buffers.timeout_s:g} s: the step is void"
+                f"rank {rank} took no part in a collective, which waits up to {self.buffers.timeout_s:g} s: the step is void"
             )
 
     def _way(self, x: torch.Tensor) -> Way | None:

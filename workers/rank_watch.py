@@ -53,9 +53,9 @@ class Beat:
 
 
 class RankWatch:
-    """The leader's. `failure` is set once, and never taken back; then `on_failure` is called, on the watch's thread."""
+    """The leader's. `failure` is set once, and never taken back; then `on_failure` gets the rank, on the watch's thread."""
 
-    def __init__(self, place: RankPlace, *, on_failure: Callable[[], None]) -> None:
+    def __init__(self, place: RankPlace, *, on_failure: Callable[[int], None]) -> None:
         self.failure = ""
         self._on_failure = on_failure
         self._store = RankStore(place)
@@ -70,29 +70,30 @@ class RankWatch:
     def _run(self) -> None:
         while not self._closed.wait(BEAT_INTERVAL_S):
             try:
-                for rank, heard in self._heard.items():
-                    self._look_at(rank, heard)
+                lost = next((rank for rank, heard in self._heard.items() if not self._is_heard(rank, heard)), None)
             except RuntimeError as error:  # the store is in this process: it goes with the replica
                 logger.warning("the watch over the ranks ends: %s", error)
                 return
-            if self.failure:
+            if lost is not None:
                 logger.error("%s", self.failure)
-                self._on_failure()
+                self._on_failure(lost)
                 return
 
-    def _look_at(self, rank: int, heard: _Heard) -> None:
+    def _is_heard(self, rank: int, heard: _Heard) -> bool:
+        """Whether the rank still beats; where not, the failure is set."""
         words = self._store.told(_key(rank)) or ""
         if words != heard.words:
             heard.words, heard.num_looks, heard.since_s = words, 0, time.monotonic()
-            return
+            return True
         heard.num_looks += 1
         if heard.num_looks < MAX_SILENT_LOOKS:
-            return
+            return True
         _, step_id, phase, host = words.split() if words else ("", "none", "starting", "an unknown node")
         silent_s = time.monotonic() - heard.since_s
         self.failure = (
             f"rank {rank} on {host} has been silent for {silent_s:.1f} s; its last step was {step_id} (phase {phase})"
         )
+        return False
 
 
 @dataclass(slots=True)

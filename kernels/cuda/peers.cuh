@@ -10,7 +10,8 @@
 // memory and the kernels themselves advance it, so that they can be replayed by a CUDA graph.
 //
 // A poll ends after limit_ns. Then the missing rank's number + 1 is left in the state and in the host's memory, and this call and
-// all later ones neither wait nor send: what they compute is of no use, and the host must look.
+// all later ones neither wait nor send: what they compute is of no use, and the host must look. The host may write
+// `failed` itself to end a wait sooner.
 //
 // A kernel: let_next_start; wait_for_previous; load what it sends first; call.begin; send; clear_previous; arrive; wait; advance.
 // Grid: CTAs that all run at once, each takes every gridDim.x-th chunk. A slot gets total_units, in chunks of chunk_units, of which
@@ -24,7 +25,7 @@
 
 constexpr u32 MINUS_ZEROS = 0x80008000;
 constexpr u32 ALL_LANES = 0xffffffff;
-constexpr u32 POLLS_BETWEEN_LOOKS = 256;  // at the clock
+constexpr u32 POLLS_BETWEEN_LOOKS = 256;  // at the clock and at `failed`
 
 // What is sent and polled at once: 8 numbers, each of which arrives whole, or 2 words with marks, each pair of which does.
 struct alignas(16) Unit {
@@ -72,6 +73,12 @@ __device__ __forceinline__ State load_state(const State* state) {
 
 __device__ __forceinline__ void tell_host(u32* word, u32 value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 ask(const u32* word) {
+  u32 value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
 }
 
 __device__ __forceinline__ u64 now_ns() {
@@ -167,15 +174,15 @@ struct Call {
   __device__ __forceinline__ Unit wait_for(Unit seen, u32 unit, u32 from, IsMissing is_missing) {
     while (is_missing(seen) && !has_failed) {
       seen = look(unit, from);
-      if (++polls % POLLS_BETWEEN_LOOKS == 0) check_clock(from);
+      if (++polls % POLLS_BETWEEN_LOOKS == 0) check_whether_to_go_on(from);
     }
     return seen;
   }
 
-  __device__ void check_clock(u32 from) {
+  __device__ void check_whether_to_go_on(u32 from) {
     const u64 now = now_ns();
     if (end_ns == 0) end_ns = now + limit_ns;
-    if (now <= end_ns) return;
+    if (now <= end_ns && ask(&state->failed) == 0) return;
     has_failed = true;
     atomicCAS(&state->failed, 0, from + 1);
     tell_host(host_failed, from + 1);
