@@ -12,8 +12,7 @@
 // K. With sorted_rows the rows of y of the gated product are in the order of `pairs`, else in that of pair.
 // It waits for the kernel before it lets the next one start, which may read the routing before its own wait.
 //
-// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, IN_ORDER, FLOAT16, GATED,
-// ACTIVATION.
+// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, IN_ORDER, FLOAT16, GATED, ACTIVATION.
 
 #include "hopper.cuh"
 
@@ -22,7 +21,7 @@ constexpr int OUTPUTS = GATED ? TILE / 2 : TILE;
 constexpr int GROUPS = 2;         // warpgroups that multiply
 constexpr int BLOCKS = 2;         // of 64 rows of the weight, of a warpgroup
 constexpr int CONSUMERS = GROUPS * 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
-constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 56;  // 65536 in all, by eights
+constexpr int PRODUCER_REGISTERS = IN_ORDER ? 40 : 56, CONSUMER_REGISTERS = IN_ORDER ? 232 : 224;  // 168 a thread in all
 constexpr int WEIGHT_BYTES = TILE * STEP_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + PAIRS * STEP_BYTES;
 constexpr int ROWS_A_PRODUCER = PAIRS / 16;  // of x, whose 8 chunks of 16 bytes are copied by 8 threads
@@ -75,7 +74,8 @@ struct Items {
     const u32 band = num_blocks <= BLOCKS_AT_ONCE ? 0 : own / (tiles_here * BLOCKS_AT_ONCE) * BLOCKS_AT_ONCE;
     const u32 in_band = own - band * tiles_here, width = min(BLOCKS_AT_ONCE, num_blocks - static_cast<int>(band));
     const u32 tile = in_band / width, share = shares[expert];
-    const int first_place = starts[expert] + tile * share, num_pairs = min(starts[expert + 1] - first_place, static_cast<int>(share));
+    const int first_place = starts[expert] + tile * share;
+    const int num_pairs = min(starts[expert + 1] - first_place, static_cast<int>(share));
     const int first_output = static_cast<int>(band + in_band - tile * width) * OUTPUTS;
     return Item{expert, first_output, first_place, num_pairs, (num_pairs + 15) / 16 * 16};
   }
