@@ -38,6 +38,15 @@ class TallConfig:
     num_stages: int
 
 
+# Worth measuring: as many pairs as accumulators hold, or fewer and more even shares.
+TALL_CONFIGS = (
+    TallConfig(most_pairs=192, num_stages=3),
+    TallConfig(most_pairs=160, num_stages=3),
+    TallConfig(most_pairs=128, num_stages=3),
+    TallConfig(most_pairs=96, num_stages=4),
+)
+
+
 def tall_experts(
     x_RK: torch.Tensor,
     weight_EUK: torch.Tensor,

@@ -9,9 +9,9 @@ from pilotfish.kernels import tall_experts as module
 from pilotfish.kernels import tuning
 from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.gated_activation import ACTIVATIONS
-from pilotfish.kernels.gated_linear import gated_linear_ref
+from pilotfish.kernels.gated_linear import gated_linear, gated_linear_ref
 from pilotfish.kernels.grouped_tiles import GroupedConfig
-from pilotfish.kernels.linear import linear_ref
+from pilotfish.kernels.linear import MIN_TALL_ROWS, choose_skinny_config, choose_tall_config, linear, linear_ref
 from pilotfish.kernels.moe_config import parse_config, table_config
 from pilotfish.kernels.moe_gemv import GemvConfig
 from pilotfish.kernels.moe_mlp import TOLERANCE, moe_mlp, moe_mlp_ref, run_experts
@@ -152,7 +152,32 @@ def test_on_a_gpu_the_table_chooses_it_and_x_may_lie_anywhere(monkeypatch):
         assert torch.equal(moe_mlp(some_x, *others, "silu"), expected)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_table_gives_it_dense_layers(monkeypatch):
+    x, weight = torch.randn(300, 512, device="cuda").bfloat16(), torch.randn(1024, 512, device="cuda").bfloat16() / 23
+    monkeypatch.setattr(tuning, "lookup", lambda *args: table_config(CONFIG))
+    assert torch.equal(linear(x, weight), tall_linear(x, weight, activation=None, config=CONFIG))
+    assert torch.equal(gated_linear(x, weight, activation="silu"), tall_linear(x, weight, activation="silu", config=CONFIG))
+    bias = torch.randn(1024, device="cuda").bfloat16()
+    assert_close(linear(x, weight, bias), linear_ref(x, weight, bias))
+
+
 # --- anywhere
+
+
+@pytest.mark.usefixtures("fresh_loader")
+def test_dense_layers_of_many_rows_follow_the_table(monkeypatch):
+    monkeypatch.setattr(loader, "can_run_on", lambda device: True)
+    monkeypatch.setattr(loader, "compile_source", lambda code, name, options: b"cubin")
+    monkeypatch.setattr(tuning, "lookup", lambda *args: table_config(CONFIG))
+    weight, bias = torch.zeros(256, 128, dtype=torch.bfloat16), torch.zeros(256, dtype=torch.bfloat16)
+    assert choose_tall_config("gated_linear", weight, None, 300) == CONFIG
+    assert choose_tall_config("linear", weight, None, MIN_TALL_ROWS - 1) is None
+    assert choose_tall_config("linear", weight, bias, 300) is None
+    assert choose_tall_config("linear", weight[:, :100], None, 300) is None
+    assert choose_skinny_config("linear", weight, 300) is None
+    monkeypatch.setattr(tuning, "lookup", lambda *args: {"kernel": "cublas"})
+    assert choose_tall_config("linear", weight, None, 300) is None
 
 
 def test_a_config_is_read_from_the_table():
