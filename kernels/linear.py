@@ -77,7 +77,7 @@ def choose_tall_config(op: str, weight_NK: torch.Tensor, bias_N: torch.Tensor | 
     measured = tuning.lookup(op, weight_NK.dtype, tuple(weight_NK.shape), num_rows, weight_NK.device)
     if measured is None or measured["kernel"] != "tall":
         return None
-    config = TallConfig(most_pairs=measured["most_pairs"], num_stages=measured["num_stages"])
+    config = TallConfig(**{name: value for name, value in measured.items() if name != "kernel"})
     return config if tall_serves(config, weight_NK[None], weight_NK.dtype, gated=op == "gated_linear") else None
 
 

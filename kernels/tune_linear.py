@@ -123,7 +123,7 @@ class LinearCase:
         if config["kernel"] in ("gemv", "skinny", "streaming"):
             return skinny_linear(x_MK, weight_NK, None, config, out_dtype=out_dtype, activation=activation)
         if config["kernel"] == "tall":
-            tall = TallConfig(most_pairs=config["most_pairs"], num_stages=config["num_stages"])
+            tall = TallConfig(**{name: value for name, value in config.items() if name != "kernel"})
             return tall_linear(x_MK, weight_NK, activation=activation, config=tall)
         y_MN = cublas_linear(x_MK, weight_NK, None, out_dtype=out_dtype)
         return gated_activation(y_MN, activation) if activation else y_MN

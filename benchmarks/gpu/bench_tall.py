@@ -73,11 +73,12 @@ def main() -> None:
     args = parser.parse_args()
     configs = list(TALL_CONFIGS) if args.configs is None else [TallConfig(**config) for config in args.configs]
     for case in moe_cases(["qwen3-30b-a3b"], args.tokens):
-        for measured in expert_rows(case, configs, args.replays):
+        fitting = [config for config in configs if config.cluster == 1 or case.op == "moe_down"]
+        for measured in expert_rows(case, fitting, args.replays):
             print(json.dumps(measured), flush=True)
         torch.cuda.empty_cache()
     for op, sizes in DENSE:
-        for measured in dense_rows(LinearCase(op, sizes, max(args.tokens)), configs[:1], args.replays):
+        for measured in dense_rows(LinearCase(op, sizes, max(args.tokens)), [configs[0], configs[-1]], args.replays):
             print(json.dumps(measured), flush=True)
         torch.cuda.empty_cache()
 

@@ -26,6 +26,8 @@ CONFIGS = (
     TallConfig(most_pairs=128, num_stages=3),
     TallConfig(most_pairs=96, num_stages=4),
     TallConfig(most_pairs=16, num_stages=2),
+    TallConfig(most_pairs=192, num_stages=3, cluster=2),
+    TallConfig(most_pairs=48, num_stages=4, cluster=2),
 )
 
 
@@ -181,7 +183,7 @@ def test_dense_layers_of_many_rows_follow_the_table(monkeypatch):
 
 
 def test_a_config_is_read_from_the_table():
-    fields = {"kernel": "tall", "most_pairs": 192, "num_stages": 3}
+    fields = {"kernel": "tall", "most_pairs": 192, "num_stages": 3, "cluster": 1}
     assert parse_config(fields) == CONFIG
     assert table_config(CONFIG) == fields
 
@@ -197,6 +199,7 @@ def weight_of(*, num_experts=4, outputs=64, inputs=128, dtype=torch.bfloat16):
         ({"most_pairs": 100}, weight_of(), "by 16"),
         ({"num_stages": 1}, weight_of(), "2 to 8 stages"),
         ({"num_stages": 4}, weight_of(), "bytes of shared memory"),
+        ({"cluster": 3}, weight_of(), "clusters of 1 or 2"),
         ({}, weight_of(num_experts=257), "at most 256 experts"),
         ({}, weight_of(inputs=96), "inputs by 64"),
         ({}, weight_of(outputs=56), "outputs by 8"),
@@ -233,8 +236,8 @@ def test_all_memory_of_a_cta_is_within_the_limit_of_the_hardware():
 @pytest.mark.parametrize(
     "macros",
     [
-        {"PAIRS": 192, "STAGES": 3, "IN_ORDER": 0, "GATED": 1, "ACTIVATION": 0, "FLOAT16": 0},
-        {"PAIRS": 96, "STAGES": 4, "IN_ORDER": 1, "GATED": 0, "ACTIVATION": 0, "FLOAT16": 1},
+        {"PAIRS": 192, "STAGES": 3, "CLUSTER": 1, "IN_ORDER": 0, "GATED": 1, "ACTIVATION": 0, "FLOAT16": 0},
+        {"PAIRS": 96, "STAGES": 4, "CLUSTER": 2, "IN_ORDER": 1, "GATED": 0, "ACTIVATION": 0, "FLOAT16": 1},
     ],
     ids=str,
 )
