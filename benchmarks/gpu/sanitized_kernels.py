@@ -45,8 +45,8 @@ def streaming_experts() -> Iterator[Pair]:
 
 def tall_experts() -> Iterator[Pair]:
     """Both products of a layer, rows that are gathered and rows in order, and a dense layer."""
-    for most_pairs in (96, 192):
-        config = TallConfig(most_pairs=most_pairs, num_stages=3)
+    for most_pairs, cluster in ((96, 1), (192, 1), (96, 2)):
+        config = TallConfig(most_pairs=most_pairs, num_stages=3, cluster=cluster)
         yield expert_layer(200, config)
         x, weight = random(100, 128, scale=1.0), random(1040, 128, scale=0.09)
         y = tall_linear(x, weight, activation="silu", config=config)
