@@ -37,9 +37,7 @@ class WorkerActor:
 
     def __init__(self, name: str) -> None:
         logs.set_up(name)
-        self._versions = own_versions(
-            ray.util.get_node_ip_address()
-        )  # what this process has loaded, whatever is installed later
+        self._versions = own_versions(ray.util.get_node_ip_address())  # as loaded here, whatever is installed later
         self._serving: ServingWorker | None = None
         self._rendezvous: object = None  # held open
 

@@ -264,8 +264,8 @@ pipeline = Pipeline(sys.argv[1], device="cpu", num_kv_blocks=128, max_num_seqs=4
 stream = pipeline.stream("abc", SamplingParams(temperature=0.0, max_tokens=450))
 next(stream)
 stream.close()
-print("running", flush=True)
 try:
+    print("running", flush=True)  # the signal may come before this returns
     while True:
         pipeline(["abc"] * 50, SamplingParams(temperature=0.0, max_tokens=450))
 except KeyboardInterrupt:
