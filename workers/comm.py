@@ -156,6 +156,8 @@ class RankGroup:
 
     def abort(self) -> None:
         """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
+        if self.peers is not None:
+            self.peers.buffers.end_waits()
         self._group.abort()
 
     def check(self) -> None:
