@@ -5,8 +5,8 @@ own: all_reduce.py, reduce_scatter.py, all_gather.py. They serve 2 to 8 ranks on
 buffers, and may be captured in CUDA graphs; what counts the calls is on the device.
 
 All ranks make the same calls, of the same sizes, in the same order, each on one stream. A call that waits for another rank for
-longer than the buffers' `timeout_s` gives up: its result, and that of every later call, is of no use. `missing_rank` says so to
-the host, which must ask before it uses what a step computed.
+longer than the buffers' `timeout_s` gives up, and so it does when the host calls `end_waits`: its result, and that of every
+later call, is of no use. `failure` says so to the host, which must ask before it uses what a step computed.
 
 Source of the protocol: Lamport 1983, "Specifying concurrent program modules"; used so by TensorRT-LLM.
 """
@@ -29,7 +29,7 @@ MAX_THREADS = 1024
 # Every half is minus zero, which stands for "not here yet".
 NOTHING = 0x80008000
 _GENERATIONS = 3
-_FAILED = 2  # index in the state
+_ENDED = MAX_RANKS + 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +42,7 @@ class PeerBuffers:
             filled with NOTHING before any rank's first call.
         capacity_bytes: of a slot: the most that a call can send to another rank.
         state: int32 [4] on this GPU, zeros at first.
-        missing: int32 [1] in pinned host memory, zero at first.
+        failed: int32 [1] in pinned host memory, zero at first; then 1 + a rank that did not come, or _ENDED.
         timeout_s: how long a call waits for the other ranks.
     """
 
@@ -50,7 +50,7 @@ class PeerBuffers:
     addresses: tuple[int, ...]
     capacity_bytes: int
     state: torch.Tensor
-    missing: torch.Tensor
+    failed: torch.Tensor
     timeout_s: float
 
     def __post_init__(self) -> None:
@@ -65,19 +65,16 @@ class PeerBuffers:
         return len(self.addresses)
 
     @property
-    def missing_rank(self) -> int | None:
-        """A rank that a finished call has waited for in vain (in two shots perhaps one that waited itself); None without."""
-        word = int(self.missing)
-        return word - 1 if word else None
+    def failure(self) -> str:
+        """Why what the calls have computed is of no use; "" while it is. (In two shots the named rank may have waited itself.)"""
+        word = int(self.failed)
+        if word == _ENDED:
+            return "waiting for the other ranks was ended"
+        return f"rank {word - 1} took no part in a collective within {self.timeout_s:g} s" if word else ""
 
-    def give_up_on(self, rank: int) -> None:
-        """Ends the call that waits and all later ones, as if they had waited too long for `rank`. From any thread.
-
-        Without a kernel: those that wait may have every multiprocessor.
-        """
-        self.missing.fill_(rank + 1)
-        with torch.cuda.stream(torch.cuda.Stream(self.state.device)):
-            self.state[_FAILED : _FAILED + 1].copy_(self.missing, non_blocking=True)
+    def end_waits(self) -> None:
+        """From any thread: a call that waits ends within milliseconds, and later ones do not wait."""
+        self.failed.fill_(_ENDED)
 
 
 def receive_bytes(num_ranks: int, capacity_bytes: int) -> int:
@@ -130,7 +127,7 @@ def launch(
         kernel,
         (
             (ctypes.c_uint64 * buffers.size)(*buffers.addresses),
-            *(_pointer(tensor) for tensor in (*tensors, buffers.state, buffers.missing)),
+            *(_pointer(tensor) for tensor in (*tensors, buffers.state, buffers.failed)),
             ctypes.c_uint32(buffers.rank),
             ctypes.c_uint32(total_units),
             ctypes.c_uint32(chunk_units),

@@ -154,10 +154,10 @@ class RankGroup:
         _finish(self._group.allreduce([tensor], options))
         return int(tensor.item())
 
-    def abort(self, *, lost: int) -> None:
-        """Ends the collectives that wait for rank `lost`, with an error or with nonsense, and the group. From any thread."""
+    def abort(self) -> None:
+        """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
         if self.peers is not None:
-            self.peers.buffers.give_up_on(lost)
+            self.peers.buffers.end_waits()
         self._group.abort()
 
     def check(self) -> None:

@@ -76,11 +76,8 @@ class PeerCollectives:
 
     def check(self) -> None:
         """Asked when a step has ended, before its results are used: InternalError where it waited in vain for a rank."""
-        rank = self.buffers.missing_rank
-        if rank is not None:
-            raise InternalError(
-                f"rank {rank} took no part in a collective, which waits up to {self.buffers.timeout_s:g} s: the step is void"
-            )
+        if self.buffers.failure:
+            raise InternalError(f"{self.buffers.failure}: the step is void")
 
     def _way(self, x: torch.Tensor) -> Way | None:
         if all_reduce.unfit_reason(x.shape, x.dtype, self.buffers) is not None:

@@ -74,7 +74,7 @@ def open_peer_buffers(
         addresses=addresses,
         capacity_bytes=capacity_bytes,
         state=state,
-        missing=torch.zeros(1, dtype=torch.int32, pin_memory=True),
+        failed=torch.zeros(1, dtype=torch.int32, pin_memory=True),
         timeout_s=place.timeout_s,
     )
 

@@ -118,7 +118,7 @@ def find_wrong(peers: PeerBuffers, x: torch.Tensor) -> list[str]:
         pairs["scatter"] = reduce_scatter.reduce_scatter(x, peers), total.chunk(peers.size)[peers.rank]
     torch.cuda.synchronize()
     wrong = [name for name, (ours, theirs) in pairs.items() if not torch.allclose(ours, theirs, rtol=2.0**-7, atol=1e-2)]
-    return wrong if peers.missing_rank is None else [*wrong, f"rank {peers.missing_rank} is missing"]
+    return [*wrong, peers.failure] if peers.failure else wrong
 
 
 def measure(group: RankGroup, peers: PeerBuffers, device: torch.device, num_bytes: int, options: argparse.Namespace) -> None:

@@ -9,9 +9,9 @@
 // which they begin only after call n + 1, whose data this rank sends only after its call n has ended. The generation is in device
 // memory and the kernels themselves advance it, so that they can be replayed by a CUDA graph.
 //
-// A poll ends after limit_ns. Then the missing rank's number + 1 is left in the state and in the host's memory, and this call and
-// all later ones neither wait nor send: what they compute is of no use, and the host must look. The host may write
-// `failed` itself to end a wait sooner.
+// A poll ends after limit_ns; then the missing rank's number + 1 is left in the state and in the host's memory. It ends too when the
+// host leaves a number there. From then on this call and all later ones neither wait nor send: what they compute is of no use, and
+// the host must look.
 //
 // A kernel: let_next_start; wait_for_previous; load what it sends first; call.begin; send; clear_previous; arrive; wait; advance.
 // Grid: CTAs that all run at once, each takes every gridDim.x-th chunk. A slot gets total_units, in chunks of chunk_units, of which
@@ -25,7 +25,7 @@
 
 constexpr u32 MINUS_ZEROS = 0x80008000;
 constexpr u32 ALL_LANES = 0xffffffff;
-constexpr u32 POLLS_BETWEEN_LOOKS = 256;  // at the clock and at `failed`
+constexpr u32 POLLS_BETWEEN_LOOKS = 4096;  // at the clock and at what the host says: some milliseconds
 
 // What is sent and polled at once: 8 numbers, each of which arrives whole, or 2 words with marks, each pair of which does.
 struct alignas(16) Unit {
@@ -41,7 +41,7 @@ struct Buffers {
 struct alignas(16) State {
   u32 generation;  // of the next call
   u32 used_units;  // of each slot, by the call before
-  u32 failed;      // 0, or 1 + the rank that did not come
+  u32 failed;      // 0, or 1 + the rank that did not come, or what the host said
   u32 arrived;     // CTAs of the running call
 };
 
@@ -71,14 +71,14 @@ __device__ __forceinline__ State load_state(const State* state) {
   return seen;
 }
 
-__device__ __forceinline__ void tell_host(u32* word, u32 value) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ u32 ask(const u32* word) {
+__device__ __forceinline__ u32 hear_host(const u32* word) {
   u32 value;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void tell_host(u32* word, u32 value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ u64 now_ns() {
@@ -174,18 +174,19 @@ struct Call {
   __device__ __forceinline__ Unit wait_for(Unit seen, u32 unit, u32 from, IsMissing is_missing) {
     while (is_missing(seen) && !has_failed) {
       seen = look(unit, from);
-      if (++polls % POLLS_BETWEEN_LOOKS == 0) check_whether_to_go_on(from);
+      if (++polls % POLLS_BETWEEN_LOOKS == 0) check_whether_to_wait(from);
     }
     return seen;
   }
 
-  __device__ void check_whether_to_go_on(u32 from) {
+  __device__ void check_whether_to_wait(u32 from) {
+    const u32 said = hear_host(host_failed);
     const u64 now = now_ns();
     if (end_ns == 0) end_ns = now + limit_ns;
-    if (now <= end_ns && ask(&state->failed) == 0) return;
+    if (said == 0 && now <= end_ns) return;
     has_failed = true;
-    atomicCAS(&state->failed, 0, from + 1);
-    tell_host(host_failed, from + 1);
+    atomicCAS(&state->failed, 0, said != 0 ? said : from + 1);
+    if (said == 0) tell_host(host_failed, from + 1);
   }
 
   // The sum over the ranks, of which `own` is this one's part.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -143,9 +145,10 @@ def test_on_a_gpu_x_and_the_residual_stay():
 def test_on_a_gpu_a_rank_that_does_not_come_ends_the_wait(two_shot):
     ranks, x = StreamRanks(3, timeout_s=0.2), torch.ones(3, 4096, device="cuda", dtype=torch.bfloat16)
     ranks.run(lambda rank, buffers: all_reduce(x, buffers, two_shot=two_shot), first=1)
-    alone, *others = (buffers.missing_rank for buffers in ranks.buffers)
-    assert alone is None
-    assert others == [0, 0] or (two_shot and None not in others)  # in two shots one may wait for one that waits
+    alone, *others = (buffers.failure for buffers in ranks.buffers)
+    assert alone == ""
+    assert all(failure.endswith("took no part in a collective within 0.2 s") for failure in others)
+    assert two_shot or all(failure.startswith("rank 0") for failure in others)  # in two shots one may wait for one that waits
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     patient = replace(ranks.buffers[1], timeout_s=60.0)
@@ -154,3 +157,14 @@ def test_on_a_gpu_a_rank_that_does_not_come_ends_the_wait(two_shot):
     end.record()
     end.synchronize()
     assert start.elapsed_time(end) < 1000
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_ends_a_wait():
+    ranks, x = StreamRanks(2, timeout_s=60.0), torch.ones(3, 4096, device="cuda", dtype=torch.bfloat16)
+    timer = threading.Timer(0.3, ranks.buffers[1].end_waits)
+    start_s = time.monotonic()
+    timer.start()
+    ranks.run(lambda rank, buffers: all_reduce(x, buffers), first=1)
+    assert 0.25 < time.monotonic() - start_s < 10
+    assert ranks.buffers[1].failure == "waiting for the other ranks was ended"

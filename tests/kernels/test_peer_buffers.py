@@ -19,11 +19,13 @@ def test_buffers_are_of_two_to_eight_ranks():
         buffers_on_cpu(capacity_bytes=100)
 
 
-def test_a_missing_rank_is_named():
+def test_a_failure_is_told():
     buffers = buffers_on_cpu()
-    assert buffers.missing_rank is None
-    buffers.missing.fill_(2)
-    assert buffers.missing_rank == 1
+    assert buffers.failure == ""
+    buffers.failed.fill_(2)
+    assert buffers.failure == "rank 1 took no part in a collective within 1 s"
+    buffers.end_waits()
+    assert buffers.failure == "waiting for the other ranks was ended"
 
 
 @pytest.mark.parametrize("hidden", [8, 576, 2048, 4096, 7168, 8192, 8200, 16384, MAX_HIDDEN])

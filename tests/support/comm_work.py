@@ -99,8 +99,8 @@ def check_sums(group: RankGroup, device: torch.device) -> list[str]:
     return problems
 
 
-def replay_often(group: RankGroup, device: torch.device, num_replays: int) -> tuple[float, int | None]:
-    """(the largest error, a missing rank) of a captured chain whose inputs change with each replay, the ranks out of step."""
+def replay_often(group: RankGroup, device: torch.device, num_replays: int) -> tuple[float, str]:
+    """(the largest error, why it failed) of a captured chain whose inputs change with each replay, the ranks out of step."""
     size, rank = group.place.size, group.place.rank
     assert group.peers is not None
     shapes = [(1, 4096), (128, 4096), (5, 576), (1, 64), (300, 1024)]
@@ -137,7 +137,7 @@ def replay_often(group: RankGroup, device: torch.device, num_replays: int) -> tu
         if replay % 50 == 0:
             chain()  # launched one by one between replays
     torch.cuda.synchronize()
-    return float(worst), group.peers.buffers.missing_rank
+    return float(worst), group.peers.buffers.failure
 
 
 def wait_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tuple[str, float]:

@@ -23,7 +23,7 @@ class StreamRanks:
                 addresses=addresses,
                 capacity_bytes=capacity_bytes,
                 state=torch.zeros(4, dtype=torch.int32, device="cuda"),
-                missing=torch.zeros(1, dtype=torch.int32, pin_memory=True),
+                failed=torch.zeros(1, dtype=torch.int32, pin_memory=True),
                 timeout_s=timeout_s,
             )
             for rank in range(size)
@@ -40,14 +40,14 @@ class StreamRanks:
         return results
 
     def assert_all_came(self) -> None:
-        assert [buffers.missing_rank for buffers in self.buffers] == [None] * len(self.buffers)
+        assert [buffers.failure for buffers in self.buffers] == [""] * len(self.buffers)
 
 
 def buffers_on_cpu(**changes: Any) -> PeerBuffers:
     """For checks that end before a launch: 2 ranks, messages of up to 4096 bytes."""
     values = {"rank": 0, "addresses": (0, 0), "capacity_bytes": 4096, "timeout_s": 1.0}
-    state, missing = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    return PeerBuffers(**(values | {"state": state, "missing": missing} | changes))
+    state, failed = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    return PeerBuffers(**(values | {"state": state, "failed": failed} | changes))
 
 
 def make_parts(

@@ -33,8 +33,8 @@ def test_what_is_too_large_or_of_another_dtype_is_left_to_the_group():
 def test_a_missing_rank_voids_the_step():
     peers = PeerCollectives(buffers_on_cpu())
     peers.check()
-    peers.buffers.missing.fill_(2)
-    with pytest.raises(InternalError, match="rank 1 took no part in a collective, which waits up to 1 s: the step is void"):
+    peers.buffers.failed.fill_(2)
+    with pytest.raises(InternalError, match="rank 1 took no part in a collective within 1 s: the step is void"):
         peers.check()
 
 
@@ -75,15 +75,15 @@ def test_on_two_gpus_sums_equal_the_reference():
 @pytest.mark.gpu2
 @needs_two
 def test_on_two_gpus_a_graph_replayed_often_is_right_whoever_is_late():
-    for wrong, missing in run_on_ranks(2, comm_work.replay_often, 1000, device_type="cuda"):
-        assert (wrong, missing) == (0.0, None)
+    for wrong, failure in run_on_ranks(2, comm_work.replay_often, 1000, device_type="cuda"):
+        assert (wrong, failure) == (0.0, "")
 
 
 @pytest.mark.gpu2
 @needs_two
 def test_on_two_gpus_a_rank_that_does_not_come_is_named_in_time():
     (message, waited_s), _ = run_on_ranks(2, comm_work.wait_in_vain, 2.0, device_type="cuda")
-    assert message.startswith("rank 1 took no part in a collective, which waits up to 2 s")
+    assert message.startswith("rank 1 took no part in a collective within 2 s")
     assert 1.9 < waited_s < 4
 
 
