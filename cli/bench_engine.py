@@ -19,7 +19,7 @@ from types import TracebackType
 from ..common.config import EngineConfig, ModelConfig, ParallelConfig
 from ..common.errors import InternalError, Overloaded
 from ..common.requests import EngineRequest, StepOutput, TokenSampling, WorkerInfo
-from ..workers.engine import Engine, SetUp
+from ..workers.engine import Engine, set_up_on_this_machine
 
 # Steps carry the time at which they came, so that looking at them seldom costs no precision and disturbs the engine least.
 _POLL_INTERVAL_S = 0.02
@@ -55,7 +55,7 @@ class BenchEngine:
             model_config,
             engine_config,
             on_step=lambda step: self._steps.put((time.perf_counter(), step)),
-            set_up=_set_up_ranks(parallel) if parallel.tensor_parallel > 1 else None,
+            set_up=set_up_on_this_machine(parallel),
         )
         self._random = random.Random(seed)
         self._num_requests = 0
@@ -125,12 +125,6 @@ class BenchEngine:
         while not self._steps.empty():
             steps.append(self._steps.get())
         return steps
-
-
-def _set_up_ranks(parallel: ParallelConfig) -> SetUp:
-    from ..workers.local_replica import LocalReplica  # ranks need grpc, which one rank does without
-
-    return LocalReplica(parallel)
 
 
 def _count_finished(step: StepOutput, output_len: int) -> int:

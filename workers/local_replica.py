@@ -50,6 +50,7 @@ class LocalReplica:
         self._failure = ""
         self._is_closing = False
         self._followers: list[_FollowerProcess] = []
+        self._watcher = threading.Thread(target=self._watch, name="follower-watch", daemon=True)
         self._rendezvous: Rendezvous | None = None  # held open
         self._group: RankGroup | None = None
         self._runner: LeadingRunner | None = None
@@ -74,13 +75,17 @@ class LocalReplica:
             self._followers = [_FollowerProcess.start(model_config, engine_config, place) for place in others]
             for follower in self._followers:
                 follower.wait_until_here()
-            threading.Thread(target=self._watch, name="follower-watch", daemon=True).start()
+            self._watcher.start()
             self._runner, info = lead(model_config, engine_config, place=leader, on_join=self._join)
         except BaseException as error:
-            lost = self._first_ended()  # its reason is the cause of the leader's complaint
+            # What a follower says is the cause of the leader's complaint, unless that is about the model or the settings.
+            is_own = not isinstance(error, Exception) or (
+                isinstance(error, PilotfishError) and not isinstance(error, InternalError)
+            )
+            reason = "" if is_own else self._wait_for_failure()
             self.close()
-            if lost is not None and isinstance(error, Exception):
-                raise InternalError(self._failure or lost.last_words()) from error
+            if reason:
+                raise InternalError(reason) from error
             raise
         return self, info
 
@@ -134,6 +139,12 @@ class LocalReplica:
             follower.end(0)
         if self._group is not None and lost is not None:  # one that is stuck is the watch's
             self._group.abort(lost=lost.place.rank)
+
+    def _wait_for_failure(self) -> str:
+        """Of a follower, which the leader may notice before its process has ended; "" if there is none."""
+        if self._watcher.is_alive():
+            self._watcher.join(2 * _LAST_WORDS_S)
+        return self._failure
 
     def _first_ended(self) -> _FollowerProcess | None:
         """None while all run."""

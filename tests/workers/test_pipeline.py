@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -213,6 +214,14 @@ def test_the_models_own_defaults_apply_where_asked_for(tiny_llama):
     with Pipeline(str(tiny_llama), generation_config="model", **SMALL) as pipeline:
         # Its generation_config.json does not say do_sample: greedy.
         assert pipeline("abc", {"max_tokens": 8}).token_ids == pipeline("abc", GREEDY).token_ids
+
+
+def test_ranks_on_this_machine_complete_alike(pipeline, tiny_llama):
+    prompts = ["hello there", "and now?"]
+    with Pipeline(str(tiny_llama), tensor_parallel=2, **SMALL) as ranks:
+        texts = [completion.token_ids for completion in ranks(prompts, GREEDY)]
+    assert texts == [completion.token_ids for completion in pipeline(prompts, GREEDY)]
+    assert multiprocessing.active_children() == []
 
 
 def test_a_closed_pipeline_refuses_and_closing_twice_is_fine(tiny_llama):
