@@ -66,7 +66,7 @@ class PeerBuffers:
 
     @property
     def failure(self) -> str:
-        """Why what the calls have computed is of no use; "" while it is. (In two shots the named rank may have waited itself.)"""
+        """Why what the calls have computed is of no use; "" while it is. In two shots the named rank may itself have waited."""
         word = int(self.failed)
         if word == _ENDED:
             return "waiting for the other ranks was ended"

@@ -137,8 +137,8 @@ class LocalReplica:
         self._failure = self.failure or (lost.last_words() if lost is not None else "")
         for follower in self._followers:
             follower.end(0)
-        if self._group is not None and lost is not None:  # one that is stuck is the watch's
-            self._group.abort(lost=lost.place.rank)
+        if self._group is not None:
+            self._group.abort()
 
     def _wait_for_failure(self) -> str:
         """Of a follower, which the leader may notice before its process has ended; "" if there is none."""

@@ -53,9 +53,9 @@ class Beat:
 
 
 class RankWatch:
-    """The leader's. `failure` is set once, and never taken back; then `on_failure` gets the rank, on the watch's thread."""
+    """The leader's. `failure` is set once, and never taken back; then `on_failure` is called, on the watch's thread."""
 
-    def __init__(self, place: RankPlace, *, on_failure: Callable[[int], None]) -> None:
+    def __init__(self, place: RankPlace, *, on_failure: Callable[[], None]) -> None:
         self.failure = ""
         self._on_failure = on_failure
         self._store = RankStore(place)
@@ -70,30 +70,29 @@ class RankWatch:
     def _run(self) -> None:
         while not self._closed.wait(BEAT_INTERVAL_S):
             try:
-                lost = next((rank for rank, heard in self._heard.items() if not self._is_heard(rank, heard)), None)
+                for rank, heard in self._heard.items():
+                    self._look_at(rank, heard)
             except RuntimeError as error:  # the store is in this process: it goes with the replica
                 logger.warning("the watch over the ranks ends: %s", error)
                 return
-            if lost is not None:
+            if self.failure:
                 logger.error("%s", self.failure)
-                self._on_failure(lost)
+                self._on_failure()
                 return
 
-    def _is_heard(self, rank: int, heard: _Heard) -> bool:
-        """Whether the rank still beats; where not, the failure is set."""
+    def _look_at(self, rank: int, heard: _Heard) -> None:
         words = self._store.told(_key(rank)) or ""
         if words != heard.words:
             heard.words, heard.num_looks, heard.since_s = words, 0, time.monotonic()
-            return True
+            return
         heard.num_looks += 1
         if heard.num_looks < MAX_SILENT_LOOKS:
-            return True
+            return
         _, step_id, phase, host = words.split() if words else ("", "none", "starting", "an unknown node")
         silent_s = time.monotonic() - heard.since_s
         self.failure = (
             f"rank {rank} on {host} has been silent for {silent_s:.1f} s; its last step was {step_id} (phase {phase})"
         )
-        return False
 
 
 @dataclass(slots=True)

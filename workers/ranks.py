@@ -75,7 +75,7 @@ def lead(
     runner, info = set_up_runner(model_config, engine_config, group=group)
     sender = PlanSender(group)
     # A collective that waits for a rank which is stuck ends with the group, on a GPU too.
-    return LeadingRunner(runner, sender, RankWatch(place, on_failure=lambda rank: group.abort(lost=rank)), place), info
+    return LeadingRunner(runner, sender, RankWatch(place, on_failure=group.abort), place), info
 
 
 class Follower:
