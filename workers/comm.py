@@ -1,4 +1,4 @@
-"""The ranks of one replica as a process group: the only file that knows torch.distributed.
+"""The ranks of one replica as process groups: this file and data_group.py are the only ones that know torch.distributed.
 
 Life cycle: the leader opens a Rendezvous on a free port; every rank joins it with `RankGroup.join`, in any order. All ranks
 call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
@@ -10,6 +10,7 @@ gloo serves CPUs, NCCL GPUs. NVLink multicast stays off (NCCL_NVLS_ENABLE=0 in t
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
 from ..models.parallel import Parallel
+from .data_group import DataGroup, StepExchange
 
 
 class Rendezvous:
@@ -53,12 +55,28 @@ class RankStore:
 
 
 class RankGroup:
-    """The collectives of one replica, as one rank sees them."""
+    """The collectives between the tensor ranks of one data rank, as one of them sees them.
 
-    def __init__(self, place: RankPlace, store: RankStore, group: dist.ProcessGroup, device: torch.device) -> None:
+    Attributes:
+        data: between data ranks, where there are several.
+        steps: between their leaders, on a leader.
+    """
+
+    def __init__(
+        self,
+        place: RankPlace,
+        store: RankStore,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        data: DataGroup | None = None,
+        steps: StepExchange | None = None,
+    ) -> None:
         self.place = place
+        self.data = data
+        self.steps = steps
         self._store = store
-        self._group = group
+        self._group = group  # None of one tensor rank
         self._device = device
 
     @classmethod
@@ -71,12 +89,21 @@ class RankGroup:
         try:
             store = RankStore(place)
             make = _nccl_group if device.type == "cuda" else _gloo_group
-            group = make(place, dist.PrefixStore("group", store.store), device)
-            joined = cls(place, store, group, device)
-            joined.agree_on_least(place.rank)  # the first collective connects them
+            group, data, steps = None, None, None
+            if place.size > 1:
+                group = make(place, dist.PrefixStore(f"tensor-ranks-{place.data_rank}", store.store), device)
+            if place.data_size > 1:
+                beside = replace(place, rank=place.data_rank, size=place.data_size)
+                data = DataGroup(beside, make(beside, dist.PrefixStore(f"data-ranks-{place.rank}", store.store), device))
+                if place.is_leader:
+                    steps = StepExchange(
+                        beside, _gloo_group(beside, dist.PrefixStore("steps", store.store), torch.device("cpu"))
+                    )
+            joined = cls(place, store, group, device, data=data, steps=steps)
+            joined.agree_on_least(place.number)  # the first collectives connect them
         except (RuntimeError, ValueError) as error:
             raise InternalError(
-                f"rank {place.rank} of {place.size} found no group of all ranks at {place.address} within "
+                f"rank {place.number} of {place.num_ranks} found no group of all ranks at {place.address} within "
                 f"{place.timeout_s:g} s: {' '.join(str(error).split())[:300]}"
             ) from error
         return joined
@@ -88,18 +115,21 @@ class RankGroup:
             rank=place.rank,
             size=place.size,
             whole_experts=place.whole_experts,
-            all_reduce=self.all_reduce,
-            all_gather=self.all_gather,
+            all_reduce=self.all_reduce if place.size > 1 else None,
+            all_gather=self.all_gather if place.size > 1 else None,
+            data=None if self.data is None else self.data.parallel,
         )
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x becomes the sum over the ranks."""
+        assert self._group is not None
         x = x.contiguous()
         self._group.allreduce([x], dist.AllreduceOptions()).wait()
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x of one shape, joined along the last dimension in the order of ranks."""
+        assert self._group is not None
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.place.size)]
         self._group.allgather([parts], [x]).wait()
@@ -107,26 +137,31 @@ class RankGroup:
 
     def broadcast(self, x: torch.Tensor) -> None:
         """x becomes the leader's."""
+        if self._group is None:
+            return
         options = dist.BroadcastOptions()
         options.rootRank = LEADER
         self._group.broadcast([x], options).wait()
 
     def agree_on_least(self, value: int) -> int:
-        """The least of all ranks' values."""
+        """The least of the values of all ranks, tensor and data ranks."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self._device)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
-        self._group.allreduce([tensor], options).wait()
+        if self._group is not None:
+            self._group.allreduce([tensor], options).wait()
+        if self.data is not None:
+            self.data.group.allreduce([tensor], options).wait()
         return int(tensor.item())
 
     def tell(self, key: str, value: str) -> None:
-        """Leaves a word for the other ranks."""
-        self._store.tell(key, value)
+        """Leaves a word for the other tensor ranks."""
+        self._store.tell(f"{self.place.data_rank}.{key}", value)
 
     def hear(self, key: str) -> str:
-        """Waits for a word that a rank leaves. Raises InternalError at the timeout."""
+        """Waits for a word that a tensor rank leaves. Raises InternalError at the timeout."""
         try:
-            return self._store.hear(key)
+            return self._store.hear(f"{self.place.data_rank}.{key}")
         except RuntimeError as error:
             raise InternalError(f"no rank has said {key!r} within {self.place.timeout_s:g} s: {error}") from error
 
