@@ -163,8 +163,8 @@ class ParallelConfig:
             )
         if self.data_parallel > 1 and not self.expert_parallel:
             raise ConfigError(
-                "data_parallel needs expert_parallel, for its ranks share nothing but the experts of sparse layers: set it too, "
-                "or use num_replicas for whole copies of a model"
+                "data_parallel needs expert_parallel, for its ranks share nothing but the experts of sparse layers: set it, or "
+                "use num_replicas for whole copies of a model"
             )
         if not self.collective_timeout_s > 0:
             raise ConfigError(f"collective_timeout_s must be above 0, not {self.collective_timeout_s}")

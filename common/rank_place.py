@@ -19,6 +19,7 @@ class RankPlace:
         host: this rank's own address, on which the others reach it.
         timeout_s: of every collective, and of the wait for all ranks to come.
         whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
+        gpu: which of the GPUs that this rank's process sees it takes, where it takes one.
     """
 
     rank: int
@@ -30,6 +31,7 @@ class RankPlace:
     whole_experts: bool = False
     data_rank: int = 0
     data_size: int = 1
+    gpu: int = 0
 
     @property
     def is_leader(self) -> bool:

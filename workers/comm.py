@@ -154,6 +154,12 @@ class RankGroup:
             self.data.group.allreduce([tensor], options).wait()
         return int(tensor.item())
 
+    def abort(self) -> None:
+        """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
+        for group in (self._group, None if self.data is None else self.data.group):
+            if group is not None:
+                group.abort()
+
     def tell(self, key: str, value: str) -> None:
         """Leaves a word for the other tensor ranks."""
         self._store.tell(f"{self.place.data_rank}.{key}", value)

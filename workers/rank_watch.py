@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..common.rank_place import RankPlace
@@ -53,10 +54,11 @@ class Beat:
 
 
 class RankWatch:
-    """A leader's. `failure` is set once, and never taken back."""
+    """A leader's. `failure` is set once, and never taken back; then `on_failure` is called, on the watch's thread."""
 
-    def __init__(self, place: RankPlace) -> None:
+    def __init__(self, place: RankPlace, *, on_failure: Callable[[], None]) -> None:
         self.failure = ""
+        self._on_failure = on_failure
         self._store = RankStore(place)
         self._closed = threading.Event()
         own, leaders = range(place.number + 1, place.number + place.size), range(0, place.num_ranks, place.size)
@@ -77,6 +79,7 @@ class RankWatch:
                 return
             if self.failure:
                 logger.error("%s", self.failure)
+                self._on_failure()
                 return
 
     def _look_at(self, rank: int, heard: _Heard) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from ..common.config import EngineConfig, ModelConfig
-from ..common.errors import PilotfishError
+from ..common.errors import InternalError, PilotfishError
 from ..common.rank_place import RankPlace
 from ..common.requests import WorkerInfo
 from ..scheduler.step_plan import StepPlan
@@ -44,7 +44,8 @@ class LeadingRunner:
         self._place = group.place
         self._sender = PlanSender(group)
         self._beat = Beat(group.place) if group.place.data_size > 1 else None  # for the other leaders
-        self._watch = RankWatch(group.place)
+        # A collective that waits for a rank which is stuck ends with the group, on a GPU too.
+        self._watch = RankWatch(group.place, on_failure=group.abort)
         self.agreement = StepAgreement(group.steps) if group.steps is not None else None
 
     @property
@@ -65,13 +66,23 @@ class LeadingRunner:
         self._sender.close()
 
 
-def lead(model_config: ModelConfig, engine_config: EngineConfig, *, place: RankPlace) -> tuple[LeadingRunner, WorkerInfo]:
+def lead(
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    *,
+    place: RankPlace,
+    on_join: Callable[[RankGroup], None] | None = None,
+) -> tuple[LeadingRunner, WorkerInfo]:
     """Sets the leader up together with its followers; an Engine's `set_up`.
+
+    `on_join` gets the group when all ranks are there, before a model is loaded.
 
     Raises:
         PilotfishError: this rank cannot start, or another did not come in time.
     """
-    group = RankGroup.join(place, choose_device(engine_config))
+    group = RankGroup.join(place, choose_device(engine_config, place))
+    if on_join is not None:
+        on_join(group)
     runner, info = set_up_runner(model_config, engine_config, group=group)
     return LeadingRunner(runner, group), info
 
@@ -97,13 +108,15 @@ class Follower:
     def _run(self) -> None:
         place = self._place
         try:
-            group = RankGroup.join(place, choose_device(self._engine_config))
+            group = RankGroup.join(place, choose_device(self._engine_config, place))
             runner, _ = set_up_runner(self._model_config, self._engine_config, group=group)
             plans, beat = open_receiver(group), Beat(place)
-        except Exception as error:
-            if not isinstance(error, PilotfishError):
-                logger.exception("rank %d cannot start", place.number)
+        except PilotfishError as error:
             self._started.set_exception(error)
+            return
+        except Exception as error:
+            logger.exception("rank %d cannot start", place.number)
+            self._started.set_exception(InternalError(f"{type(error).__name__}: {error}"))
             return
         self._started.set_result(None)
         try:

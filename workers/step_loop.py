@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..common.errors import InternalError
 from ..common.requests import StepOutput, StepTimings
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.step_scheduler import StepScheduler
@@ -104,6 +105,8 @@ class StepLoop:
     def _complete(self) -> None:
         step = self._in_flight.popleft()
         result = step.pending.result()
+        if self._runner.failure:  # it ended without the other ranks
+            raise InternalError(self._runner.failure)
         if step.is_planned:
             self.scheduler.update(result)
         now_s = time.monotonic()
