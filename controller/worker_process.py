@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from ..common.requests import WorkerInfo
+from ..common.requests import ServingWorker
 
 
 class WorkerDied(Exception):
@@ -17,14 +17,11 @@ class NoRoom(Exception):
 
 
 class WorkerProcess(Protocol):
-    """A worker that serves at `address`."""
+    """A replica's worker, or its ranks."""
 
     @property
-    def address(self) -> str: ...
-    @property
-    def node(self) -> str: ...
-    @property
-    def info(self) -> WorkerInfo: ...
+    def places(self) -> Sequence[ServingWorker]:
+        """Where it takes requests: at one address, or at one a data rank. They live and end together."""
 
     async def wait_dead(self) -> str:
         """Returns when the process has ended, with what is known of the cause."""

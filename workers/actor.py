@@ -96,7 +96,7 @@ class WorkerActor:
         from .ranks import Follower
 
         Follower(model_config, engine_config, place, on_end=_end_process).start()
-        logger.info("rank %d of %d follows under epoch %d", place.rank, place.size, place.epoch)
+        logger.info("rank %d of %d follows under epoch %d", place.number, place.num_ranks, place.epoch)
 
     def _serve(
         self,

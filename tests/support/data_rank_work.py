@@ -35,8 +35,8 @@ def join(number: int, *, address: str, tensor_size: int, data_size: int) -> Rank
 def dispatch(
     ranks: Parallel, address: str, tensor_size: int, num_slots: int, steps: Sequence[tuple[Sequence[int], str]]
 ) -> list[dict[str, float]]:
-    """Each step's largest error of both dispatchers on this rank, against all experts in float64. A step is (tokens of each data
-    rank, what the router does)."""
+    """Each step's largest error of both dispatchers on this rank, against all experts in float64. A step is (tokens of each
+    data rank, what the router does)."""
     group = join(ranks.rank, address=address, tensor_size=tensor_size, data_size=ranks.size // tensor_size)
     parallel = group.parallel
     assert parallel.data is not None
