@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .identity import Identity
+
 LEADER = 0
 
 
@@ -20,6 +22,7 @@ class RankPlace:
         timeout_s: of every collective, and of the wait for all ranks to come.
         whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
         gpu: which of the GPUs that this rank's process sees it takes, where it takes one.
+        identity: this rank's, and `leader_name` the name in the leader's: ranks on other machines than the leader's need them.
     """
 
     rank: int
@@ -32,6 +35,8 @@ class RankPlace:
     data_rank: int = 0
     data_size: int = 1
     gpu: int = 0
+    identity: Identity | None = None
+    leader_name: str = ""
 
     @property
     def is_leader(self) -> bool:

@@ -18,10 +18,11 @@ from ..common.errors import ConfigError, InternalError, ModelLoadError, ModelNot
 from ..common.requests import BlockStored, StepOutput, WorkerInfo
 from ..proto import worker_pb2
 from ..text.prepare import ModelLimits
+from .authority import Authority
 from .dispatcher import Dispatcher
 from .replica import Happening, Place, Replica
 from .worker_link import WorkerLink, WorkerUnfit
-from .worker_process import Launcher, NoRoom, WorkerDied, WorkerProcess
+from .worker_process import Launcher, NoRoom, WorkerDied, WorkerProcess, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,14 @@ class Fleet:
         *,
         launcher: Launcher,
         dispatcher: Dispatcher,
+        authority: Authority,
         controller_id: str,
         stall_timeout_s: float,
     ) -> None:
         self._config = config
         self._launcher = launcher
         self._dispatcher = dispatcher
+        self._authority = authority
         self._controller_id = controller_id
         self._stall_timeout_s = stall_timeout_s
         self.changed = asyncio.Event()
@@ -192,6 +195,8 @@ class Fleet:
         place = Place(replica.name if len(worker.places) == 1 else f"{replica.name}/{number}", serving, None)
         place.link = WorkerLink(
             address=serving.address,
+            peer=worker_name(replica.name, epoch=serving.info.epoch, rank=serving.rank),
+            identity=self._authority.issue("controller"),
             epoch=serving.info.epoch,
             controller_id=self._controller_id,
             listener=_Listener(replica, place, self._dispatcher, num_places=len(worker.places)),

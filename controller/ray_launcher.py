@@ -26,8 +26,10 @@ from ..common.config import ServeConfig
 from ..common.errors import ConfigError, PilotfishError
 from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker
+from ..proto.versions import mismatch, own_versions
+from .authority import Authority
 from .ray_placement import find_group, place, reachable_only
-from .worker_process import WorkerDied
+from .worker_process import WorkerDied, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +78,12 @@ class RayWorker:
 class RayLauncher:
     """Starts workers in the namespace of the calling actor."""
 
-    def __init__(self, worker_class: ActorClass, config: ServeConfig) -> None:
+    def __init__(self, worker_class: ActorClass, config: ServeConfig, authority: Authority) -> None:
         self._worker_class = worker_class
+        self._authority = authority
         self._config = config
         self._node = ray.get_runtime_context().get_node_id()
+        self._versions = own_versions(ray.util.get_node_ip_address())
         self._settled_device: Literal["cpu", "cuda"] | None = None
 
     async def launch(self, replica: str, *, epoch: int) -> RayWorker:
@@ -95,7 +99,9 @@ class RayLauncher:
             where = await _where(group, self._num_ranks)
             for rank in range(self._num_ranks):
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
-            places = await self._start_ranks(handles, epoch, device)
+            if problem := mismatch(self._versions, await asyncio.gather(*(handle.versions.remote() for handle in handles))):
+                raise ConfigError(problem)
+            places = await self._start_ranks(handles, replica, epoch, device)
         except BaseException as error:
             _end(handles, group)
             if isinstance(error, RayTaskError) and isinstance(error.cause, PilotfishError):
@@ -111,7 +117,7 @@ class RayLauncher:
 
     def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
         return self._worker_class.options(
-            name=f"{replica}.{epoch}.{rank}",
+            name=worker_name(replica, epoch=epoch, rank=rank),
             lifetime="detached",
             max_restarts=0,
             max_concurrency=_NUM_THREADS,
@@ -121,7 +127,9 @@ class RayLauncher:
             **where,
         ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 
-    async def _start_ranks(self, handles: list[ActorHandle], epoch: int, device: Literal["cpu", "cuda"]) -> list[ServingWorker]:
+    async def _start_ranks(
+        self, handles: list[ActorHandle], replica: str, epoch: int, device: Literal["cpu", "cuda"]
+    ) -> list[ServingWorker]:
         """Starts all ranks together, and returns those that serve; the first that cannot start says why."""
         parallel = self._config.parallel
         timeout_s, size = parallel.collective_timeout_s, parallel.tensor_parallel
@@ -142,6 +150,7 @@ class RayLauncher:
                     host="",
                     timeout_s=timeout_s,
                     whole_experts=parallel.expert_parallel,
+                    leader_name=worker_name(replica, epoch=epoch, rank=rank - rank % size),
                 )
             starts.append(
                 asyncio.ensure_future(
@@ -149,6 +158,7 @@ class RayLauncher:
                         model_config=self._config.model,
                         engine_config=replace(self._config.engine, device=device),
                         epoch=epoch,
+                        identity=self._authority.issue(worker_name(replica, epoch=epoch, rank=rank)),
                         controller_node=self._node,
                         num_node_workers=self._num_node_workers(),
                         place=place,
@@ -177,13 +187,24 @@ class RayLauncher:
                 handles = [epochs[epoch][rank] for rank in sorted(epochs[epoch])]
                 places: list[ServingWorker | None] = [None]
                 if replica not in found and len(handles) == self._num_ranks:
-                    places = [await _describe(leader) for leader in handles[:: self._config.parallel.tensor_parallel]]
+                    places = [await self._describe(leader) for leader in handles[:: self._config.parallel.tensor_parallel]]
                 serving = [place for place in places if place is not None]
                 if len(serving) == len(places):
                     found[replica] = RayWorker(handles, serving, group)
                 else:
                     _end(handles, group)
         return found
+
+    async def _describe(self, leader: ActorHandle) -> ServingWorker | None:
+        """What a replica's leader serves; None if it does not serve, or runs what this controller does not fit."""
+        try:
+            if problem := mismatch(self._versions, [await asyncio.wait_for(leader.versions.remote(), _DESCRIBE_TIMEOUT_S)]):
+                logger.warning("a worker of an earlier controller is ended: %s", problem)
+                return None
+            serving: ServingWorker | None = await asyncio.wait_for(leader.describe.remote(), _DESCRIBE_TIMEOUT_S)
+        except (RayError, TimeoutError):
+            return None
+        return serving
 
     def _device(self) -> Literal["cpu", "cuda"]:
         """What auto means in this cluster; all replicas get the same, also when nodes are lost later."""
@@ -216,15 +237,6 @@ async def _where(group: PlacementGroup | None, num_ranks: int) -> list[dict[str,
         return [{"scheduling_strategy": bundle} for bundle in bundles]
     selector = await reachable_only()
     return [{"scheduling_strategy": "SPREAD"} | ({"label_selector": selector} if selector else {})]
-
-
-async def _describe(leader: ActorHandle) -> ServingWorker | None:
-    """What a replica's leader serves; None if it does not serve."""
-    try:
-        serving: ServingWorker | None = await asyncio.wait_for(leader.describe.remote(), _DESCRIBE_TIMEOUT_S)
-    except (RayError, TimeoutError):
-        return None
-    return serving
 
 
 def _end(handles: list[ActorHandle], group: PlacementGroup | None) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from ..common.rank_place import LEADER
 from ..common.requests import ServingWorker
+
+
+def worker_name(replica: str, *, epoch: int, rank: int = LEADER) -> str:
+    """Of a rank's worker: its name in its certificate, and its actor's."""
+    return f"{replica}.{epoch}.{rank}"
 
 
 class WorkerDied(Exception):

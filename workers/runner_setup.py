@@ -20,8 +20,10 @@ from ..models.dummy import build_dummy
 from ..models.dummy_shapes import is_dummy
 from ..models.parallel import Parallel
 from ..models.store import resolve
+from .chunk_graphs import chunk_sizes
 from .comm import RankGroup
 from .cpu_threads import usable_cores
+from .cuda_graphs import GraphRecorder
 from .decode_graphs import graph_sizes
 from .kv_cache import KvCache, KvLayout, allocate_kv_cache
 from .largest_step import measure_largest_step, uses_graphs
@@ -54,7 +56,7 @@ def set_up_runner(
         model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device, group=group
     )
     if uses_graphs(engine_config, device):
-        runner.use_graphs(graph_sizes(engine_config.max_num_seqs))
+        runner.use_graphs(graph_sizes(engine_config.max_num_seqs), chunk_sizes(num_tokens), recorder=GraphRecorder())
     info = WorkerInfo(
         model_name=model_config.name,
         model_path=path,

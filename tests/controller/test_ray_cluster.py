@@ -255,6 +255,22 @@ def test_data_ranks_end_and_come_back_together(local_ray: None, model_path: Path
     assert ray.util.list_named_actors() == []
 
 
+def test_a_worker_of_other_versions_is_refused(local_ray: None, model_path: Path) -> None:
+    class OlderWorker(WorkerActor):
+        def versions(self) -> dict[str, str]:
+            return super().versions() | {"pilotfish": "0.0.1"}
+
+    one = config(model_path, num_replicas=1)
+    deployment = deploy(one, model_path=str(model_path), worker_class=ray.remote(OlderWorker))
+    try:
+        both = r"node [\d.]+ has pilotfish 0\.0\.1, and the controller's node [\d.]+ has pilotfish 0\.1"
+        with pytest.raises(ConfigError, match=both):
+            deployment.wait_ready(timeout_s=60)
+    finally:
+        deployment.shutdown()
+    assert ray.util.list_named_actors() == []
+
+
 def test_a_port_in_use_is_named(local_ray: None, model_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

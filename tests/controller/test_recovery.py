@@ -13,8 +13,9 @@ from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.errors import ConfigError, InternalError, ModelLoadError, Unavailable
 from pilotfish.controller import fleet as fleet_module
 from pilotfish.controller import worker_link
+from pilotfish.controller.authority import Authority
 from pilotfish.controller.service import RequestHandle
-from pilotfish.controller.worker_process import NoRoom, WorkerDied
+from pilotfish.controller.worker_process import NoRoom, WorkerDied, worker_name
 from pilotfish.workers.worker_service import ServerLimits
 from reading import Answer, eventually, read, read_until
 from tcp_proxy import TcpProxy
@@ -238,6 +239,27 @@ async def test_a_silent_worker_is_replaced(start_cluster: StartCluster, proxied:
     assert len(proxied.launched) == 2
 
 
+async def test_a_worker_that_is_no_part_of_the_cluster_is_not_used(
+    start_cluster: StartCluster, proxied: ProxyLauncher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Something else answers at its address: nothing is said to it, the log says why, and the worker is replaced."""
+    cluster = await start_cluster(launcher=proxied, fleet={"heartbeat_timeout_s": 0.6})
+    (first,) = proxied.launched
+    stranger = LocalWorker(
+        epoch=first.info.epoch,
+        identities=[Authority.create().issue(worker_name("replica-0", epoch=first.info.epoch))],
+        limits=proxied.limits,
+        engine_options={},
+    )
+    with caplog.at_level("INFO", logger="pilotfish"):
+        proxied.proxies[0].redirect(stranger.address)
+        check(await read(await generate(cluster)))
+    assert "no part of this cluster" in caplog.text
+    assert stranger.engine.submitted == []
+    assert len(proxied.launched) == 2
+    await stranger.kill()
+
+
 async def test_what_a_worker_gives_up_runs_elsewhere(start_cluster: StartCluster, proxied: ProxyLauncher) -> None:
     proxied.limits = ServerLimits(heartbeat_interval_s=0.05, away_timeout_s=0.1)
     cluster = await start_cluster(launcher=proxied)
@@ -278,7 +300,7 @@ async def test_a_new_controller_takes_over_living_workers(start_cluster: StartCl
     worker = launcher.launched[0]
     await crash(first, worker)
 
-    successor = LocalLauncher(living={"replica-0": worker})
+    successor = LocalLauncher(living={"replica-0": worker}, authority=launcher.authority)
     second = await start_cluster(launcher=successor)
     assert successor.launched == []
     await eventually(lambda: len(worker.engine.aborted) == 1)  # its client went with the first controller
