@@ -16,6 +16,8 @@ def find_served_model(config: ServeConfig) -> str:
     """
     with terminal_progress() as progress:
         path = str(resolve(config.model.model, pull_missing=True, progress=progress).path)
-    if config.parallel.tensor_parallel > 1:
-        check_ranks(path, size=config.parallel.tensor_parallel, whole_experts=config.parallel.expert_parallel)
+    parallel = config.parallel
+    if parallel.num_ranks > 1:
+        size, data_size = parallel.tensor_parallel, parallel.data_parallel
+        check_ranks(path, size=size, whole_experts=parallel.expert_parallel, data_size=data_size)
     return path

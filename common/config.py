@@ -140,22 +140,39 @@ class ParallelConfig:
 
     Attributes:
         tensor_parallel: ranks that share every layer of a replica, a GPU each (or a process on CPUs).
+        data_parallel: that many times as many ranks make a replica: groups of tensor_parallel ranks, each with requests and a
+        KV
+            cache of its own, which share nothing but the experts of sparse layers. Needs expert_parallel.
         expert_parallel: each rank keeps whole experts of sparse layers, not a slice of each of them.
         placement: of a replica's ranks: pack puts them on as few nodes as they fit, spread on as many as there are.
         collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere.
     """
 
     tensor_parallel: int = 1
+    data_parallel: int = 1
     expert_parallel: bool = False
     placement: Literal["pack", "spread"] = "pack"
     collective_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        _require(self, "tensor_parallel", 1)
-        if self.expert_parallel and self.tensor_parallel == 1:
-            raise ConfigError("expert_parallel needs tensor_parallel of 2 or more: one rank keeps all experts anyway")
+        for name in ("tensor_parallel", "data_parallel"):
+            _require(self, name, 1)
+        if self.expert_parallel and self.num_ranks == 1:
+            raise ConfigError(
+                "expert_parallel needs tensor_parallel or data_parallel of 2 or more: one rank keeps all experts anyway"
+            )
+        if self.data_parallel > 1 and not self.expert_parallel:
+            raise ConfigError(
+                "data_parallel needs expert_parallel, for its ranks share nothing but the experts of sparse layers: set it, or "
+                "use num_replicas for whole copies of a model"
+            )
         if not self.collective_timeout_s > 0:
             raise ConfigError(f"collective_timeout_s must be above 0, not {self.collective_timeout_s}")
+
+    @property
+    def num_ranks(self) -> int:
+        """Of a replica."""
+        return self.tensor_parallel * self.data_parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,9 @@
 """Worker processes as Ray actors: detached and named, so that a restarted controller finds them again.
 
 A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed or spread over the nodes) where it has
-several. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The
-ranks end together: when one has died the others are of no use. The actor class is handed in: the controller does not know
-workers/.
+several; the tensor ranks of a data rank are neighbours, and the first of them takes its requests. An actor's name is
+"<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The ranks end together: when one
+has died the others are of no use. The actor class is handed in: the controller does not know workers/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError, PilotfishError
 from ..common.rank_place import LEADER, RankPlace
-from ..common.requests import ServingWorker, WorkerInfo
+from ..common.requests import ServingWorker
 from ..proto.versions import mismatch, own_versions
 from .authority import Authority
 from .ray_placement import find_group, place, reachable_only
@@ -49,12 +49,10 @@ _RANK_ENVIRONMENT = {**_ENVIRONMENT, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICE
 class RayWorker:
     """A WorkerProcess: the ranks of one replica, in order."""
 
-    def __init__(self, handles: list[ActorHandle], serving: ServingWorker, group: PlacementGroup | None) -> None:
+    def __init__(self, handles: list[ActorHandle], places: list[ServingWorker], group: PlacementGroup | None) -> None:
         self._handles = handles
         self._group = group
-        self.address: str = serving.address
-        self.node: str = serving.node
-        self.info: WorkerInfo = serving.info
+        self.places = places
 
     async def wait_dead(self) -> str:
         waits = [asyncio.create_task(self._wait_rank_dead(rank)) for rank in range(len(self._handles))]
@@ -105,7 +103,7 @@ class RayLauncher:
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
             if problem := mismatch(self._versions, await asyncio.gather(*(handle.versions.remote() for handle in handles))):
                 raise ConfigError(problem)
-            serving = await self._start_ranks(handles, replica, epoch, device)
+            places = await self._start_ranks(handles, replica, epoch, device)
         except BaseException as error:
             _end(handles, group)
             if isinstance(error, RayTaskError) and isinstance(error.cause, PilotfishError):
@@ -113,11 +111,11 @@ class RayLauncher:
             if isinstance(error, RayError):
                 raise WorkerDied(_cause_of_death(error)) from error
             raise
-        return RayWorker(handles, serving, group)
+        return RayWorker(handles, places, group)
 
     @property
     def _num_ranks(self) -> int:
-        return self._config.parallel.tensor_parallel
+        return self._config.parallel.num_ranks
 
     def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
         return self._worker_class.options(
@@ -133,9 +131,10 @@ class RayLauncher:
 
     async def _start_ranks(
         self, handles: list[ActorHandle], replica: str, epoch: int, device: Literal["cpu", "cuda"]
-    ) -> ServingWorker:
-        """Starts all ranks together; the first of them that cannot start says why."""
-        timeout_s = self._config.parallel.collective_timeout_s
+    ) -> list[ServingWorker]:
+        """Starts all ranks together, and returns those that serve; the first that cannot start says why."""
+        parallel = self._config.parallel
+        timeout_s, size = parallel.collective_timeout_s, parallel.tensor_parallel
         address = ""
         if len(handles) > 1:
             address = await handles[LEADER].open_rendezvous.remote(timeout_s=timeout_s)
@@ -144,14 +143,16 @@ class RayLauncher:
             place = None
             if len(handles) > 1:
                 place = RankPlace(
-                    rank=rank,
-                    size=len(handles),
+                    rank=rank % size,
+                    size=size,
+                    data_rank=rank // size,
+                    data_size=parallel.data_parallel,
                     epoch=epoch,
                     address=address,
                     host="",
                     timeout_s=timeout_s,
-                    whole_experts=self._config.parallel.expert_parallel,
-                    leader_name=worker_name(replica, epoch=epoch),
+                    whole_experts=parallel.expert_parallel,
+                    leader_name=worker_name(replica, epoch=epoch, rank=rank - rank % size),
                 )
             starts.append(
                 asyncio.ensure_future(
@@ -170,8 +171,7 @@ class RayLauncher:
         for start in starts:  # the cause comes before the others' complaints about it
             if start.done() and (error := start.exception()) is not None:
                 raise error
-        serving: ServingWorker = starts[LEADER].result()
-        return serving
+        return [serving for start in starts if (serving := start.result()) is not None]
 
     async def find(self) -> Mapping[str, RayWorker]:
         """See `Launcher`."""
@@ -187,11 +187,14 @@ class RayLauncher:
             for epoch in sorted(epochs, reverse=True):
                 group = find_group(f"{replica}.{epoch}")
                 handles = [epochs[epoch][rank] for rank in sorted(epochs[epoch])]
-                serving = None if replica in found or len(handles) != self._num_ranks else await self._describe(handles[LEADER])
-                if serving is None:
-                    _end(handles, group)
-                else:
+                places: list[ServingWorker | None] = [None]
+                if replica not in found and len(handles) == self._num_ranks:
+                    places = [await self._describe(leader) for leader in handles[:: self._config.parallel.tensor_parallel]]
+                serving = [place for place in places if place is not None]
+                if len(serving) == len(places):
                     found[replica] = RayWorker(handles, serving, group)
+                else:
+                    _end(handles, group)
         return found
 
     async def _describe(self, leader: ActorHandle) -> ServingWorker | None:

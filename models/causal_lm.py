@@ -31,6 +31,7 @@ class CausalLM(torch.nn.Module):
 
     Attributes:
         config: the whole model's shape.
+        data: the data ranks, where there are several.
         vocab: this rank's share of the vocabulary.
         num_kv_heads: kv heads of this rank: what its KV cache holds.
         device, dtype: where it computes, and the dtype of activations (weights may be stored in another).
@@ -42,9 +43,11 @@ class CausalLM(torch.nn.Module):
         super().__init__()
         if placement.parallel.whole_experts and shape.moe is None:
             raise ModelLoadError(
-                f"{shape.architecture} has no sparse layers whose experts ranks could share: no expert_parallel"
+                f"{shape.architecture} has no sparse layers whose experts ranks could share: no expert_parallel or "
+                "data_parallel; num_replicas runs several copies of it"
             )
         self.config = shape
+        self.data = placement.parallel.data
         self.device, self.dtype = placement.device, placement.compute_dtype
         self.embedding = Embedding(
             shape.vocab_size,
@@ -69,6 +72,9 @@ class CausalLM(torch.nn.Module):
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """hidden [R, H] behind the final norm. Stores the batch's keys and values in its caches."""
+        if self.data is not None:
+            num_tokens = len(batch.token_ids_T)
+            self.data.begin(batch.rank_tokens, num_tokens=num_tokens, fixed_shapes=batch.fixed_shapes)
         x_TH = self.embedding.embed(batch.token_ids_T)
         residual_TH: torch.Tensor | None = None
         for layer in self.decoder_layers:

@@ -109,7 +109,7 @@ class WorkerActor:
         from .ranks import Follower
 
         Follower(model_config, engine_config, place, on_end=_end_process).start()
-        logger.info("rank %d of %d follows under epoch %d", place.rank, place.size, place.epoch)
+        logger.info("rank %d of %d follows under epoch %d", place.number, place.num_ranks, place.epoch)
 
     def _serve(
         self,
@@ -135,7 +135,7 @@ class WorkerActor:
         address = server.start(engine, info, host="127.0.0.1" if is_local else node)
         threading.Thread(target=_exit_when_failed, args=(engine,), name="engine-watch", daemon=True).start()
         logger.info("serving %s at %s under epoch %d", info.model_name, address, epoch)
-        return ServingWorker(address=address, node=node, info=info)
+        return ServingWorker(address=address, node=node, info=info, rank=0 if place is None else place.number)
 
 
 def own_gpu(assigned: Sequence[int | str], visible: str | None) -> int:

@@ -1,4 +1,4 @@
-"""The ranks of one replica as a process group: the only file that knows torch.distributed.
+"""The ranks of one replica as process groups: this file and data_group.py are the only ones that know torch.distributed.
 
 Life cycle: the leader opens a Rendezvous on a free port; every rank joins it with `RankGroup.join`, in any order. All ranks
 call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
@@ -12,6 +12,7 @@ collective waits for `timeout_s` too, but cannot raise: `check` does, once its s
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -22,6 +23,7 @@ from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
 from ..kernels.rms_norm import rms_norm
 from ..models.parallel import Parallel
+from .data_group import DataGroup, StepExchange, finish
 from .peer_collectives import PeerCollectives
 from .peer_memory import CAPACITY_BYTES, open_peer_buffers
 
@@ -59,16 +61,29 @@ class RankStore:
 
 
 class RankGroup:
-    """The collectives of one replica, as one rank sees them.
+    """The collectives between the tensor ranks of one data rank, as one of them sees them.
 
     Attributes:
         peers: what small collectives go through; None where the process group serves alone.
+        data: between data ranks, where there are several.
+        steps: between their leaders, on a leader.
     """
 
-    def __init__(self, place: RankPlace, store: RankStore, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self,
+        place: RankPlace,
+        store: RankStore,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        data: DataGroup | None = None,
+        steps: StepExchange | None = None,
+    ) -> None:
         self.place = place
+        self.data = data
+        self.steps = steps
         self._store = store
-        self._group = group
+        self._group = group  # None of one tensor rank
         self._device = device
         self.peers: PeerCollectives | None = None
 
@@ -82,9 +97,18 @@ class RankGroup:
         try:
             store = RankStore(place)
             make = _nccl_group if device.type == "cuda" else _gloo_group
-            group = make(place, dist.PrefixStore("group", store.store), device)
-            joined = cls(place, store, group, device)
-            joined.agree_on_least(place.rank)  # the first collective connects them
+            group, data, steps = None, None, None
+            if place.size > 1:
+                group = make(place, dist.PrefixStore(f"tensor-ranks-{place.data_rank}", store.store), device)
+            if place.data_size > 1:
+                beside = replace(place, rank=place.data_rank, size=place.data_size)
+                data = DataGroup(beside, make(beside, dist.PrefixStore(f"data-ranks-{place.rank}", store.store), device))
+                if place.is_leader:
+                    steps = StepExchange(
+                        beside, _gloo_group(beside, dist.PrefixStore("steps", store.store), torch.device("cpu"))
+                    )
+            joined = cls(place, store, group, device, data=data, steps=steps)
+            joined.agree_on_least(place.number)  # the first collectives connect them
             if device.type == "cuda" and place.size > 1:
                 buffers = open_peer_buffers(
                     place, joined, device, agree_on_least=joined.agree_on_least, capacity_bytes=peer_capacity_bytes
@@ -92,7 +116,7 @@ class RankGroup:
                 joined.peers = None if buffers is None else PeerCollectives(buffers)
         except (RuntimeError, ValueError) as error:
             raise InternalError(
-                f"rank {place.rank} of {place.size} found no group of all ranks at {place.address} within "
+                f"rank {place.number} of {place.num_ranks} found no group of all ranks at {place.address} within "
                 f"{place.timeout_s:g} s: {' '.join(str(error).split())[:300]}"
             ) from error
         return joined
@@ -104,19 +128,21 @@ class RankGroup:
             rank=place.rank,
             size=place.size,
             whole_experts=place.whole_experts,
-            all_reduce=self.all_reduce,
-            all_gather=self.all_gather,
+            all_reduce=self.all_reduce if place.size > 1 else None,
+            all_gather=self.all_gather if place.size > 1 else None,
             all_reduce_norm=None if self.peers is None else self.all_reduce_norm,
+            data=None if self.data is None else self.data.parallel,
         )
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's x; x itself may become it."""
         if self.peers is not None and (total := self.peers.all_reduce(x)) is not None:
             return total
+        assert self._group is not None
         x = x.contiguous()
         options = dist.AllreduceOptions()
         options.asyncOp = False
-        _finish(self._group.allreduce([x], options))
+        finish(self._group.allreduce([x], options))
         return x
 
     def all_reduce_norm(
@@ -131,34 +157,41 @@ class RankGroup:
         """Every rank's x of one shape, joined along the last dimension in the order of ranks."""
         parts = None if self.peers is None else self.peers.all_gather(x)
         if parts is None:
+            assert self._group is not None
             x = x.contiguous()
             rows = x.new_empty((self.place.size * x.shape[0], *x.shape[1:]))
             options = AllgatherOptions()
             options.asyncOp = False
-            _finish(self._group._allgather_base(rows, x, options))
+            finish(self._group._allgather_base(rows, x, options))
             parts = rows.view(self.place.size, *x.shape)
         return parts.movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: torch.Tensor) -> None:
         """x becomes the leader's."""
+        assert self._group is not None
         options = dist.BroadcastOptions()
         options.rootRank = LEADER
         options.asyncOp = False
-        _finish(self._group.broadcast([x], options))
+        finish(self._group.broadcast([x], options))
 
     def agree_on_least(self, value: int) -> int:
-        """The least of all ranks' values."""
+        """The least of the values of all ranks, tensor and data ranks."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self._device)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
-        _finish(self._group.allreduce([tensor], options))
+        if self._group is not None:
+            finish(self._group.allreduce([tensor], options))
+        if self.data is not None:
+            finish(self.data.group.allreduce([tensor], options))
         return int(tensor.item())
 
     def abort(self) -> None:
         """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
         if self.peers is not None:
             self.peers.buffers.end_waits()
-        self._group.abort()
+        for group in (self._group, None if self.data is None else self.data.group):
+            if group is not None:
+                group.abort()
 
     def check(self) -> None:
         """Asked when a step has ended, before its results are used: InternalError where it waited in vain for a rank."""
@@ -166,21 +199,15 @@ class RankGroup:
             self.peers.check()
 
     def tell(self, key: str, value: str) -> None:
-        """Leaves a word for the other ranks."""
-        self._store.tell(key, value)
+        """Leaves a word for the other tensor ranks."""
+        self._store.tell(f"{self.place.data_rank}.{key}", value)
 
     def hear(self, key: str) -> str:
-        """Waits for a word that a rank leaves. Raises InternalError at the timeout."""
+        """Waits for a word that a tensor rank leaves. Raises InternalError at the timeout."""
         try:
-            return self._store.hear(key)
+            return self._store.hear(f"{self.place.data_rank}.{key}")
         except RuntimeError as error:
             raise InternalError(f"no rank has said {key!r} within {self.place.timeout_s:g} s: {error}") from error
-
-
-def _finish(work: dist.Work | None) -> None:
-    """A CPU waits here. On a GPU the current stream does; what was queued on that stream itself may come without work."""
-    if work is not None:
-        work.wait()
 
 
 def _gloo_group(place: RankPlace, store: dist.Store, device: torch.device) -> dist.ProcessGroup:

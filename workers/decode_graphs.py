@@ -3,7 +3,8 @@
 A step of n rows that compute one token each runs in the smallest captured size that holds them; the rows behind them are
 padding, which reads and writes a slot and a page of its own. Two graphs a size: the forward pass up to this rank's logits, and
 the draw that most steps want (Sampler.draw_simple). Other steps are drawn outside, from the first graph's logits. All ranks
-capture the same sizes in the same order, with their collectives, and take the same way at each step.
+capture the same sizes in the same order, with their collectives, and take the same way at each step; data ranks replay the size
+that holds the rows of the one that has the most, since their experts meet in it.
 
 What a graph reads lies where it lay at the capture: the columns of the step (copied in before each replay), the state of the
 slots, the sampling tables and the KV cache. All sizes share one memory pool, so the logits of a replay are valid until the
@@ -16,7 +17,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,6 +57,8 @@ class DecodeStep:
     def forward(self) -> tuple[torch.Tensor, DrawRows]:
         """This rank's logits [size, V] float32, and the rows as the draw wants them."""
         batch, rows = self._batch_state.compose_decode(self.columns, self._kv_cache)
+        if (data := self._model.data) is not None:
+            batch = replace(batch, rank_tokens=(len(rows.slots_R),) * data.size, fixed_shapes=True)
         return self._model.compute_own_logits(self._model.forward(batch)), rows
 
     def draw(self, own_logits_SV: torch.Tensor, rows: DrawRows) -> Sampled:
@@ -84,9 +87,9 @@ class DecodeGraphs:
         self._graphs = graphs
         self._sizes = sorted(graphs)
 
-    def find(self, rows: Sequence[PlannedRow]) -> DecodeGraph | None:
-        """The smallest graph that holds a step of these rows; None where there is none."""
-        index = bisect_left(self._sizes, len(rows))
+    def find(self, rows: Sequence[PlannedRow], *, num_rows: int = 0) -> DecodeGraph | None:
+        """The smallest graph that holds a step of these rows, and at least `num_rows`; None where there is none."""
+        index = bisect_left(self._sizes, max(num_rows, len(rows)))
         if index == len(self._sizes) or any(row.num_tokens != 1 or not row.samples for row in rows):
             return None
         return self._graphs[self._sizes[index]]

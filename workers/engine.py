@@ -23,12 +23,13 @@ from enum import StrEnum
 from functools import partial
 
 from ..common.config import EngineConfig, ModelConfig, ParallelConfig
-from ..common.errors import InvalidRequest, Overloaded, PilotfishError, Unavailable
+from ..common.errors import ConfigError, InvalidRequest, Overloaded, PilotfishError, Unavailable
 from ..common.requests import EngineRequest, FinishReason, StepOutput, WorkerInfo
 from ..scheduler.snapshot import SchedulerSnapshot
 from ..scheduler.step_scheduler import SchedulerConfig, StepScheduler
 from .request_check import check_request
 from .runner_setup import set_up_runner
+from .step_agreement import ReplicaStopped
 from .step_loop import StepLoop, StepRunner
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,13 @@ SetUp = Callable[[ModelConfig, EngineConfig], tuple[StepRunner, WorkerInfo]]
 
 
 def set_up_on_this_machine(parallel: ParallelConfig) -> SetUp:
-    """An engine's `set_up` that needs no Ray: alone, or at the head of ranks in processes of their own."""
+    """An engine's `set_up` that needs no Ray: alone, or at the head of ranks in processes of their own.
+
+    Raises:
+        ConfigError: several data ranks, which are several engines.
+    """
+    if parallel.data_parallel > 1:
+        raise ConfigError("one engine leads one data rank: leave data_parallel at 1 here, or use `pilotfish serve`")
     if parallel.tensor_parallel == 1:
         return set_up_runner
     from .local_replica import LocalReplica  # ranks need grpc, which an engine alone does without
@@ -234,6 +241,9 @@ class Engine:
         try:
             self._run_steps(loop)
             phase, failure = Phase.STOPPED, ""
+        except ReplicaStopped as end:
+            logger.info("%s (%d requests)", end, len(self._live))
+            phase, failure = Phase.FAILED, str(end)
         except Exception as error:
             logger.exception("the engine failed with %d requests", len(self._live))
             phase, failure = Phase.FAILED, f"{type(error).__name__}: {error}"
@@ -277,8 +287,7 @@ class Engine:
     def _take_commands(self, loop: StepLoop) -> bool:
         """Runs the waiting commands, and waits for one when there is nothing else to do; False when the engine is to stop."""
         with self._changed:
-            while not (self._commands or self._is_stopping or loop.has_work):
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._commands or self._is_stopping or loop.has_work, loop.idle_wait_s)
             commands, self._commands = self._commands, deque()
         for command in commands:
             command(loop)

@@ -5,7 +5,8 @@ that the next plan can be made and launched meanwhile. `PendingStep.result` wait
 order of their ids and their results are taken in the same order.
 
 On a GPU most steps replay a CUDA graph: those in which every row computes one token and samples (decode_graphs.py), and those
-with prompt tokens in them (chunk_graphs.py).
+with prompt tokens in them (chunk_graphs.py). Of several data ranks all replay a decode graph of the same size, or none replays
+any; one without rows computes a token of padding beside the others.
 
 A step that raises is run again in halves: running the same rows twice writes the same keys and values and draws the same
 tokens. Rows that fail alone are reported as errors, all others get their tokens; a step that was too large for
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import torch
@@ -96,6 +97,7 @@ class ModelRunner:
     """A model with its cache and the device state of its running sequences."""
 
     failure = ""  # what it launches ends
+    agreement = None  # it asks nobody
 
     def __init__(
         self,
@@ -126,8 +128,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def use_graphs(self, decode_sizes: Sequence[int], chunk_sizes: Sequence[int], *, recorder: GraphRecorder) -> None:
-        """Decode steps of up to the largest size, and steps of about one of `chunk_sizes` tokens, replay what is recorded."""
+        """Decode steps of up to the largest size, and steps of about one of `chunk_sizes` tokens, replay what is recorded.
+
+        Data ranks have no graphs of steps with prompts: how many tokens each brings differs too much for one shape.
+        """
         model, state, cache = self.model, self._batch_state, self._kv_cache
+        chunk_sizes = chunk_sizes if model.data is None else ()
         chunks = [
             ChunkStep(size, model=model, batch_state=state, kv_cache=cache) for size in chunk_sizes if size <= state.most_tokens
         ]
@@ -164,7 +170,7 @@ class ModelRunner:
         self._batch_state.update_blocks(plan.replaced_blocks, rows)
         stopwatch = Stopwatch(self._device)
         launch_rows = self._launch_isolating if isolate_failures else self._launch_whole
-        parts += launch_rows(rows, stopwatch)
+        parts += launch_rows(rows, plan, stopwatch)
         arrived = torch.cuda.Event() if self._device.type == "cuda" else None
         if arrived is not None:
             arrived.record()
@@ -183,9 +189,9 @@ class ModelRunner:
             logger.exception("request %s cannot be admitted", sequence.request.request_id)
             self._unusable_slots[sequence.slot] = _describe(error)
 
-    def _launch_isolating(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
+    def _launch_isolating(self, rows: Sequence[PlannedRow], plan: StepPlan, stopwatch: Stopwatch) -> list[PendingPart]:
         try:
-            return self._launch_whole(rows, stopwatch)
+            return self._launch_whole(rows, plan, stopwatch)
         except torch.AcceleratorError:
             raise  # no smaller step can succeed
         except Exception as error:
@@ -197,21 +203,42 @@ class ModelRunner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         middle = len(rows) // 2
-        return self._launch_isolating(rows[:middle], stopwatch) + self._launch_isolating(rows[middle:], stopwatch)
+        return self._launch_isolating(rows[:middle], plan, stopwatch) + self._launch_isolating(rows[middle:], plan, stopwatch)
 
-    def _launch_whole(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
+    def _launch_whole(self, rows: Sequence[PlannedRow], plan: StepPlan, stopwatch: Stopwatch) -> list[PendingPart]:
+        decode, chunk = self._find_graphs(rows, plan)
         if not rows:
+            if plan.rank_tokens:
+                self._compute_padding(decode, plan.rank_tokens, stopwatch)
             return []
-        if (decode := self._decode_graphs.find(rows)) is not None:
+        if decode is not None:
             sampled: Sampled | None = self._replay_decode(decode, rows, stopwatch)
-        elif (chunk := self._chunk_graphs.find(rows)) is not None:
+        elif chunk is not None:
             sampled = self._replay_chunk(chunk, rows, stopwatch)
         else:
-            sampled = self._run(rows, stopwatch)
+            sampled = self._run(rows, plan.rank_tokens, stopwatch)
         return [PendingPart(rows, sampled.map(self._to_host) if sampled is not None else None)]
 
-    def _run(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled | None:
+    def _find_graphs(self, rows: Sequence[PlannedRow], plan: StepPlan) -> tuple[DecodeGraph | None, ChunkGraph | None]:
+        """What serves the step, at most one of them. All data ranks find a decode graph of one size, or none does."""
+        if plan.rank_tokens:
+            return (self._decode_graphs.find(rows, num_rows=max(plan.rank_tokens)) if plan.all_decode else None), None
+        decode = self._decode_graphs.find(rows)
+        return decode, None if decode is not None else self._chunk_graphs.find(rows)
+
+    def _compute_padding(self, graph: DecodeGraph | None, rank_tokens: tuple[int, ...], stopwatch: Stopwatch) -> None:
+        """This rank's experts serve the tokens of the others."""
+        with stopwatch.measure("forward"):
+            if graph is not None:
+                self._batch_state.fill(graph.columns, self._batch_state.decode_columns((), graph.columns.shape[1]))
+                graph.forward.replay()
+            else:
+                self.model.forward(replace(self._batch_state.compose_padding(self._kv_cache), rank_tokens=rank_tokens))
+
+    def _run(self, rows: Sequence[PlannedRow], rank_tokens: tuple[int, ...], stopwatch: Stopwatch) -> Sampled | None:
         batch, sampling = self._batch_state.compose(rows, self._kv_cache)
+        if rank_tokens:
+            batch = replace(batch, rank_tokens=rank_tokens)
         with stopwatch.measure("forward"):
             hidden_RH = self.model.forward(batch)
         return self._draw(hidden_RH, sampling, stopwatch)

@@ -89,7 +89,8 @@ class Sampler:
 
     def __init__(self, batch_state: BatchState, *, vocab: Share, group: RankGroup | None = None) -> None:
         self._vocab = vocab
-        self._group = group
+        # A single tensor rank has the whole vocabulary.
+        self._group = group if group is not None and group.place.size > 1 else None
         self._is_follower = group is not None and not group.place.is_leader
         num_slots, self._to_device, self._fill = len(batch_state.token_ids_MC), batch_state.to_device, batch_state.fill
         token_ids_MC = batch_state.token_ids_MC

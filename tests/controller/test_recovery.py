@@ -39,8 +39,9 @@ def check(answer: Answer, num_tokens: int = 150) -> None:
 
 def worker_of(cluster: Cluster, handle: RequestHandle) -> LocalWorker:
     """The worker that runs a request's first choice."""
-    replica = next(r for r in cluster.controller._fleet._replicas if r.name == handle._stream.sequences[0].replica)
-    return next(w for w in cluster.launcher.launched if w.address == replica.address)
+    places = [place for replica in cluster.controller._fleet._replicas for place in replica.places]
+    place = next(place for place in places if place.name == handle._stream.sequences[0].replica)
+    return next(w for w in cluster.launcher.launched if place.serving in w.places)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
@@ -72,7 +73,7 @@ async def test_killing_workers_again_and_again_loses_nothing(start_cluster: Star
         await asyncio.sleep(0.1)
         ready = [r for r in cluster.controller._fleet._replicas if r.state is ReplicaState.READY]
         if ready:
-            address = ready[round_ % len(ready)].address
+            address = ready[round_ % len(ready)].places[0].serving.address
             await next(w for w in cluster.launcher.launched if w.address == address).kill()
     for answer in await asyncio.gather(*readers):
         check(answer, 200)
@@ -132,6 +133,27 @@ async def test_a_failed_engine_costs_the_worker_and_not_the_request(start_cluste
     await read(handle, into=answer)
     check(answer)
     assert len(cluster.launcher.launched) == 2
+
+
+async def test_data_ranks_are_places_of_one_replica(start_cluster: StartCluster) -> None:
+    """Requests go to both. When the engine of one fails, both are started anew and every stream goes on, at its second try."""
+    launcher = LocalLauncher(engine_options={"step_s": 0.002}, num_data_ranks=2)
+    cluster = await start_cluster(launcher=launcher, fleet={"max_attempts": 2})
+    statuses = cluster.service.status().replicas
+    assert [(r.name, r.state) for r in statuses] == [(f"replica-0/{rank}", ReplicaState.READY) for rank in range(2)]
+    assert len({r.address for r in statuses}) == 2
+    handles = [await generate(cluster) for _ in range(4)]
+    answers = [Answer() for _ in handles]
+    for handle, answer in zip(handles, answers, strict=True):
+        await read_until(handle, answer, lambda a: a.num_deltas >= 5)
+    (worker,) = launcher.launched
+    assert [len(engine.submitted) for engine in worker.engines] == [2, 2]
+    worker.engines[1].fail()
+    for handle, answer in zip(handles, answers, strict=True):
+        await read(handle, into=answer)
+        check(answer)
+    assert cluster.service.status().num_restarts == 1
+    assert [len(engine.submitted) for engine in launcher.launched[1].engines] == [2, 2]
 
 
 class ProxyLauncher(LocalLauncher):
@@ -225,7 +247,7 @@ async def test_a_worker_that_is_no_part_of_the_cluster_is_not_used(
     (first,) = proxied.launched
     stranger = LocalWorker(
         epoch=first.info.epoch,
-        identity=Authority.create().issue(worker_name("replica-0", epoch=first.info.epoch)),
+        identities=[Authority.create().issue(worker_name("replica-0", epoch=first.info.epoch))],
         limits=proxied.limits,
         engine_options={},
     )
