@@ -197,7 +197,7 @@ def tensor_map_of(
 
 def launch(
     kernel: Kernel,
-    arguments: Sequence[TensorMap | ctypes.c_int | ctypes.c_void_p],
+    arguments: Sequence[TensorMap | ctypes.c_int | ctypes.c_float | ctypes.c_void_p],
     *,
     grid: tuple[int, int],
     num_threads: int,

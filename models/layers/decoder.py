@@ -40,6 +40,9 @@ class DecoderLayer(torch.nn.Module):
         """(x, residual): the next layer's norm adds them. residual is None before the first layer."""
         x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
         x_TH = self.attention.forward(x_TH, batch)
+        if isinstance(self.mlp, SparseMlp):
+            x_TH, residual_TH, chosen = self.mlp.norm_and_choose(self.post_attention_norm, x_TH, residual_TH)
+            return self.mlp(x_TH, chosen), residual_TH
         x_TH, residual_TH = self.post_attention_norm.add_and_norm(x_TH, residual_TH)
         return self.mlp(x_TH), residual_TH
 

@@ -13,12 +13,16 @@ import torch
 from ...kernels.linear import linear
 from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_routing import route_tokens
+from ...kernels.norm_and_route import norm_and_route
 from ..model_shape import ModelShape, MoeShape
 from ..parallel import Share, whole
 from ..weight_source import Placement, WeightSource
 from .expert_choice import ExpertChoice
 from .linear import column_linear
+from .norm import RmsNorm
 from .shared_experts import SharedExperts
+
+Chosen = tuple[torch.Tensor, torch.Tensor]  # each token's weights [T, C] and experts [T, C]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +79,20 @@ class SparseMlp(torch.nn.Module):
         self.gate_up_weight = placement.matrix(self.experts.size, 2 * self.intermediate.size, shape.hidden_size)
         self.down_weight = placement.matrix(self.experts.size, shape.hidden_size, self.intermediate.size)
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        weights_TC, experts_TC = self.choose(x_TH)
+    def norm_and_choose(
+        self, norm: RmsNorm, x_TH: torch.Tensor, residual_TH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Chosen | None]:
+        """(norm(x + residual), x + residual, what `forward` takes beside the first): one op where the choice is a plain one."""
+        if self.choice is not None or residual_TH is None:
+            return *norm.add_and_norm(x_TH, residual_TH), None
+        y_TH, sum_TH, weights_TC, experts_TC = norm_and_route(
+            x_TH, residual_TH, norm.weight, norm.eps, self.router.weight, self.moe.top_k, renormalize=self.moe.renormalize
+        )
+        return y_TH, sum_TH, (weights_TC, experts_TC)
+
+    def forward(self, x_TH: torch.Tensor, chosen: Chosen | None = None) -> torch.Tensor:
+        """`chosen`: what `choose` answers for x, where that is known."""
+        weights_TC, experts_TC = self.choose(x_TH) if chosen is None else chosen
         if self.experts.size < self.experts.total:
             experts_TC = local_experts(experts_TC, self.experts)
         out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
@@ -84,7 +100,7 @@ class SparseMlp(torch.nn.Module):
             out_TH = out_TH + self.shared.addend(x_TH)
         return self.parallel.sum(out_TH)
 
-    def choose(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, x_TH: torch.Tensor) -> Chosen:
         """Each token's weights [T, C] and experts [T, C]."""
         if self.choice is None:
             return route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
