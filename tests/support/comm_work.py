@@ -41,7 +41,7 @@ def exchange_pipes(group: RankGroup, device: torch.device) -> dict[str, str]:
     """Each rank gives the others an end of a pipe; into those that it got it writes, and it reads what came out of its own."""
     read_end, write_end = os.pipe()
     rank, size = group.place.rank, group.place.size
-    received = exchange_descriptors(group.place, group, write_end)
+    received = exchange_descriptors(group.place, group, write_end, name="test")
     os.close(write_end)
     for other, descriptor in received.items():
         os.write(descriptor, f"from {rank} to {other}\n".encode())
@@ -54,10 +54,10 @@ def exchange_pipes(group: RankGroup, device: torch.device) -> dict[str, str]:
 
 def exchange_with_a_rank_that_left(group: RankGroup, device: torch.device) -> str:
     if group.place.rank == 0:
-        group.tell("descriptors-0", "/nonexistent/rank")
+        group.tell("test-descriptors-0", "/nonexistent/rank")
         return ""
     try:
-        exchange_descriptors(group.place, group, 0)
+        exchange_descriptors(group.place, group, 0, name="test")
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
