@@ -98,28 +98,42 @@ class RankGroup:
             store = RankStore(place)
             make = _nccl_group if device.type == "cuda" else _gloo_group
             group, data, steps = None, None, None
+            tensor_ranks, data_ranks = f"tensor-ranks-{place.data_rank}", f"data-ranks-{place.rank}"
+            beside = replace(place, rank=place.data_rank, size=place.data_size)
             if place.size > 1:
-                group = make(place, dist.PrefixStore(f"tensor-ranks-{place.data_rank}", store.store), device)
+                group = make(place, dist.PrefixStore(tensor_ranks, store.store), device)
             if place.data_size > 1:
-                beside = replace(place, rank=place.data_rank, size=place.data_size)
-                data = DataGroup(beside, make(beside, dist.PrefixStore(f"data-ranks-{place.rank}", store.store), device))
+                data = DataGroup(beside, make(beside, dist.PrefixStore(data_ranks, store.store), device))
                 if place.is_leader:
                     steps = StepExchange(
                         beside, _gloo_group(beside, dist.PrefixStore("steps", store.store), torch.device("cpu"))
                     )
             joined = cls(place, store, group, device, data=data, steps=steps)
             joined.agree_on_least(place.number)  # the first collectives connect them
-            if device.type == "cuda" and place.size > 1:
-                buffers = open_peer_buffers(
-                    place, joined, device, agree_on_least=joined.agree_on_least, capacity_bytes=peer_capacity_bytes
-                )
-                joined.peers = None if buffers is None else PeerCollectives(buffers)
+            if group is not None:
+                joined.peers = joined._open_peers(place, tensor_ranks, peer_capacity_bytes)
+            if data is not None:
+                data.peers = joined._open_peers(beside, data_ranks, peer_capacity_bytes)
         except (RuntimeError, ValueError) as error:
             raise InternalError(
                 f"rank {place.number} of {place.num_ranks} found no group of all ranks at {place.address} within "
                 f"{place.timeout_s:g} s: {' '.join(str(error).split())[:300]}"
             ) from error
         return joined
+
+    def _open_peers(self, place: RankPlace, name: str, capacity_bytes: int) -> PeerCollectives | None:
+        """Of the group in which this rank has `place`; all ranks of all groups do this together."""
+        if self._device.type != "cuda":
+            return None
+        buffers = open_peer_buffers(
+            place,
+            self._store,
+            self._device,
+            name=name,
+            agree_on_least=self.agree_on_least,
+            capacity_bytes=capacity_bytes,
+        )
+        return None if buffers is None else PeerCollectives(buffers)
 
     @property
     def parallel(self) -> Parallel:
@@ -187,16 +201,20 @@ class RankGroup:
 
     def abort(self) -> None:
         """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
-        if self.peers is not None:
-            self.peers.buffers.end_waits()
+        for peers in self._all_peers():
+            peers.buffers.end_waits()
         for group in (self._group, None if self.data is None else self.data.group):
             if group is not None:
                 group.abort()
 
     def check(self) -> None:
         """Asked when a step has ended, before its results are used: InternalError where it waited in vain for a rank."""
-        if self.peers is not None:
-            self.peers.check()
+        for peers in self._all_peers():
+            peers.check()
+
+    def _all_peers(self) -> list[PeerCollectives]:
+        both = self.peers, None if self.data is None else self.data.peers
+        return [peers for peers in both if peers is not None]
 
     def tell(self, key: str, value: str) -> None:
         """Leaves a word for the other tensor ranks."""

@@ -10,12 +10,15 @@ from pilotfish.kernels.peer_buffers import NOTHING, PeerBuffers, receive_bytes
 
 
 class StreamRanks:
-    """`size` ranks. Few CTAs a call: all ranks' must run at once."""
+    """`size` ranks, up to 4: more streams may share a queue of the GPU. Few CTAs a call: those of all ranks run at once."""
 
     def __init__(self, size: int, *, capacity_bytes: int = 1 << 20, timeout_s: float = 20.0) -> None:
         words = (receive_bytes(size, capacity_bytes) // 4,)
         self.memory = [torch.full(words, NOTHING - (1 << 32), dtype=torch.int32, device="cuda") for _ in range(size)]
         self.streams = [torch.cuda.Stream() for _ in range(size)]
+        for stream in self.streams:  # what results need is there: allocating may wait for a kernel that waits for one to come
+            with torch.cuda.stream(stream):
+                _ = [torch.empty(900_000, dtype=torch.uint8, device="cuda") for _ in range(6)]
         addresses = tuple(memory.data_ptr() for memory in self.memory)
         self.buffers = [
             PeerBuffers(
