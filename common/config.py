@@ -140,9 +140,8 @@ class ParallelConfig:
 
     Attributes:
         tensor_parallel: ranks that share every layer of a replica, a GPU each (or a process on CPUs).
-        data_parallel: that many times as many ranks make a replica: groups of tensor_parallel ranks, each with requests and a
-        KV
-            cache of its own, which share nothing but the experts of sparse layers. Needs expert_parallel.
+        data_parallel: that many times as many ranks make a replica, in groups of tensor_parallel. Each group has requests and a
+            KV cache of its own; they share nothing but the experts of sparse layers. Needs expert_parallel.
         expert_parallel: each rank keeps whole experts of sparse layers, not a slice of each of them.
         placement: of a replica's ranks: pack puts them on as few nodes as they fit, spread on as many as there are.
         collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere.
