@@ -63,7 +63,6 @@ SHAPES: dict[str, list[Layer]] = {
         Layer("linear", 128, 2048, ""),
         Layer("linear_float32", 151936, 2048),
     ],
-    # of each of two ranks that share every layer
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 MULTIPROCESSORS = 132  # of an H100 or H200
