@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from pilotfish.common.errors import InternalError
 from pilotfish.kernels.all_reduce import all_reduce_norm_ref, all_reduce_ref
+from pilotfish.kernels.reduce_scatter import reduce_scatter_ref
 from pilotfish.kernels.rms_norm import TOLERANCE, rms_norm_ref
 from pilotfish.workers.comm import RankGroup
 from pilotfish.workers.peer_collectives import MAX_GATHERED_BYTES, PeerCollectives
@@ -95,6 +96,22 @@ def check_sums(group: RankGroup, device: torch.device) -> list[str]:
                 "norm": torch.allclose(y.float(), expected_y.float(), rtol=relative, atol=absolute),
             }
             problems += [f"{name} of {rows} x {hidden}" for name, is_right in checks.items() if not is_right]
+    group.check()
+    return problems
+
+
+def check_rows(group: RankGroup, device: torch.device) -> list[str]:
+    """What is wrong with rows that data ranks gather and scatter, whatever way they take."""
+    assert group.data is not None
+    data = group.data.parallel
+    problems = [] if device.type == "cpu" or group.data.peers is not None else ["no shared memory"]
+    for seed, rows in enumerate([1, 64, 3, 1024, 16, 2, 5]):
+        words = [_random(seed * data.size + other, rows, 2080, device=device).view(torch.int32) for other in range(data.size)]
+        if not torch.equal(data.all_gather_rows(words[data.rank]), torch.cat(words)):
+            problems.append(f"gather of {rows}")
+        parts = [_random(seed * data.size + other, data.size * rows, 2048, device=device) for other in range(data.size)]
+        if not torch.equal(data.reduce_scatter_rows(parts[data.rank]), reduce_scatter_ref(parts, data.rank)):
+            problems.append(f"sum of {rows}")
     group.check()
     return problems
 

@@ -60,6 +60,10 @@ def test_a_rank_that_gives_no_descriptor_is_an_error():
     assert error.startswith(("FileNotFoundError", "ConnectionRefusedError"))
 
 
+def test_data_ranks_gather_and_scatter_rows():
+    assert run_on_ranks(1, comm_work.check_rows, device_type="cpu", data_size=2) == [[], []]
+
+
 # --- on two GPUs
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -70,6 +74,12 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 def test_on_two_gpus_sums_equal_the_reference():
     for problems in run_on_ranks(2, comm_work.check_sums, device_type="cuda"):
         assert problems == []
+
+
+@pytest.mark.gpu2
+@needs_two
+def test_on_two_gpus_data_ranks_gather_and_scatter_rows():
+    assert run_on_ranks(1, comm_work.check_rows, device_type="cuda", data_size=2) == [[], []]
 
 
 @pytest.mark.gpu2
