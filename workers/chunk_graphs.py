@@ -104,8 +104,10 @@ class ChunkGraphs:
         self._sizes = sorted(graphs)
 
     def find(self, rows: Sequence[PlannedRow], *, num_tokens: int = 0) -> ChunkGraph | None:
-        """The smallest graph that holds a step of these rows, and at least `num_tokens`; None where there is none, or too much
-        of it would be padding."""
+        """The smallest graph that holds a step of these rows, and at least `num_tokens`.
+
+        None where there is none, or too much of it would be padding.
+        """
         num_own = sum(row.num_tokens for row in rows)
         num_tokens = max(num_tokens, num_own)
         index = bisect_left(self._sizes, num_tokens)
