@@ -68,8 +68,7 @@ def load_model(
 
 
 def check_ranks(path: str | Path, *, size: int, whole_experts: bool, data_size: int = 1) -> None:
-    """Whether `size` tensor ranks of each of `data_size` data ranks can share a checkpoint's model, found out without its
-    weights.
+    """Whether `size` tensor ranks on each of `data_size` data ranks can share a checkpoint's model; no weights are read.
 
     Raises:
         ModelLoadError: they cannot, or the checkpoint has no model that is known here; the message says what would fit.

@@ -56,7 +56,11 @@ def set_up_runner(
         model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device, group=group
     )
     if uses_graphs(engine_config, device):
-        runner.use_graphs(graph_sizes(engine_config.max_num_seqs), chunk_sizes(num_tokens), recorder=GraphRecorder())
+        runner.use_graphs(
+            graph_sizes(engine_config.max_num_seqs),
+            chunk_sizes(num_tokens, of_data_ranks=model.data is not None),
+            recorder=GraphRecorder(),
+        )
     info = WorkerInfo(
         model_name=model_config.name,
         model_path=path,

@@ -25,6 +25,8 @@ def test_sections_become_frozen_configs(tmp_path) -> None:
         ({"model": {"model": "m"}, "engine": {"block_size": 24}}, "power of two"),
         ({"model": {"model": "m"}, "engine": {"max_num_batched_tokens": 8}}, "at least 64"),
         ({"model": {"model": "m"}, "gateway": {"grpc_port": 70000}}, "grpc_port must be in"),
+        ({"model": {"model": "m"}, "parallel": {"data_parallel": 2}}, "data_parallel needs expert_parallel.*num_replicas"),
+        ({"model": {"model": "m"}, "parallel": {"expert_parallel": True}}, "needs tensor_parallel or data_parallel"),
     ],
 )
 def test_a_wrong_value_says_what_to_do(values, message) -> None:
