@@ -22,12 +22,13 @@ from .authority import Authority
 from .dispatcher import Dispatcher
 from .replica import Happening, Place, Replica
 from .worker_link import WorkerLink, WorkerUnfit
-from .worker_process import Launcher, NoRoom, WorkerDied, WorkerProcess, worker_name
+from .worker_process import Launcher, Misplaced, NoRoom, WorkerDied, WorkerProcess, worker_name
 
 logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.25
 _RESTART_PAUSE_S = (0.0, 1.0, 5.0, 15.0)
+_MAX_PLACEMENTS = 3
 _FINAL = (ConfigError, ModelNotFound, ModelLoadError)  # starting again would end the same way
 
 
@@ -159,6 +160,15 @@ class Fleet:
             replica.move(Happening.RESTART, f"again, for {error.message}")
 
     async def _launch(self, replica: Replica) -> WorkerProcess:
+        for _ in range(_MAX_PLACEMENTS):
+            try:
+                return await self._launch_once(replica)
+            except Misplaced as problem:
+                logger.warning("%s is placed again: %s", replica.name, problem)
+                reason = str(problem)
+        raise NoRoom(f"{reason}, and nowhere else was found in {_MAX_PLACEMENTS} tries")
+
+    async def _launch_once(self, replica: Replica) -> WorkerProcess:
         self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
         logger.info("%s starts under epoch %d", replica.name, self._last_epoch)
         timeout_s = self._config.start_timeout_s

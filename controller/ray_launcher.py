@@ -28,8 +28,9 @@ from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker
 from ..proto.versions import mismatch, own_versions
 from .authority import Authority
+from .node_links import NodeLinks
 from .ray_placement import find_group, place, reachable_only
-from .worker_process import WorkerDied, worker_name
+from .worker_process import NoRoom, WorkerDied, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class RayLauncher:
         self._worker_class = worker_class
         self._authority = authority
         self._config = config
+        self._links = NodeLinks()
         self._node = ray.get_runtime_context().get_node_id()
         self._versions = own_versions(ray.util.get_node_ip_address())
         self._settled_device: Literal["cpu", "cuda"] | None = None
@@ -96,21 +98,31 @@ class RayLauncher:
         try:
             if self._num_ranks > 1:
                 bundle = {"GPU": 1.0} if device == "cuda" else _CPU_BUNDLE
-                placement = self._config.parallel.placement
-                group = await place(f"{replica}.{epoch}", bundle, num_ranks=self._num_ranks, placement=placement)
+                group = await place(
+                    f"{replica}.{epoch}",
+                    bundle,
+                    num_ranks=self._num_ranks,
+                    placement=self._config.parallel.placement,
+                    without=self._links.to_avoid(),
+                )
             where = await _where(group, self._num_ranks)
             for rank in range(self._num_ranks):
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
             if problem := mismatch(self._versions, await asyncio.gather(*(handle.versions.remote() for handle in handles))):
                 raise ConfigError(problem)
+            if group is not None:
+                await self._links.check(handles, group)
             places = await self._start_ranks(handles, replica, epoch, device)
         except BaseException as error:
             _end(handles, group)
+            if isinstance(error, NoRoom):
+                self._links.forget()
             if isinstance(error, RayTaskError) and isinstance(error.cause, PilotfishError):
                 raise error.cause from None
             if isinstance(error, RayError):
                 raise WorkerDied(_cause_of_death(error)) from error
             raise
+        self._links.forget()
         return RayWorker(handles, places, group)
 
     @property

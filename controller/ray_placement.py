@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -22,15 +22,17 @@ _ATTEMPT_S = 15.0
 _ANSWER_TIMEOUT_S = 1.0
 
 
-async def place(name: str, bundle: Mapping[str, float], *, num_ranks: int, placement: str) -> PlacementGroup:
-    """All ranks at once.
+async def place(
+    name: str, bundle: Mapping[str, float], *, num_ranks: int, placement: str, without: Sequence[str] = ()
+) -> PlacementGroup:
+    """All ranks at once, on none of the nodes `without`.
 
     Raises:
         NoRoom: the cluster has not had room for them within _TIMEOUT_S; the message says what is missing.
     """
     deadline = time.monotonic() + _TIMEOUT_S
     while True:
-        selector = await reachable_only()
+        selector = await reachable_only(without)
         group = placement_group(
             [dict(bundle)] * num_ranks,
             strategy=_STRATEGIES[placement],
@@ -48,19 +50,20 @@ async def place(name: str, bundle: Mapping[str, float], *, num_ranks: int, place
             return group
         if time.monotonic() > deadline:
             free = ray.available_resources()
+            left_out = f" ({len(without)} nodes that others cannot reach are left out)" if without else ""
             raise NoRoom(
                 f"{num_ranks} ranks need {dict(bundle)} each, and the Ray cluster has not had that free within "
-                f"{_TIMEOUT_S:g} s: {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free. "
+                f"{_TIMEOUT_S:g} s: {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free{left_out}. "
                 "Add nodes, end other work or lower tensor_parallel or data_parallel"
             )
 
 
-async def reachable_only() -> dict[str, str]:
-    """A label selector that leaves out the nodes which Ray calls alive and which do not answer; {} if all answer."""
+async def reachable_only(without: Sequence[str] = ()) -> dict[str, str]:
+    """A label selector that leaves out nodes `without` and those that Ray calls alive and that do not answer; {} if all do."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     answers = await asyncio.gather(*(_answers(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes))
-    silent = [node["NodeID"] for node, is_here in zip(nodes, answers, strict=True) if not is_here]
-    return {"ray.io/node-id": f"!in({','.join(silent)})"} if silent else {}
+    left_out = [*without, *(node["NodeID"] for node, is_here in zip(nodes, answers, strict=True) if not is_here)]
+    return {"ray.io/node-id": f"!in({','.join(left_out)})"} if left_out else {}
 
 
 def find_group(name: str) -> PlacementGroup | None:

@@ -18,6 +18,10 @@ class WorkerDied(Exception):
     """A worker process ended before it was ready, without saying why; the message has what is known."""
 
 
+class Misplaced(Exception):
+    """No worker was started where it was to be; a next launch places it elsewhere. The message says what is wrong there."""
+
+
 class NoRoom(Exception):
     """The cluster has nowhere to start a worker now; the message says what is missing."""
 
@@ -45,7 +49,7 @@ class Launcher(Protocol):
         Raises:
             PilotfishError: it cannot start, and why.
             WorkerDied: its process ended.
-            NoRoom: it was not started.
+            NoRoom, Misplaced: it was not started.
         """
 
     async def find(self) -> Mapping[str, WorkerProcess]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -45,6 +47,21 @@ class WorkerActor:
     def versions(self) -> dict[str, str]:
         """Asked before all else: see proto/versions.py."""
         return self._versions
+
+    def unreachable(self, addresses: list[str], *, timeout_s: float) -> list[str]:
+        """Those of the addresses "host:port", where something listens, that this machine cannot connect to."""
+
+        def is_missed(address: str) -> bool:
+            host, _, port = address.rpartition(":")
+            try:
+                socket.create_connection((host, int(port)), timeout=timeout_s).close()
+            except OSError:
+                return True
+            return False
+
+        with ThreadPoolExecutor(max(1, len(addresses))) as threads:
+            missed = threads.map(is_missed, addresses)
+        return [address for address, miss in zip(addresses, missed, strict=True) if miss]
 
     def open_rendezvous(self, *, timeout_s: float) -> str:
         """Asked of a replica's first rank: the address where all ranks find each other."""

@@ -15,7 +15,7 @@ from pilotfish.controller import fleet as fleet_module
 from pilotfish.controller import worker_link
 from pilotfish.controller.authority import Authority
 from pilotfish.controller.service import RequestHandle
-from pilotfish.controller.worker_process import NoRoom, WorkerDied, worker_name
+from pilotfish.controller.worker_process import Misplaced, NoRoom, WorkerDied, worker_name
 from pilotfish.workers.worker_service import ServerLimits
 from reading import Answer, eventually, read, read_until
 from tcp_proxy import TcpProxy
@@ -341,6 +341,20 @@ async def test_a_worker_that_dies_at_its_first_start_is_reported(start_cluster: 
     launcher = LocalLauncher(failures=[WorkerDied("the process was killed (out of memory?)")])
     cluster = await start_cluster(launcher=launcher, wait=False)
     with pytest.raises(InternalError, match="out of memory"):
+        await cluster.controller.wait_ready()
+
+
+async def test_a_worker_whose_place_is_bad_is_placed_again(start_cluster: StartCluster) -> None:
+    launcher = LocalLauncher(failures=[Misplaced("nodes a and b cannot reach each other")] * 2)
+    cluster = await start_cluster(launcher=launcher)
+    check(await read(await generate(cluster)))
+    assert cluster.service.status().num_restarts == 0
+
+
+async def test_where_no_place_is_good_the_bad_ones_are_named(start_cluster: StartCluster) -> None:
+    launcher = LocalLauncher(failures=[Misplaced("nodes a and b cannot reach each other")] * 3)
+    cluster = await start_cluster(launcher=launcher, wait=False)
+    with pytest.raises(ConfigError, match="nodes a and b cannot reach each other, and nowhere else"):
         await cluster.controller.wait_ready()
 
 

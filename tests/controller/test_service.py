@@ -262,6 +262,8 @@ async def nothing_runs_on_workers(cluster: Cluster) -> None:
 
 async def test_a_reader_is_woken_once_a_step_however_many_choices(start_cluster: StartCluster) -> None:
     cluster = await start_cluster(step_s=0.005)
+    engine = cluster.launcher.launched[0].engine
+    engine.gate.clear()  # until all choices are there: each step then has a token of every one
     handle = await generate(cluster, sampling={"n": 8, "max_tokens": 10})
     stream, wakes = handle._stream, 0
     real_wait = stream._wake.wait
@@ -272,6 +274,8 @@ async def test_a_reader_is_woken_once_a_step_however_many_choices(start_cluster:
         return await real_wait()
 
     stream._wake.wait = counted
+    await eventually(lambda: len(engine.submitted) == 8)
+    engine.gate.set()
     answer = await read(handle)
     assert sum(len(choice.token_ids) for choice in answer.choices.values()) == 80
     assert wakes <= 14

@@ -83,8 +83,8 @@ class RayHosts:
         config["min_workers"] = config["max_workers"] = len(addresses)
         for part, num_cpus in (("head", 0), ("worker", 1)):
             commands = config[f"{part}_start_ray_commands"]
-            # A worker that has lost the head ends after 60 s; here after 10.
-            small = "RAY_gcs_rpc_server_reconnect_timeout_s=10 " if part == "worker" else ""
+            # The autoscaler looks every 5 s, here every second; a worker that has lost the head ends after 60 s, here after 10.
+            small = "RAY_gcs_rpc_server_reconnect_timeout_s=10 " if part == "worker" else "AUTOSCALER_UPDATE_INTERVAL_S=1 "
             small += f"ray start --num-cpus={num_cpus} --object-store-memory=100000000 --disable-usage-stats"
             commands = [command.replace("ray start", small) for command in commands]
             config[f"{part}_start_ray_commands"] = [

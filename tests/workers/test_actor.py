@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,13 @@ def test_a_defect_at_the_start_is_an_internal_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(engine_module, "set_up_runner", broken)
     with pytest.raises(InternalError, match="ZeroDivisionError: a defect"):
         start("any")
+
+
+def test_what_cannot_be_connected_to_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as here, socket.create_server(("127.0.0.1", 0)) as gone:
+        addresses = [f"127.0.0.1:{server.getsockname()[1]}" for server in (here, gone)]
+        gone.close()
+        assert WorkerActor("replica-0").unreachable(addresses, timeout_s=5.0) == addresses[1:]
 
 
 def test_the_process_ends_when_its_engine_has_failed() -> None:

@@ -268,6 +268,7 @@ def test_an_engine_that_fails_gives_the_open_items_an_error(tiny_llama, monkeypa
 
 INTERRUPTED = """
 import sys
+import time
 from pilotfish import Pipeline, SamplingParams
 pipeline = Pipeline(sys.argv[1], device="cpu", num_kv_blocks=128, max_num_seqs=4, num_threads=1)
 stream = pipeline.stream("abc", SamplingParams(temperature=0.0, max_tokens=450))
@@ -279,7 +280,7 @@ try:
         pipeline(["abc"] * 50, SamplingParams(temperature=0.0, max_tokens=450))
 except KeyboardInterrupt:
     while pipeline._engine._live:
-        pass
+        time.sleep(0.01)  # a busy loop would hold up the engine's thread
     print("nothing runs", len(pipeline("abc", SamplingParams(max_tokens=3)).token_ids), flush=True)
 """
 
