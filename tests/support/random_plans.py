@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from pilotfish.common.requests import EngineRequest, TokenSampling
-from pilotfish.scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow, StepPlan
+from pilotfish.scheduler.step_plan import AdmittedSequence, BlockReplacement, ExpertOrders, PlannedRow, SlotWrite, StepPlan
 
 INT32_MAX = 2**31 - 1
 
@@ -26,7 +26,13 @@ def random_plans(rng: random.Random, *, num_plans: int, num_slots: int = 12) -> 
         rows = [_random_row(rng, slot, request_id) for slot, request_id in running.items() if rng.random() < 0.9]
         rng.shuffle(rows)
         replaced = [BlockReplacement(rng.randrange(num_slots), rng.randrange(99), rng.randrange(INT32_MAX))] * rng.randrange(3)
-        yield StepPlan(step_id, tuple(admitted), tuple(rows), released, tuple(replaced))
+        orders = _random_orders(rng) if rng.random() < 0.3 else None
+        yield StepPlan(step_id, tuple(admitted), tuple(rows), released, tuple(replaced), orders)
+
+
+def _random_orders(rng: random.Random) -> ExpertOrders:
+    writes = tuple(SlotWrite(rng.randrange(300), rng.randrange(300)) for _ in range(rng.choice((0, 1, 7))))
+    return ExpertOrders(rng.random() < 0.5, rng.randrange(60), writes)
 
 
 def _ids(rng: random.Random, max_count: int) -> tuple[int, ...]:

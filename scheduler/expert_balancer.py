@@ -1,0 +1,147 @@
+"""When experts move, and where to: the leader's side of EPLB, from measured loads to the orders of each step.
+
+Life cycle: `orders(step_id)` is asked once for each step, in order; every `interval_steps` it orders the loads to be read, and
+`observe` gets them once they have come, some steps later. Then the layers are looked at one after the other, one a step, so
+that no step waits for a whole model's placement: a layer whose fullest rank would have `min_gain` less gets its new placement
+(eplb.py) in a few writes a step (expert_writes.py). All ranks follow the same orders with the same step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..common.errors import ConfigError
+from .eplb import ExpertLayout, ExpertPlacement, place_experts, rebalance_experts
+from .expert_writes import after_writes, next_writes
+from .step_plan import ExpertOrders, SlotWrite
+
+_DECAY = 0.5  # of what was measured before, at each reading
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rebalance:
+    """One round over all layers.
+
+    Balances are the load of each layer's fullest rank over that of its mean rank, of all layers together: 1 is perfect.
+
+    Attributes:
+        step_id: with which the last layer was in place.
+        measured: by the loads that led to it, with the experts where they were.
+        expected: by the same loads, with the experts where they are now.
+    """
+
+    step_id: int
+    measured: float
+    expected: float
+    num_layers: int
+    num_writes: int
+
+
+def expert_layout(num_experts: int, *, num_redundant: int, num_ranks: int) -> ExpertLayout:
+    """The slots of each layer. With a redundant slot for every expert each has two ranks, and no lost rank takes one with it.
+
+    Raises:
+        ConfigError: ranks would have unequal numbers of slots, or more than there are experts; it says what would fit.
+    """
+    num_slots = num_experts + num_redundant
+    if num_slots % num_ranks:
+        more = -num_slots % num_ranks
+        raise ConfigError(
+            f"{num_experts} experts and {num_redundant} redundant ones do not fill the slots of {num_ranks} ranks evenly: "
+            f"use redundant_experts {num_redundant + more}"
+        )
+    if num_slots > num_experts * num_ranks:
+        raise ConfigError(
+            f"redundant_experts {num_redundant} is more than {num_experts} experts on {num_ranks} ranks have use for: "
+            f"use at most {num_experts * (num_ranks - 1)}"
+        )
+    copies = min(2, num_slots // num_experts)
+    return ExpertLayout(num_logical=num_experts, num_physical=num_slots, num_ranks=num_ranks, min_replicas=copies)
+
+
+def first_slots(layout: ExpertLayout) -> tuple[int, ...]:
+    """[num_physical] the expert of each slot before anything is measured, in every layer."""
+    return place_experts([[1.0] * layout.num_logical], layout).physical_to_logical[0]
+
+
+class ExpertBalancer:
+    """See the module.
+
+    Args:
+        writes_per_step: a rank's, and as many slots may it read.
+
+    Attributes:
+        measured: balance (see Rebalance) by the last loads, 0 before any came.
+        num_writes: since the start.
+        last: the last round that moved anything.
+    """
+
+    def __init__(
+        self, layout: ExpertLayout, *, num_layers: int, interval_steps: int, writes_per_step: int, min_gain: float = 0.1
+    ) -> None:
+        self.measured = 0.0
+        self.num_writes = 0
+        self.last: Rebalance | None = None
+        self._layout, self._interval, self._limit, self._min_gain = layout, interval_steps, writes_per_step, min_gain
+        self._slots = [list(first_slots(layout)) for _ in range(num_layers)]
+        self._loads: list[list[float]] = [[0.0] * layout.num_logical for _ in range(num_layers)]
+        self._waiting: deque[int] = deque()  # layers of this round
+        self._layer, self._target = 0, self._slots[0]  # on its way, or there
+        self._max_loads: list[float] = []  # of each layer's fullest rank, by this round's loads
+        self._moved: list[int] = []  # layers of this round
+        self._round_start = 0  # num_writes then
+
+    def orders(self, step_id: int) -> ExpertOrders | None:
+        """What the step does with experts, None if nothing."""
+        if self._slots[self._layer] == self._target and self._waiting:
+            self._start_layer(self._waiting.popleft())
+        writes: tuple[SlotWrite, ...] = ()
+        if self._slots[self._layer] != self._target:
+            now = self._slots[self._layer]
+            writes = next_writes(now, self._target, slots_per_rank=self._layout.slots_per_rank, limit=self._limit)
+            self._slots[self._layer] = after_writes(now, writes)
+            self.num_writes += len(writes)
+        if self._moved and not self._waiting and self._slots[self._layer] == self._target:
+            self._end_round(step_id)
+        reads_loads = step_id % self._interval == 0
+        return ExpertOrders(reads_loads, self._layer, writes) if reads_loads or writes else None
+
+    def observe(self, loads: Sequence[Sequence[float]]) -> None:
+        """Takes [layers][experts] tokens since the reading before. A round that is under way goes on with what it knows."""
+        if self._waiting or self._slots[self._layer] != self._target or not any(map(any, loads)):
+            return
+        self._loads = [
+            [_DECAY * old + new for old, new in zip(*layer, strict=True)] for layer in zip(self._loads, loads, strict=True)
+        ]
+        self._max_loads = [self._max_load(layer, slots) for layer, slots in enumerate(self._slots)]
+        self.measured = self._balance()
+        self._waiting.extend(range(len(self._slots)))
+        self._moved, self._round_start = [], self.num_writes
+
+    def _start_layer(self, layer: int) -> None:
+        loads, old = [self._loads[layer]], ExpertPlacement.of(self._layout, [self._slots[layer]])
+        new, _ = rebalance_experts(loads, old)
+        max_load = self._max_load(layer, new.physical_to_logical[0])
+        self._layer, self._target = layer, self._slots[layer]
+        if max_load < self._max_loads[layer] * (1 - self._min_gain):
+            self._target = list(new.physical_to_logical[0])
+            self._max_loads[layer] = max_load
+            self._moved.append(layer)
+
+    def _end_round(self, step_id: int) -> None:
+        self.last = Rebalance(
+            step_id=step_id,
+            measured=self.measured,
+            expected=self._balance(),
+            num_layers=len(self._moved),
+            num_writes=self.num_writes - self._round_start,
+        )
+        self._moved = []
+
+    def _max_load(self, layer: int, slots: Sequence[int]) -> float:
+        return max(ExpertPlacement.of(self._layout, [slots]).rank_loads(0, self._loads[layer]))
+
+    def _balance(self) -> float:
+        return sum(self._max_loads) * self._layout.num_ranks / sum(map(sum, self._loads))
