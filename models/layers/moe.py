@@ -1,6 +1,9 @@
-"""Mixture-of-experts MLP: a router chooses each token's experts, whose gated MLPs are computed in one grouped op.
+"""Mixture-of-experts MLP: router x dispatcher x grouped GEMM.
 
-T tokens, H hidden, E experts and F intermediate of this rank. Ranks share every expert's intermediate size, or the experts.
+The router chooses each token's experts, the map says in which slots their weights lie (expert_map.py), the dispatcher brings
+tokens and slots together (expert_dispatch.py), and one grouped op computes the gated MLPs of this rank's slots.
+
+T tokens, H hidden, C choices. Ranks share every expert's intermediate size, or the slots.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from ...kernels.linear import linear
 from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_routing import route_tokens
 from ..model_shape import ModelShape, MoeShape
-from ..parallel import Share, whole
+from ..parallel import whole
 from ..weight_source import Placement, WeightSource
 from .expert_choice import ExpertChoice
+from .expert_dispatch import LocalDispatcher
+from .expert_map import ExpertMap
 from .linear import column_linear
 from .shared_experts import SharedExperts
 
@@ -68,18 +73,18 @@ class SparseMlp(torch.nn.Module):
         self.shared = shared
         self.activation = shape.activation
         self.parallel = placement.parallel
-        self.experts, self.intermediate = self.parallel.expert_shares(moe.num_experts, moe.intermediate_size)
+        self.map = ExpertMap(moe.num_experts)
+        self.slots, self.intermediate = self.parallel.expert_shares(self.map.num_slots, moe.intermediate_size)
+        self.dispatcher = LocalDispatcher(self.slots)
         self.router = column_linear(
             {self.names.router: whole(moe.num_experts)}, shape.hidden_size, bias=False, placement=placement
         )
-        self.gate_up_weight = placement.matrix(self.experts.size, 2 * self.intermediate.size, shape.hidden_size)
-        self.down_weight = placement.matrix(self.experts.size, shape.hidden_size, self.intermediate.size)
+        self.gate_up_weight = placement.matrix(self.slots.size, 2 * self.intermediate.size, shape.hidden_size)
+        self.down_weight = placement.matrix(self.slots.size, shape.hidden_size, self.intermediate.size)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         weights_TC, experts_TC = self.choose(x_TH)
-        if self.experts.size < self.experts.total:
-            experts_TC = local_experts(experts_TC, self.experts)
-        out_TH = moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, experts_TC, self.activation)
+        out_TH = self.dispatcher.run(x_TH, weights_TC, self.map.slots(experts_TC), self._experts)
         if self.shared is not None:
             out_TH = out_TH + self.shared.addend(x_TH)
         return self.parallel.sum(out_TH)
@@ -89,6 +94,9 @@ class SparseMlp(torch.nn.Module):
         if self.choice is None:
             return route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
         return self.choice.choose(linear(x_TH, self.router.weight, out_dtype=torch.float32))
+
+    def _experts(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> torch.Tensor:
+        return moe_mlp(x_TH, self.gate_up_weight, self.down_weight, weights_TC, slots_TC, self.activation)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         yield from self.router.weight_sources(prefix)
@@ -104,9 +112,10 @@ class SparseMlp(torch.nn.Module):
     def _sources_per_expert(self, prefix: str) -> Iterator[WeightSource]:
         """Of other ranks' experts no row is read."""
         hidden, rows = self.gate_up_weight.shape[2], self.intermediate
+        own = self.map.experts_in(self.slots)
         for expert in range(self.moe.num_experts):
-            is_mine = self.experts.start <= expert < self.experts.stop
-            index = expert - self.experts.start if is_mine else 0
+            is_mine = expert in own
+            index = own.index(expert) if is_mine else 0
             kept_rows = rows.range if is_mine else slice(0, 0)
             gate, up = self.gate_up_weight[index].split(rows.size)
             for name, target in ((self.names.gate, gate), (self.names.up, up)):
@@ -127,23 +136,19 @@ class SparseMlp(torch.nn.Module):
     def _fused_sources(self, prefix: str) -> Iterator[WeightSource]:
         assert self.names.gate == self.names.up
         num_experts, hidden, rows = self.moe.num_experts, self.gate_up_weight.shape[2], self.intermediate
+        own = self.map.experts_in(self.slots)
+        experts = slice(own.start, own.stop)
         gate, up = self.gate_up_weight.split(rows.size, dim=1)
         for first_row, target in ((0, gate), (rows.total, up)):
             yield WeightSource(
                 name=prefix + self.names.gate,
                 shape=(num_experts, 2 * rows.total, hidden),
-                region=(self.experts.range, slice(first_row + rows.start, first_row + rows.stop), slice(None)),
+                region=(experts, slice(first_row + rows.start, first_row + rows.stop), slice(None)),
                 target=target,
             )
         yield WeightSource(
             name=prefix + self.names.down,
             shape=(num_experts, hidden, rows.total),
-            region=(self.experts.range, slice(None), rows.range),
+            region=(experts, slice(None), rows.range),
             target=self.down_weight,
         )
-
-
-def local_experts(experts_TC: torch.Tensor, mine: Share) -> torch.Tensor:
-    """This rank's numbers of its own experts, -1 for those of others: int32 [T, C]."""
-    local_TC = experts_TC - mine.start
-    return torch.where((local_TC >= 0) & (local_TC < mine.size), local_TC, -1)
