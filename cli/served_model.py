@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..common.config import ServeConfig
 from ..models.build import check_ranks
 from ..models.store import resolve
 from ..models.store_progress import terminal_progress
+from ..scheduler.expert_balancer import first_slots
 
 
 def find_served_model(config: ServeConfig) -> str:
     """Its directory.
 
     Raises:
-        ModelNotFound, ModelLoadError: there is none, or the ranks of a replica cannot share it.
+        ModelNotFound, ModelLoadError, ConfigError: there is none, or the ranks of a replica cannot share it.
     """
     with terminal_progress() as progress:
         path = str(resolve(config.model.model, pull_missing=True, progress=progress).path)
-    if config.parallel.tensor_parallel > 1:
-        check_ranks(path, size=config.parallel.tensor_parallel, whole_experts=config.parallel.expert_parallel)
+    parallel = config.parallel
+    if parallel.tensor_parallel > 1:
+        rule = None
+        if parallel.rebalance_interval_steps:
+            rule = partial(first_slots, num_redundant=parallel.redundant_experts, num_ranks=parallel.tensor_parallel)
+        check_ranks(path, size=parallel.tensor_parallel, whole_experts=parallel.expert_parallel, first_slots=rule)
     return path

@@ -16,6 +16,7 @@ class RankPlace:
         host: this rank's own address, on which the others reach it.
         timeout_s: of every collective, and of the wait for all ranks to come.
         whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
+        num_redundant_experts, rebalance_interval_steps: as in ParallelConfig; with an interval experts may move.
     """
 
     rank: int
@@ -25,6 +26,12 @@ class RankPlace:
     host: str
     timeout_s: float
     whole_experts: bool = False
+    num_redundant_experts: int = 0
+    rebalance_interval_steps: int = 0
+
+    @property
+    def balances_experts(self) -> bool:
+        return self.rebalance_interval_steps > 0
 
     @property
     def is_leader(self) -> bool:

@@ -141,6 +141,8 @@ class RayLauncher:
                     host="",
                     timeout_s=timeout_s,
                     whole_experts=self._config.parallel.expert_parallel,
+                    num_redundant_experts=self._config.parallel.redundant_experts,
+                    rebalance_interval_steps=self._config.parallel.rebalance_interval_steps,
                 )
             starts.append(
                 asyncio.ensure_future(

@@ -16,7 +16,7 @@ from .config_reader import ConfigReader, read_architecture
 from .family_spec import FamilySpec
 from .loader import Progress, load_weights
 from .model_shape import ModelShape
-from .parallel import Parallel
+from .parallel import FirstSlots, Parallel
 from .registry import lookup
 from .shape_reader import read_shape
 from .weight_source import Placement
@@ -66,17 +66,23 @@ def load_model(
     return model
 
 
-def check_ranks(path: str | Path, *, size: int, whole_experts: bool) -> None:
-    """Whether `size` ranks can share the model of a checkpoint, found out without its weights.
+def check_ranks(path: str | Path, *, size: int, whole_experts: bool, first_slots: FirstSlots | None = None) -> None:
+    """Whether `size` ranks can share the model of a checkpoint, found out without its weights. See Parallel for the arguments.
 
     Raises:
+        ConfigError: of `first_slots`.
         ModelLoadError: they cannot, or the checkpoint has no model that is known here; the message says what would fit.
     """
     shape, spec = _read_shape(Path(path))
     with Checkpoint(Path(path)) as checkpoint:
         for rank in range(size):
             parallel = Parallel(
-                rank=rank, size=size, whole_experts=whole_experts, all_reduce=_no_collective, all_gather=_no_collective
+                rank=rank,
+                size=size,
+                whole_experts=whole_experts,
+                first_slots=first_slots,
+                all_reduce=_no_collective,
+                all_gather=_no_collective,
             )
             placement = Placement(
                 device=torch.device("meta"), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, parallel=parallel

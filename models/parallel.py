@@ -8,7 +8,7 @@ Nothing has to divide: parts are contiguous, in rank order and as even as they c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from ..common.errors import ModelLoadError
 
 # Elements: 16 bytes of a 16-bit dtype, as vector loads and TMA want the rows of a weight to begin.
 ALIGNED = 8
+
+# The number of a layer's experts to the expert in each slot of all ranks.
+FirstSlots = Callable[[int], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Parallel:
     result: they are ordered with the device's work like a kernel, and may be captured in a CUDA graph.
 
     Attributes:
+        first_slots: where experts are loaded. With it they may move and have copies (layers/expert_map.py), and all ranks have
+            equally many slots.
         all_reduce: sums a contiguous tensor over the ranks and returns it; it may work in place.
         all_gather: joins every rank's contiguous, equally shaped tensor along the last dimension, in rank order.
         whole_experts: ranks share the experts of a sparse layer (expert parallelism), not each expert's intermediate size.
@@ -56,6 +61,7 @@ class Parallel:
     rank: int = 0
     size: int = 1
     whole_experts: bool = False
+    first_slots: FirstSlots | None = None
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -64,6 +70,8 @@ class Parallel:
             raise ValueError(f"rank {self.rank} must be in [0, {self.size})")
         if self.size > 1 and (self.all_reduce is None or self.all_gather is None):
             raise ValueError(f"{self.size} ranks need all_reduce and all_gather")
+        if self.first_slots is not None and not self.whole_experts:
+            raise ValueError("first_slots are of whole experts")
 
     def share(self, total: int, *, what: str, unit: int = 1, multiple: int = 1) -> Share:
         """This rank's part of `total` things of `unit` rows each: never none.

@@ -61,15 +61,17 @@ def expert_layout(num_experts: int, *, num_redundant: int, num_ranks: int) -> Ex
     return ExpertLayout(num_logical=num_experts, num_physical=num_slots, num_ranks=num_ranks, min_replicas=copies)
 
 
-def first_slots(layout: ExpertLayout) -> tuple[int, ...]:
-    """[num_physical] the expert of each slot before anything is measured, in every layer."""
-    return place_experts([[1.0] * layout.num_logical], layout).physical_to_logical[0]
+def first_slots(num_experts: int, *, num_redundant: int, num_ranks: int) -> tuple[int, ...]:
+    """[slots] the expert in each, in every layer, before anything is measured. Raises ConfigError as `expert_layout`."""
+    layout = expert_layout(num_experts, num_redundant=num_redundant, num_ranks=num_ranks)
+    return place_experts([[1.0] * num_experts], layout).physical_to_logical[0]
 
 
 class ExpertBalancer:
     """See the module.
 
     Args:
+        slots: the expert in each, in every layer, at the start.
         writes_per_step: a rank's, and as many slots may it read.
 
     Attributes:
@@ -79,13 +81,20 @@ class ExpertBalancer:
     """
 
     def __init__(
-        self, layout: ExpertLayout, *, num_layers: int, interval_steps: int, writes_per_step: int, min_gain: float = 0.1
+        self,
+        slots: Sequence[int],
+        layout: ExpertLayout,
+        *,
+        num_layers: int,
+        interval_steps: int,
+        writes_per_step: int,
+        min_gain: float = 0.1,
     ) -> None:
         self.measured = 0.0
         self.num_writes = 0
         self.last: Rebalance | None = None
         self._layout, self._interval, self._limit, self._min_gain = layout, interval_steps, writes_per_step, min_gain
-        self._slots = [list(first_slots(layout)) for _ in range(num_layers)]
+        self._slots = [list(slots) for _ in range(num_layers)]
         self._loads: list[list[float]] = [[0.0] * layout.num_logical for _ in range(num_layers)]
         self._waiting: deque[int] = deque()  # layers of this round
         self._layer, self._target = 0, self._slots[0]  # on its way, or there

@@ -10,7 +10,9 @@ gloo serves CPUs, NCCL GPUs. NVLink multicast stays off (NCCL_NVLS_ENABLE=0 in t
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
 from ..models.parallel import Parallel
+from ..scheduler.expert_balancer import first_slots
 
 
 class Rendezvous:
@@ -83,11 +86,14 @@ class RankGroup:
 
     @property
     def parallel(self) -> Parallel:
-        place = self.place
+        place, rule = self.place, None
+        if place.balances_experts:
+            rule = partial(first_slots, num_redundant=place.num_redundant_experts, num_ranks=place.size)
         return Parallel(
             rank=place.rank,
             size=place.size,
             whole_experts=place.whole_experts,
+            first_slots=rule,
             all_reduce=self.all_reduce,
             all_gather=self.all_gather,
         )
@@ -110,6 +116,15 @@ class RankGroup:
         options = dist.BroadcastOptions()
         options.rootRank = LEADER
         self._group.broadcast([x], options).wait()
+
+    def exchange_rows(
+        self, incoming: torch.Tensor, outgoing: torch.Tensor, *, received: Sequence[int], sent: Sequence[int]
+    ) -> None:
+        """`sent` [ranks] rows of `outgoing` go to each rank, in order, and `received` of each come into `incoming`.
+
+        Both are contiguous, of one dtype, and have just these rows.
+        """
+        self._group.alltoall_base(incoming, outgoing, list(received), list(sent), dist.AllToAllOptions()).wait()
 
     def agree_on_least(self, value: int) -> int:
         """The least of all ranks' values."""

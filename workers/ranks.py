@@ -17,9 +17,10 @@ from concurrent.futures import Future
 from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import PilotfishError
 from ..common.rank_place import RankPlace
-from ..common.requests import WorkerInfo
+from ..common.requests import ExpertBalance, WorkerInfo
 from ..scheduler.step_plan import StepPlan
 from .comm import RankGroup
+from .expert_director import ExpertDirector
 from .model_runner import ModelRunner, PendingStep
 from .plan_channel import ChannelClosed
 from .plan_codec import PlanDecoder, encode_plan
@@ -38,6 +39,7 @@ class LeadingRunner:
 
     def __init__(self, runner: ModelRunner, sender: PlanSender, watch: RankWatch, place: RankPlace) -> None:
         self._runner = runner
+        self._director = ExpertDirector(runner.experts, place) if runner.experts is not None else None
         self._sender = sender
         self._watch = watch
         self._place = place
@@ -46,9 +48,18 @@ class LeadingRunner:
     def failure(self) -> str:
         return self._watch.failure
 
+    @property
+    def expert_balance(self) -> ExpertBalance | None:
+        return self._director.balance if self._director is not None else None
+
     def launch(self, plan: StepPlan) -> PendingStep:
+        if self._director is not None:
+            plan = self._director.direct(plan)
         self._sender.send(encode_plan(plan, epoch=self._place.epoch), self._place.timeout_s)
-        return self._runner.launch(plan)
+        step = self._runner.launch(plan)
+        if self._director is not None:
+            self._director.launched(step)
+        return step
 
     def close(self) -> None:
         self._watch.close()

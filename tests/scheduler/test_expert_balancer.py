@@ -12,6 +12,7 @@ from pilotfish.scheduler.expert_balancer import ExpertBalancer, expert_layout, f
 from pilotfish.scheduler.expert_writes import after_writes
 
 LAYOUT = expert_layout(16, num_redundant=4, num_ranks=4)
+FIRST = first_slots(16, num_redundant=4, num_ranks=4)
 NUM_LAYERS, INTERVAL = 3, 10
 
 
@@ -21,9 +22,9 @@ class Ranks:
     def __init__(self, loads: Sequence[Sequence[float]], **settings: float) -> None:
         self.loads = loads
         self.balancer = ExpertBalancer(
-            LAYOUT, num_layers=NUM_LAYERS, interval_steps=INTERVAL, **{"writes_per_step": 2, **settings}
+            FIRST, LAYOUT, num_layers=NUM_LAYERS, interval_steps=INTERVAL, **{"writes_per_step": 2, **settings}
         )
-        self.slots = [list(first_slots(LAYOUT)) for _ in range(NUM_LAYERS)]
+        self.slots = [list(FIRST) for _ in range(NUM_LAYERS)]
         self.step_id = 0
         self.num_writes = 0
 
@@ -74,7 +75,7 @@ def test_nothing_moves_for_little() -> None:
     """A layer is touched only where its fullest rank gets lighter by the gain that is asked for."""
     loads = [[1.0] * 16, [1.0] * 15 + [1.3], [1.0] * 15 + [9.0]]
     ranks = Ranks(loads)
-    first = list(first_slots(LAYOUT))
+    first = list(FIRST)
     ranks.run(40)
     assert ranks.slots[:2] == [first, first]
     assert ranks.slots[2] != first
@@ -105,8 +106,7 @@ def test_no_tokens_say_nothing() -> None:
 
 def test_redundant_experts_are_dealt_apart() -> None:
     assert ExpertLayout(num_logical=16, num_physical=20, num_ranks=4) == LAYOUT
-    doubled = expert_layout(16, num_redundant=16, num_ranks=4)
-    slots = first_slots(doubled)
+    slots = first_slots(16, num_redundant=16, num_ranks=4)
     for lost in range(4):
         assert {expert for slot, expert in enumerate(slots) if slot // 8 != lost} == set(range(16))
 
