@@ -12,6 +12,8 @@ from . import bench_plot, bench_rows, config_flags
 
 # Of the engine, where they differ from its own. A first step that compiles kernels is no stall.
 BENCH_DEFAULTS = {"kv_memory_fraction": 0.9, "prefix_caching": False, "stall_timeout_s": 600.0}
+# Ranks compile their kernels at their own pace, and meet in the first collective behind them.
+PARALLEL_DEFAULTS = {"collective_timeout_s": 120.0}
 
 _WORKLOADS = {
     "latency": "time to first token and time per output token, by batch size, in this process",
@@ -59,7 +61,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "ttft_s: all sequences of the batch submitted at once, until the last has its first token. tpot_ms = (time for "
         "--output-len tokens - time for 1) / (--output-len - 1). roofline_tpot_ms: the least that reading weights and KV "
-        "at the bandwidth measured here allows; fraction = roofline_tpot_ms / tpot_ms."
+        "at the bandwidth measured here allows, of several ranks each its share; fraction = roofline_tpot_ms / tpot_ms."
     )
 
 
@@ -112,6 +114,7 @@ def _add_engine(parser: argparse.ArgumentParser, *, warmup: str, max_num_seqs: s
         "engine",
         defaults={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": "8192 on a GPU", **BENCH_DEFAULTS},
     )
+    config_flags.add_section(parser, "parallel", defaults=PARALLEL_DEFAULTS, without=("placement",))
 
 
 def _whole_number(text: str) -> int:

@@ -1,7 +1,8 @@
 """An engine in this process, driven with token ids alone: what `bench latency` and `bench throughput` time.
 
-Neither Ray nor a server takes part. Prompts are random, decoding is greedy and goes on to the asked length, and all requests of
-a run are submitted at once; where the engine holds no more, the rest follow as it frees places.
+Of several ranks the others are processes on the machine's other GPUs (workers/local_replica.py). Neither Ray nor a server takes
+part. Prompts are random, decoding is greedy and goes on to the asked length, and all requests of a run are submitted at once;
+where the engine holds no more, the rest follow as it frees places.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ..common.config import EngineConfig, ModelConfig
+from ..common.config import EngineConfig, ModelConfig, ParallelConfig
 from ..common.errors import InternalError, Overloaded
 from ..common.requests import EngineRequest, StepOutput, TokenSampling, WorkerInfo
-from ..workers.engine import Engine
+from ..workers.engine import Engine, SetUp
 
 # Steps carry the time at which they came, so that looking at them seldom costs no precision and disturbs the engine least.
 _POLL_INTERVAL_S = 0.02
@@ -48,9 +49,14 @@ class BenchEngine:
         PilotfishError: the engine cannot start, or a request failed in it.
     """
 
-    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, *, seed: int) -> None:
+    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, parallel: ParallelConfig, *, seed: int) -> None:
         self._steps: queue.SimpleQueue[tuple[float, StepOutput]] = queue.SimpleQueue()
-        self._engine = Engine(model_config, engine_config, on_step=lambda step: self._steps.put((time.perf_counter(), step)))
+        self._engine = Engine(
+            model_config,
+            engine_config,
+            on_step=lambda step: self._steps.put((time.perf_counter(), step)),
+            set_up=_set_up_ranks(parallel) if parallel.tensor_parallel > 1 else None,
+        )
         self._random = random.Random(seed)
         self._num_requests = 0
         self._num_preemptions = 0  # of the engine's life, as it counts them
@@ -119,6 +125,12 @@ class BenchEngine:
         while not self._steps.empty():
             steps.append(self._steps.get())
         return steps
+
+
+def _set_up_ranks(parallel: ParallelConfig) -> SetUp:
+    from ..workers.local_replica import LocalReplica  # ranks need grpc, which one rank does without
+
+    return LocalReplica(parallel)
 
 
 def _count_finished(step: StepOutput, output_len: int) -> int:

@@ -6,6 +6,9 @@ A decode step reads every weight it touches once and the keys and values of ever
 
 Under random routing, a step of B tokens is expected to touch E * (1 - (1 - k / E)^B) of a layer's E experts, k for each token.
 The input embedding is not counted: a step reads one row of it for each token.
+
+Of several ranks each has its even share of all of that (but at least one kv head, and the whole router), and the machine is one
+rank's device. What they tell each other is not counted.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ class Roofline:
 
     Attributes:
         weight_bytes, kv_bytes: of one element of a weight matrix and of the KV cache.
+        num_ranks: devices that share the work.
     """
 
     shape: ModelShape
     machine: Machine
     weight_bytes: float
     kv_bytes: float
+    num_ranks: int = 1
 
     def experts_touched(self, num_tokens: int) -> float:
         """Expected number of distinct experts of one layer in a step of so many tokens; 0 for a dense model."""
@@ -55,7 +60,8 @@ class Roofline:
         layers_flop = 2 * num_tokens * self._layer_weights(self._top_k)
         head_flop = 2 * num_sequences * self._head_weights
         # A score and a weighted sum, two FLOP each, for every head, dimension and pair of positions.
-        attention_flop = num_tokens * 4 * self.shape.num_heads * self.shape.head_dim * self._seen_tokens((length + 1) / 2)
+        num_heads = self.shape.num_heads / self.num_ranks
+        attention_flop = num_tokens * 4 * num_heads * self.shape.head_dim * self._seen_tokens((length + 1) / 2)
         read = (self._layer_weights(self.experts_touched(num_tokens)) + self._head_weights) * self.weight_bytes
         flop_s = (layers_flop + head_flop + attention_flop) / self.machine.flop_per_s
         return max(flop_s, read / self.machine.read_bytes_per_s)
@@ -71,23 +77,26 @@ class Roofline:
         return 0.0 if self.shape.moe is None else float(self.shape.moe.top_k)
 
     @property
-    def _head_weights(self) -> int:
-        return self.shape.vocab_size * self.shape.hidden_size
+    def _head_weights(self) -> float:
+        return self.shape.vocab_size * self.shape.hidden_size / self.num_ranks
+
+    @property
+    def _num_kv_heads(self) -> float:
+        return max(1, self.shape.num_kv_heads / self.num_ranks)
 
     def _layer_weights(self, num_experts: float) -> float:
-        """Elements of the matrices of all layers, with so many experts in each sparse one."""
-        shape, moe = self.shape, self.shape.moe
-        heads = 2 * shape.num_heads + 2 * shape.num_kv_heads  # q and output, k and v
+        """Elements of one rank's matrices of all layers, with so many experts of the whole model in each sparse one."""
+        shape, moe, num_ranks = self.shape, self.shape.moe, self.num_ranks
+        heads = 2 * shape.num_heads / num_ranks + 2 * self._num_kv_heads  # q and output, k and v
         attention = shape.num_layers * shape.hidden_size * heads * shape.head_dim
+        dense_mlp = 3 * shape.hidden_size * shape.intermediate_size / num_ranks
         if moe is None:
-            return attention + shape.num_layers * 3 * shape.hidden_size * shape.intermediate_size
-        num_dense = shape.num_layers - len(moe.layers)
-        dense = num_dense * 3 * shape.hidden_size * shape.intermediate_size
-        sparse = shape.hidden_size * (moe.num_experts + 3 * moe.intermediate_size * num_experts)
-        return attention + dense + len(moe.layers) * sparse
+            return attention + shape.num_layers * dense_mlp
+        sparse = shape.hidden_size * (moe.num_experts + 3 * moe.intermediate_size * num_experts / num_ranks)
+        return attention + (shape.num_layers - len(moe.layers)) * dense_mlp + len(moe.layers) * sparse
 
     def _kv_elements(self, context: float) -> float:
-        return 2 * self.shape.num_kv_heads * self.shape.head_dim * self._seen_tokens(context)
+        return 2 * self._num_kv_heads * self.shape.head_dim * self._seen_tokens(context)
 
     def _seen_tokens(self, context: float) -> float:
         """Tokens that attention looks at, summed over the layers."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common.config import EngineConfig, ModelConfig, parse
+from ..common.config import EngineConfig, ModelConfig, ParallelConfig, parse
 from ..common.requests import WorkerInfo
 from ..models.config_reader import ConfigReader
 from ..models.dummy_shapes import DUMMY_PREFIX, dummy_shape, is_dummy
@@ -19,7 +19,7 @@ from ..models.model_shape import ModelShape
 from ..models.registry import lookup
 from ..models.shape_reader import read_shape
 from . import config_flags
-from .bench import BENCH_DEFAULTS
+from .bench import BENCH_DEFAULTS, PARALLEL_DEFAULTS
 from .bench_engine import BenchEngine, seconds_since_process_start
 from .bench_machine import measure_machine
 from .bench_roofline import Roofline
@@ -47,19 +47,24 @@ def bench_session(args: argparse.Namespace, rows: Rows, *, max_num_seqs: int) ->
     name = DUMMY_PREFIX + args.shape if args.shape is not None else args.model
     model_config = ModelConfig(model=name, dtype=args.dtype, max_model_len=args.input_len + args.output_len)
     engine_config = _engine_config(args, max_num_seqs)
-    rows.say(f"Starting {name}")
-    with BenchEngine(model_config, engine_config, seed=args.seed) as engine:
+    parallel = parse(ParallelConfig, {**PARALLEL_DEFAULTS, **config_flags.section_values(args, "parallel")})
+    num_ranks = parallel.tensor_parallel
+    rows.say(f"Starting {name}" + (f" on {num_ranks} ranks" if num_ranks > 1 else ""))
+    with BenchEngine(model_config, engine_config, parallel, seed=args.seed) as engine:
         engine.run(1, input_len=args.input_len, output_len=1)
         start_s, info = seconds_since_process_start(), engine.info
+        where = info.device if num_ranks == 1 else f"each of {num_ranks} ranks"
         rows.say(
-            f"First token {start_s:.1f} s after the process began: {info.num_parameters / 1e6:.1f} M parameters on "
-            f"{info.device}, KV cache of {info.num_blocks * info.block_size} tokens"
+            f"First token {start_s:.1f} s after the process began: {info.num_parameters / 1e6:.1f} M parameters on {where}, "
+            f"KV cache of {info.num_blocks * info.block_size} tokens"
         )
-        roofline = _measure_roofline(info)
+        roofline = _measure_roofline(info, num_ranks)
         facts = {
             "model": name,
             "device": _device_name(info.device),
             "dtype": info.dtype,
+            "tensor_parallel": num_ranks,
+            "expert_parallel": parallel.expert_parallel,
             "input_len": args.input_len,
             "output_len": args.output_len,
             "read_tb_s": roofline.machine.read_bytes_per_s / 1e12,
@@ -78,13 +83,14 @@ def _engine_config(args: argparse.Namespace, max_num_seqs: int) -> EngineConfig:
     return config
 
 
-def _measure_roofline(info: WorkerInfo) -> Roofline:
+def _measure_roofline(info: WorkerInfo, num_ranks: int) -> Roofline:
     dtype = getattr(torch, info.dtype)
     return Roofline(
         shape=_read_shape(info),
         machine=measure_machine(torch.device(info.device), dtype=dtype),
         weight_bytes=info.weight_bytes / info.num_parameters,
         kv_bytes=dtype.itemsize,
+        num_ranks=num_ranks,
     )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..common.config import (
@@ -40,14 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_section(parser, name)
 
 
-def add_section(parser: argparse.ArgumentParser, name: str, *, defaults: Mapping[str, object] | None = None) -> None:
-    """A flag for every field of one section; `defaults` are shown in place of the class's own."""
+def add_section(
+    parser: argparse.ArgumentParser,
+    name: str,
+    *,
+    defaults: Mapping[str, object] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """A flag for every field of one section, less those `without`; `defaults` are shown in place of the class's own."""
     section, defaults = _SECTIONS[name], defaults or {}
     group = parser.add_argument_group(f"[{name}]")
     hints = typing.get_type_hints(section)
     helps = _attribute_docs(section)
     for field in dataclasses.fields(section):
-        if (name, field.name) != ("model", "model"):
+        if (name, field.name) != ("model", "model") and field.name not in without:
             default = defaults.get(field.name, field.default)
             _add_flag(group, field.name, hints[field.name], helps.get(field.name, ""), default)
 

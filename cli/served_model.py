@@ -20,9 +20,10 @@ def find_served_model(config: ServeConfig) -> str:
     with terminal_progress() as progress:
         path = str(resolve(config.model.model, pull_missing=True, progress=progress).path)
     parallel = config.parallel
-    if parallel.tensor_parallel > 1:
+    if parallel.num_ranks > 1:
         rule = None
         if parallel.rebalance_interval_steps:
-            rule = partial(first_slots, num_redundant=parallel.redundant_experts, num_ranks=parallel.tensor_parallel)
-        check_ranks(path, size=parallel.tensor_parallel, whole_experts=parallel.expert_parallel, first_slots=rule)
+            rule = partial(first_slots, num_redundant=parallel.redundant_experts, num_ranks=parallel.num_ranks)
+        size, data_size = parallel.tensor_parallel, parallel.data_parallel
+        check_ranks(path, size=size, whole_experts=parallel.expert_parallel, data_size=data_size, first_slots=rule)
     return path

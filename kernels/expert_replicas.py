@@ -1,10 +1,11 @@
 """Sends each choice of an expert to one of the slots that hold a copy of it, and counts what experts get.
 
-    slot[t, c] = copies[e, 1 + t mod copies[e, 0]]   with e = experts[t, c]; -1 where e is negative
+    slot[t, c] = copies[e, 1 + (t + first_turn) mod copies[e, 0]]   with e = experts[t, c]; -1 where e is negative
     loads[e]  += 1 for each choice of e
 
 So the copies of an expert take turns by row: all ranks that see the same rows agree without a word, and a row's tokens go
-the same way however often it runs. The table is read where it lies: whoever writes another into it redirects captured graphs.
+the same way however often it runs. Ranks with few rows of their own begin at turns of their own. The table is read where it
+lies: whoever writes another into it redirects captured graphs.
 
 T tokens, C choices, E experts, N columns of the table: 1 + the most copies that an expert may have.
 """
@@ -17,7 +18,9 @@ from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 
 
-def choose_replicas(experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor) -> torch.Tensor:
+def choose_replicas(
+    experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor, *, first_turn: int = 0
+) -> torch.Tensor:
     """Slots int32 [T, C]; adds to `loads` int64.
 
     `experts` int32 below E (not checked on the device), `copies` int32: in each row their number, from 1, then their slots.
@@ -37,16 +40,18 @@ def choose_replicas(experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: 
     if not all(x.is_contiguous() for x in (experts_TC, copies_EN, loads_E)):
         raise ValueError("choose_replicas: experts, copies and loads must be contiguous")
     if choose_backend("choose_replicas", experts_TC, copies_EN, loads_E) == "triton":
-        return _choose_replicas_triton(experts_TC, copies_EN, loads_E)
-    return choose_replicas_ref(experts_TC, copies_EN, loads_E)
+        return _choose_replicas_triton(experts_TC, copies_EN, loads_E, first_turn=first_turn)
+    return choose_replicas_ref(experts_TC, copies_EN, loads_E, first_turn=first_turn)
 
 
-def choose_replicas_ref(experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor) -> torch.Tensor:
+def choose_replicas_ref(
+    experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor, *, first_turn: int = 0
+) -> torch.Tensor:
     is_chosen_TC = experts_TC >= 0
     ids_TC = experts_TC.long().clamp(min=0)
     loads_E.scatter_add_(0, ids_TC.flatten(), is_chosen_TC.flatten().to(loads_E.dtype))
     row_T1 = torch.arange(experts_TC.shape[0], device=experts_TC.device)[:, None]
-    turn_TC = row_T1 % copies_EN[:, 0][ids_TC]
+    turn_TC = (row_T1 + first_turn) % copies_EN[:, 0][ids_TC]
     return torch.where(is_chosen_TC, copies_EN[ids_TC, 1 + turn_TC], -1)
 
 
@@ -57,6 +62,7 @@ def _choose_replicas_kernel(
     loads,
     slots,
     num_pairs,
+    first_turn,
     NUM_CHOICES: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     EARLY_START: tl.constexpr,
@@ -71,12 +77,14 @@ def _choose_replicas_kernel(
     is_chosen = expert >= 0
     row = copies + expert.to(tl.int64) * NUM_COLUMNS
     num_copies = tl.load(row, is_chosen, other=1)
-    slot = tl.load(row + 1 + (pair // NUM_CHOICES) % num_copies, is_chosen, other=-1)
+    slot = tl.load(row + 1 + (pair // NUM_CHOICES + first_turn) % num_copies, is_chosen, other=-1)
     tl.store(slots + pair, slot, inside)
     tl.atomic_add(loads + expert, tl.full([BLOCK], 1, tl.int64), is_chosen, sem="relaxed")
 
 
-def _choose_replicas_triton(experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor) -> torch.Tensor:
+def _choose_replicas_triton(
+    experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor, *, first_turn: int = 0
+) -> torch.Tensor:
     slots_TC, num_pairs = torch.empty_like(experts_TC), experts_TC.numel()
     if num_pairs > 0:
         block = min(max(triton.next_power_of_2(num_pairs), 32), 1024)
@@ -86,6 +94,7 @@ def _choose_replicas_triton(experts_TC: torch.Tensor, copies_EN: torch.Tensor, l
             loads_E,
             slots_TC,
             num_pairs,
+            first_turn,
             NUM_CHOICES=experts_TC.shape[1],
             NUM_COLUMNS=copies_EN.shape[1],
             BLOCK=block,

@@ -1,6 +1,7 @@
 """Measures the kernels that could serve an op on this machine's GPU and keeps the best in its table (tuning.py).
 
     python -m pilotfish.kernels.tune --shapes qwen3-8b,qwen3-0.6b --nk 6144x4096 --rows 1,8,32
+    python -m pilotfish.kernels.tune --shapes qwen3-8b --tensor-parallel 2
 
 Prints one JSON row for each op, shape and number of rows, and keeps it at once. Every candidate's result is compared with the
 baseline's before it is timed: a wrong one is left out and named on stderr, and the exit status is 1. What this GPU has too
@@ -164,17 +165,18 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """What chooses the cases, here and in benchmarks."""
     parser.add_argument("--shapes", type=parse_shapes, help="models whose layers to measure; all, if there is no --nk")
     parser.add_argument("--nk", type=parse_sizes, nargs="*", default=[], help="more layers, OUTPUTSxINPUTS")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="take one of N ranks' share of each layer")
     parser.add_argument("--rows", type=parse_rows, help="numbers of rows, such as 1,8,32; by default powers of two")
 
 
 def chosen_linear_cases(args: argparse.Namespace) -> list[LinearCase]:
     """The linear layers of add_case_arguments' arguments."""
-    return linear_cases(_shapes(args), args.nk, args.rows or ROWS)
+    return linear_cases(_shapes(args), args.nk, args.rows or ROWS, num_ranks=args.tensor_parallel)
 
 
 def chosen_moe_cases(args: argparse.Namespace) -> list[MoeCase]:
     """The experts of add_case_arguments' arguments."""
-    return moe_cases(_shapes(args), args.rows or MOE_ROWS)
+    return moe_cases(_shapes(args), args.rows or MOE_ROWS, num_ranks=args.tensor_parallel)
 
 
 def _shapes(args: argparse.Namespace) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -20,27 +21,46 @@ from .skinny_linear import MAX_GEMV_INPUTS, MAX_SKINNY_ROWS, skinny_linear
 from .streaming_linear import MAX_STREAMING_ROWS, STEP_INPUTS, TILES, stages_within
 from .tuning import Config
 
-# (op, N, K) of every linear layer of a model on one GPU: q k v together, attention output, gate and up, down, router, head.
-SHAPES: dict[str, list[tuple[str, int, int]]] = {
+
+class Layer(NamedTuple):
+    """A linear layer of a model on one GPU, and which of its dimensions ranks share ("" none)."""
+
+    op: str
+    num_outputs: int
+    num_inputs: int
+    shared: Literal["outputs", "inputs", ""] = "outputs"
+
+    def on_rank(self, num_ranks: int) -> Layer:
+        """ValueError where it does not divide."""
+        size = {"outputs": self.num_outputs, "inputs": self.num_inputs, "": 0}[self.shared]
+        if size % num_ranks:
+            raise ValueError(f"{num_ranks} ranks do not share the {size} {self.shared} of a layer evenly")
+        if self.shared == "inputs":
+            return self._replace(num_inputs=size // num_ranks)
+        return self._replace(num_outputs=size // num_ranks) if self.shared else self
+
+
+# q k v together, attention output, gate and up, down, router, head.
+SHAPES: dict[str, list[Layer]] = {
     "qwen3-8b": [
-        ("linear", 6144, 4096),
-        ("linear", 4096, 4096),
-        ("gated_linear", 24576, 4096),
-        ("linear", 4096, 12288),
-        ("linear_float32", 151936, 4096),
+        Layer("linear", 6144, 4096),
+        Layer("linear", 4096, 4096, "inputs"),
+        Layer("gated_linear", 24576, 4096),
+        Layer("linear", 4096, 12288, "inputs"),
+        Layer("linear_float32", 151936, 4096),
     ],
     "qwen3-0.6b": [
-        ("linear", 4096, 1024),
-        ("linear", 1024, 2048),
-        ("gated_linear", 6144, 1024),
-        ("linear", 1024, 3072),
-        ("linear_float32", 151936, 1024),
+        Layer("linear", 4096, 1024),
+        Layer("linear", 1024, 2048, "inputs"),
+        Layer("gated_linear", 6144, 1024),
+        Layer("linear", 1024, 3072, "inputs"),
+        Layer("linear_float32", 151936, 1024),
     ],
     "qwen3-30b-a3b": [
-        ("linear", 5120, 2048),
-        ("linear", 2048, 4096),
-        ("linear", 128, 2048),
-        ("linear_float32", 151936, 2048),
+        Layer("linear", 5120, 2048),
+        Layer("linear", 2048, 4096, "inputs"),
+        Layer("linear", 128, 2048, ""),
+        Layer("linear_float32", 151936, 2048),
     ],
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -105,10 +125,16 @@ class LinearCase:
         return gated_activation(y_MN, activation) if activation else y_MN
 
 
-def linear_cases(shapes: Iterable[str], sizes: Iterable[tuple[int, int]], rows: Iterable[int]) -> list[LinearCase]:
-    """Every op and size of the named models, and plain layers of `sizes` (N, K), for each number of rows; none twice."""
-    layers = [layer for name in shapes for layer in SHAPES[name]] + [("linear", *size) for size in sizes]
-    return [LinearCase(op, (n, k), num_rows) for op, n, k in dict.fromkeys(layers) for num_rows in rows]
+def linear_cases(
+    shapes: Iterable[str], sizes: Iterable[tuple[int, int]], rows: Iterable[int], *, num_ranks: int = 1
+) -> list[LinearCase]:
+    """Every op and size of the named models on one of `num_ranks` ranks, and plain layers of `sizes` (N, K), for each number
+    of rows; none twice. ValueError where the ranks do not share a layer evenly.
+    """
+    layers = [layer.on_rank(num_ranks) for name in shapes for layer in SHAPES[name]]
+    layers += [Layer("linear", *size) for size in sizes]
+    distinct = dict.fromkeys((layer.op, layer.num_outputs, layer.num_inputs) for layer in layers)
+    return [LinearCase(op, (n, k), num_rows) for op, n, k in distinct for num_rows in rows]
 
 
 def _gemv_configs(num_inputs: int) -> Iterable[Config]:

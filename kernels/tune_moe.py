@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -79,10 +80,15 @@ class MoeCase:
     """One GEMM of one layer in bfloat16.
 
     The time of the first includes the sorting where its kernel needs it, the second's the sum.
+
+    Attributes:
+        moe: of one rank.
+        num_expert_ranks: ranks that have as many experts each; tokens choose from all, and this rank computes its own.
     """
 
     op: str
     moe: MoeSizes
+    num_expert_ranks: int = 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -96,8 +102,12 @@ class MoeCase:
     def read_bytes(self) -> int:
         """Weights of the experts that so many tokens touch on average when they choose at random."""
         moe = self.moe
-        touched = moe.num_experts * (1 - (1 - moe.num_choices / moe.num_experts) ** moe.num_tokens)
+        touched = moe.num_experts * (1 - (1 - moe.num_choices / self._num_choosable) ** moe.num_tokens)
         return round(touched) * moe.hidden * moe.intermediate * (4 if self.op == "moe_gate_up" else 2)
+
+    @property
+    def _num_choosable(self) -> int:
+        return self.moe.num_experts * self.num_expert_ranks
 
     @property
     def baseline(self) -> Config:
@@ -120,11 +130,12 @@ class MoeCase:
         x = torch.randn(num_inputs, columns, device="cuda", generator=generator).bfloat16()
         calls: list[Callable[[], torch.Tensor]] = []
         for _ in range(1 if num_weights else num_calls(self.read_bytes)):
-            scores = torch.rand(moe.num_tokens, moe.num_experts, device="cuda", generator=generator)
+            scores = torch.rand(moe.num_tokens, self._num_choosable, device="cuda", generator=generator)
             weights_TC, experts_TC = scores.topk(moe.num_choices)
-            experts_TC = experts_TC.int()
+            experts_TC = torch.where(experts_TC < moe.num_experts, experts_TC, -1).int()
             if self.op == "moe_gate_up":
-                calls.append(partial(_sort_and_gate_up, x, weight, experts_TC, config=parsed, sorted_rows=sorted_rows))
+                call = partial(_sort_and_gate_up, x, weight, experts_TC, config=parsed, sorted_rows=sorted_rows)
+                calls.append(partial(_own_rows, call, experts_TC, sorted_rows=sorted_rows) if num_weights else call)
             else:
                 order = sort_pairs(experts_TC, moe.num_experts)
                 torch.cuda.synchronize()  # as run_down asks of a caller that has not launched run_gate_up just before
@@ -149,7 +160,7 @@ class MoeCase:
         if moe.num_tokens <= MAX_GEMV_ROWS:
             for block_n, most, num_warps in GEMV_TILES[self.op]:
                 yield GemvConfig(block_n=block_n, block_k=gemv_block_k(num_inputs, most=most), num_warps=num_warps)
-        average = triton.cdiv(moe.num_tokens * moe.num_choices, moe.num_experts)
+        average = triton.cdiv(moe.num_tokens * moe.num_choices, self._num_choosable)
         if moe.num_tokens > 1 and average <= 32:
             for block_m in (16,) if average <= 4 else (16, 32):
                 for block_n, block_k, num_warps, num_stages, prefetch_lines in SHORT_TILES[self.op]:
@@ -182,6 +193,13 @@ def _is_on_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == loader.CAPABILITY
 
 
+def _own_rows(call: Callable[[], torch.Tensor], experts_TC: torch.Tensor, *, sorted_rows: bool) -> torch.Tensor:
+    """The rows of this rank's pairs; the others are not written."""
+    is_own_P = experts_TC.flatten() >= 0
+    h_PF = call()
+    return h_PF[: int(is_own_P.sum())] if sorted_rows else h_PF[is_own_P]
+
+
 def _sort_and_gate_up(
     x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, experts_TC: torch.Tensor, *, config: MoeConfig, sorted_rows: bool
 ) -> torch.Tensor:
@@ -189,13 +207,17 @@ def _sort_and_gate_up(
     return run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, "silu", config=config, sorted_rows=sorted_rows)
 
 
-def moe_cases(shapes: Iterable[str], rows: Iterable[int] = MOE_ROWS) -> list[MoeCase]:
-    """Both GEMMs of the sparse layers of the named models for each number of tokens; none for models that have none."""
+def moe_cases(shapes: Iterable[str], rows: Iterable[int] = MOE_ROWS, *, num_ranks: int = 1) -> list[MoeCase]:
+    """Both GEMMs of the sparse layers of the named models for each number of tokens; none for models that have none.
+
+    Of several ranks both ways to share them: whole experts, and every expert's intermediate size.
+    """
     cases = []
     for experts, choices, hidden, intermediate in (MOE_SHAPES[name] for name in shapes if name in MOE_SHAPES):
-        for num_tokens in rows:
+        shares = {(experts // num_ranks, intermediate, num_ranks), (experts, intermediate // num_ranks, 1)}
+        for (num_experts, num_rows, num_expert_ranks), num_tokens in itertools.product(sorted(shares), rows):
             sizes = MoeSizes(
-                num_tokens=num_tokens, num_choices=choices, num_experts=experts, hidden=hidden, intermediate=intermediate
+                num_tokens=num_tokens, num_choices=choices, num_experts=num_experts, hidden=hidden, intermediate=num_rows
             )
-            cases += [MoeCase(op, sizes) for op in OPS]
+            cases += [MoeCase(op, sizes, num_expert_ranks) for op in OPS]
     return cases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from .config_reader import ConfigReader, read_architecture
 from .family_spec import FamilySpec
 from .loader import Progress, load_weights
 from .model_shape import ModelShape
-from .parallel import FirstSlots, Parallel
+from .parallel import DataParallel, FirstSlots, Parallel
 from .registry import lookup
 from .shape_reader import read_shape
 from .weight_source import Placement
@@ -66,8 +67,11 @@ def load_model(
     return model
 
 
-def check_ranks(path: str | Path, *, size: int, whole_experts: bool, first_slots: FirstSlots | None = None) -> None:
-    """Whether `size` ranks can share the model of a checkpoint, found out without its weights. See Parallel for the arguments.
+def check_ranks(
+    path: str | Path, *, size: int, whole_experts: bool, data_size: int = 1, first_slots: FirstSlots | None = None
+) -> None:
+    """Whether `size` tensor ranks of each of `data_size` data ranks can share a checkpoint's model, found out without its
+    weights. `first_slots` as in Parallel.
 
     Raises:
         ConfigError: of `first_slots`.
@@ -75,7 +79,16 @@ def check_ranks(path: str | Path, *, size: int, whole_experts: bool, first_slots
     """
     shape, spec = _read_shape(Path(path))
     with Checkpoint(Path(path)) as checkpoint:
-        for rank in range(size):
+        for data_rank, rank in product(range(data_size), range(size)):
+            data = None
+            if data_size > 1:
+                data = DataParallel(
+                    rank=data_rank,
+                    size=data_size,
+                    all_gather_rows=_no_collective,
+                    reduce_scatter_rows=_no_collective,
+                    exchange_rows=_no_collective,
+                )
             parallel = Parallel(
                 rank=rank,
                 size=size,
@@ -83,6 +96,7 @@ def check_ranks(path: str | Path, *, size: int, whole_experts: bool, first_slots
                 first_slots=first_slots,
                 all_reduce=_no_collective,
                 all_gather=_no_collective,
+                data=data,
             )
             placement = Placement(
                 device=torch.device("meta"), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, parallel=parallel
@@ -96,7 +110,7 @@ def _read_shape(path: Path) -> tuple[ModelShape, FamilySpec]:
     return read_shape(ConfigReader(path), spec, architecture=architecture), spec
 
 
-def _no_collective(_: torch.Tensor) -> torch.Tensor:
+def _no_collective(*_: object) -> torch.Tensor:
     raise AssertionError("an empty model computes nothing")
 
 

@@ -31,6 +31,7 @@ class CausalLM(torch.nn.Module):
 
     Attributes:
         config: the whole model's shape.
+        data: the data ranks, where there are several.
         num_kv_heads: kv heads of this rank: what its KV cache holds.
         device, dtype: where it computes, and the dtype of activations (weights may be stored in another).
         num_parameters, weight_bytes: of this rank.
@@ -41,9 +42,11 @@ class CausalLM(torch.nn.Module):
         super().__init__()
         if placement.parallel.whole_experts and shape.moe is None:
             raise ModelLoadError(
-                f"{shape.architecture} has no sparse layers whose experts ranks could share: no expert_parallel"
+                f"{shape.architecture} has no sparse layers whose experts ranks could share: no expert_parallel or "
+                "data_parallel; num_replicas runs several copies of it"
             )
         self.config = shape
+        self.data = placement.parallel.data
         self.device, self.dtype = placement.device, placement.compute_dtype
         self.embedding = Embedding(
             shape.vocab_size,
@@ -67,6 +70,9 @@ class CausalLM(torch.nn.Module):
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """hidden [R, H] behind the final norm. Stores the batch's keys and values in its caches."""
+        if self.data is not None:
+            num_tokens = len(batch.token_ids_T)
+            self.data.begin(batch.rank_tokens, num_tokens=num_tokens, fixed_shapes=batch.fixed_shapes)
         x_TH = self.embedding.embed(batch.token_ids_T)
         residual_TH: torch.Tensor | None = None
         for layer in self.decoder_layers:

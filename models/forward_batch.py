@@ -30,6 +30,8 @@ class ForwardBatch:
         logits_rows_R: int64, indices into T; None is every token.
         kv_caches: a layer's (keys, values), each [num_blocks, L, kv heads of this rank, head_dim]. With latent attention both
             are the same tensor.
+        rank_tokens: T on each data rank, where there are several (parallel.py).
+        fixed_shapes: with several data ranks: nothing may wait for the device, since a CUDA graph may be captured.
     """
 
     token_ids_T: torch.Tensor
@@ -42,3 +44,5 @@ class ForwardBatch:
     min_query_len: int
     logits_rows_R: torch.Tensor | None
     kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    rank_tokens: tuple[int, ...] = ()
+    fixed_shapes: bool = False

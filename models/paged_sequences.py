@@ -1,6 +1,7 @@
 """Runs sequences of token ids through a model's paged cache by hand, without a scheduler: for proofs and tests.
 
-Blocks are handed out in a shuffled order, so that a wrong block table cannot go unnoticed.
+Blocks are handed out in a shuffled order, so that a wrong block table cannot go unnoticed. Data ranks, where there are several,
+must extend by the same number of tokens at the same time.
 
 T tokens of the batch, V vocabulary.
 """
@@ -80,4 +81,5 @@ class PagedSequences:
             min_query_len=min(len(tokens) for tokens in new_tokens.values()),
             logits_rows_R=torch.arange(len(token_ids), device=self.model.device),
             kv_caches=self.kv_caches,
+            rank_tokens=(len(token_ids),) * (self.model.data.size if self.model.data is not None else 0),
         )

@@ -1,9 +1,12 @@
-"""One rank's place in a tensor-parallel replica, and which share of each weight it owns.
+"""One rank's place among those that compute a replica, and which share of each weight it owns.
 
 Passed explicitly when a model is built; nothing looks it up. A share says which rows or columns of a checkpoint tensor this
 rank keeps; the two collectives are given by whoever owns the process group (workers), so that models know no NCCL.
 
 Nothing has to divide: parts are contiguous, in rank order and as even as they can be.
+
+Tensor ranks have the same tokens and share every layer. Data ranks have tokens of their own and each a whole attention (of one
+or several tensor ranks); they share the experts of sparse layers alone.
 """
 
 from __future__ import annotations
@@ -43,9 +46,39 @@ def whole(total: int) -> Share:
     return Share(0, total, total)
 
 
+@dataclass(kw_only=True, slots=True)
+class DataParallel:
+    """Data rank `rank` of `size`, and what moves between the ranks that have one tensor rank.
+
+    The collectives are as those of Parallel. H is whatever a row holds; N, R and S are numbers of rows.
+
+    Attributes:
+        all_gather_rows: joins every rank's [N, H], of one shape, along the rows: [size * N, H] in rank order.
+        reduce_scatter_rows: sums every rank's [size * N, H]; each gets its own N rows of the sum.
+        exchange_rows: (x [S, H], rows sent to each rank, rows received from each) -> [R, H]. x lies in the order of the ranks
+            that its rows go to, the result in the order of those they come from.
+        rank_tokens: of every data rank in the step that is computed: set by `begin`, for all layers alike.
+        fixed_shapes: of that step: it may be captured in a CUDA graph, so nothing in it may wait for the device.
+    """
+
+    rank: int
+    size: int
+    all_gather_rows: Callable[[torch.Tensor], torch.Tensor]
+    reduce_scatter_rows: Callable[[torch.Tensor], torch.Tensor]
+    exchange_rows: Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
+    rank_tokens: tuple[int, ...] = ()
+    fixed_shapes: bool = False
+
+    def begin(self, rank_tokens: tuple[int, ...], *, num_tokens: int, fixed_shapes: bool) -> None:
+        """A forward pass starts, here with `num_tokens`. ValueError where that is not what the ranks have agreed on."""
+        if len(rank_tokens) != self.size or rank_tokens[self.rank] != num_tokens:
+            raise ValueError(f"{num_tokens} tokens on data rank {self.rank} of {self.size}, which agreed on {rank_tokens}")
+        self.rank_tokens, self.fixed_shapes = rank_tokens, fixed_shapes
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parallel:
-    """Rank `rank` of `size`.
+    """Tensor rank `rank` of `size`, perhaps of one data rank of several.
 
     Every rank calls the same collectives in the same order, with tensors of the same shape and dtype, and goes on with the
     result: they are ordered with the device's work like a kernel, and may be captured in a CUDA graph.
@@ -56,6 +89,7 @@ class Parallel:
         all_reduce: sums a contiguous tensor over the ranks and returns it; it may work in place.
         all_gather: joins every rank's contiguous, equally shaped tensor along the last dimension, in rank order.
         whole_experts: ranks share the experts of a sparse layer (expert parallelism), not each expert's intermediate size.
+        data: where there are several data ranks; all ranks of all of them share the experts, so `whole_experts` is set.
     """
 
     rank: int = 0
@@ -64,6 +98,7 @@ class Parallel:
     first_slots: FirstSlots | None = None
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    data: DataParallel | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -72,6 +107,8 @@ class Parallel:
             raise ValueError(f"{self.size} ranks need all_reduce and all_gather")
         if self.first_slots is not None and not self.whole_experts:
             raise ValueError("first_slots are of whole experts")
+        if self.data is not None and not self.whole_experts:
+            raise ValueError("data ranks share whole experts: whole_experts must be set")
 
     def share(self, total: int, *, what: str, unit: int = 1, multiple: int = 1) -> Share:
         """This rank's part of `total` things of `unit` rows each: never none.
@@ -79,20 +116,19 @@ class Parallel:
         Parts are whole multiples of `multiple` things (of a half, a quarter... of it where there are fewer of them than ranks),
         with what is left over in the last. ModelLoadError for fewer things than ranks.
         """
-        if total < self.size:
-            raise ModelLoadError(f"{what} {total} cannot be split over {self.size} ranks: use at most {total} ranks")
-        run = multiple
-        while -(-total // run) < self.size:
-            run //= 2
-        start, stop = (min(run * _first(rank, -(-total // run), self.size), total) for rank in (self.rank, self.rank + 1))
-        return Share(start * unit, stop * unit, total * unit)
+        return _share(total, self.rank, self.size, what=what, unit=unit, multiple=multiple)
 
     def expert_shares(self, num_experts: int, intermediate_size: int) -> tuple[Share, Share]:
         """(experts, intermediate size of each) that this rank keeps of a sparse layer. ModelLoadError for too few."""
         if self.whole_experts:
-            return self.share(num_experts, what="the number of experts"), whole(intermediate_size)
+            return self.expert_share(num_experts, 0 if self.data is None else self.data.rank), whole(intermediate_size)
         intermediate = self.share(intermediate_size, what="the experts' intermediate size", multiple=ALIGNED)
         return whole(num_experts), intermediate
+
+    def expert_share(self, num_experts: int, data_rank: int) -> Share:
+        """The experts that the rank beside this one keeps, of this tensor rank and of data rank `data_rank`."""
+        num_ranks = self.size * (1 if self.data is None else self.data.size)
+        return _share(num_experts, data_rank * self.size + self.rank, num_ranks, what="the number of experts")
 
     def kv_head_share(self, num_kv_heads: int, *, unit: int) -> Share:
         """As `share`; where heads are fewer than ranks, each is kept by one or several ranks."""
@@ -136,6 +172,17 @@ class Parallel:
         if x_RV.shape[1] < part:
             x_RV = torch.nn.functional.pad(x_RV, (0, part - x_RV.shape[1]))
         return self.all_gather(x_RV)[:, :vocab_size]
+
+
+def _share(total: int, rank: int, size: int, *, what: str, unit: int = 1, multiple: int = 1) -> Share:
+    """See Parallel.share."""
+    if total < size:
+        raise ModelLoadError(f"{what} {total} cannot be split over {size} ranks: use at most {total} ranks")
+    run = multiple
+    while -(-total // run) < size:
+        run //= 2
+    start, stop = (min(run * _first(part, -(-total // run), size), total) for part in (rank, rank + 1))
+    return Share(start * unit, stop * unit, total * unit)
 
 
 def _first(part: int, total: int, num_parts: int) -> int:

@@ -86,6 +86,9 @@ class StepPlan:
     """One step: `experts`, `released_slots`, `admitted` and `replaced_blocks` are applied, then `rows` run, in this order.
 
     `step_id` starts at 1 and grows by one; it is the logical tick of everything in the scheduler.
+
+    Where a replica has several data ranks, their leaders fill in what they have agreed on: `rank_tokens`, the tokens of each
+    (one of padding where it has none), and `all_decode`, whether `is_decode` holds on all of them.
     """
 
     step_id: int
@@ -94,6 +97,13 @@ class StepPlan:
     released_slots: tuple[int, ...]
     replaced_blocks: tuple[BlockReplacement, ...] = ()
     experts: ExpertOrders | None = None
+    rank_tokens: tuple[int, ...] = ()
+    all_decode: bool = False
+
+    @property
+    def is_decode(self) -> bool:
+        """Every row computes one token and samples."""
+        return all(row.num_tokens == 1 and row.samples for row in self.rows)
 
     @property
     def num_tokens(self) -> int:

@@ -89,6 +89,11 @@ class StepScheduler:
         self._step_id += 1
         return planned[0]
 
+    def plan_nothing(self) -> StepPlan:
+        """A step without rows, of which `update` takes no result: other data ranks have work and this one takes part."""
+        self._step_id += 1
+        return StepPlan(self._step_id, (), (), ())
+
     def update(self, result: StepResult) -> None:
         """Take the result of the oldest step in flight.
 

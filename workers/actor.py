@@ -16,10 +16,11 @@ from functools import partial
 import ray
 
 from ..common import logs
-from ..common.config import DEFAULT_KV_MEMORY_FRACTION, EngineConfig, ModelConfig
+from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import InternalError, PilotfishError
 from ..common.rank_place import RankPlace
 from ..common.requests import ServingWorker
+from .cpu_threads import share_of_machine
 from .engine_interface import FAILED_PHASE, EngineInterface
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class WorkerActor:
             PilotfishError: why it cannot start.
         """
         try:
-            engine_config = _share_of_node(engine_config, num_node_workers)
+            if engine_config.device == "cpu":
+                engine_config = share_of_machine(engine_config, num_node_workers)
             if place is not None:
                 place = replace(place, host=ray.util.get_node_ip_address())
             if place is not None and not place.is_leader:
@@ -120,20 +122,6 @@ class WorkerActor:
         threading.Thread(target=_exit_when_failed, args=(engine,), name="engine-watch", daemon=True).start()
         logger.info("serving %s at %s under epoch %d", info.model_name, address, epoch)
         return ServingWorker(address=address, node=node, info=info)
-
-
-def _share_of_node(config: EngineConfig, num_node_workers: int) -> EngineConfig:
-    """On CPUs the workers of a node share its cores and memory."""
-    if config.device != "cpu":
-        return config
-    from .cpu_threads import usable_cores
-
-    fraction = config.kv_memory_fraction or DEFAULT_KV_MEMORY_FRACTION["cpu"]
-    return replace(
-        config,
-        num_threads=config.num_threads or max(1, usable_cores() // num_node_workers),
-        kv_memory_fraction=fraction / num_node_workers,
-    )
 
 
 def _exit_when_failed(engine: EngineInterface) -> None:

@@ -161,6 +161,10 @@ class BatchState:
         )
         return batch, DrawRows(slots_S, output_positions_S, inputs.lengths_S)
 
+    def compose_padding(self, kv_cache: KvCache) -> ForwardBatch:
+        """One token of padding, for a step in which this rank has no rows and others have."""
+        return self.compose_decode(self.to_device(self.decode_columns((), 1)), kv_cache)[0]
+
     def append_tokens(self, rows: DrawRows, tokens_R: torch.Tensor) -> None:
         """Writes sampled tokens behind their sequences, for the next step to read."""
         self.token_ids_MC.index_put_((rows.slots_R, rows.lengths_R), tokens_R.int())

@@ -1,4 +1,4 @@
-"""The ranks of one replica as a process group: the only file that knows torch.distributed.
+"""The ranks of one replica as process groups: this file and data_group.py are the only ones that know torch.distributed.
 
 Life cycle: the leader opens a Rendezvous on a free port; every rank joins it with `RankGroup.join`, in any order. All ranks
 call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -21,6 +22,7 @@ from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
 from ..models.parallel import Parallel
 from ..scheduler.expert_balancer import first_slots
+from .data_group import DataGroup, StepExchange
 
 
 class Rendezvous:
@@ -56,12 +58,30 @@ class RankStore:
 
 
 class RankGroup:
-    """The collectives of one replica, as one rank sees them."""
+    """The collectives between the tensor ranks of one data rank, as one of them sees them.
 
-    def __init__(self, place: RankPlace, store: RankStore, group: dist.ProcessGroup, device: torch.device) -> None:
+    Attributes:
+        data: between data ranks, where there are several.
+        steps: between their leaders, on a leader.
+    """
+
+    def __init__(
+        self,
+        place: RankPlace,
+        store: RankStore,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        data: DataGroup | None = None,
+        steps: StepExchange | None = None,
+        everyone: dist.ProcessGroup | None = None,
+    ) -> None:
         self.place = place
+        self.data = data
+        self.steps = steps
         self._store = store
-        self._group = group
+        self._group = group  # None of one tensor rank
+        self._everyone = everyone  # all ranks in the order of their numbers, where experts move between them
         self._device = device
 
     @classmethod
@@ -74,12 +94,26 @@ class RankGroup:
         try:
             store = RankStore(place)
             make = _nccl_group if device.type == "cuda" else _gloo_group
-            group = make(place, dist.PrefixStore("group", store.store), device)
-            joined = cls(place, store, group, device)
-            joined.agree_on_least(place.rank)  # the first collective connects them
+            group, data, steps = None, None, None
+            if place.size > 1:
+                group = make(place, dist.PrefixStore(f"tensor-ranks-{place.data_rank}", store.store), device)
+            if place.data_size > 1:
+                beside = replace(place, rank=place.data_rank, size=place.data_size)
+                data = DataGroup(beside, make(beside, dist.PrefixStore(f"data-ranks-{place.rank}", store.store), device))
+                if place.is_leader:
+                    steps = StepExchange(
+                        beside, _gloo_group(beside, dist.PrefixStore("steps", store.store), torch.device("cpu"))
+                    )
+            everyone = group if data is None else data.group
+            if place.balances_experts and place.size > 1 and place.data_size > 1:
+                everyone = make(
+                    replace(place, rank=place.number, size=place.num_ranks), dist.PrefixStore("all-ranks", store.store), device
+                )
+            joined = cls(place, store, group, device, data=data, steps=steps, everyone=everyone)
+            joined.agree_on_least(place.number)  # the first collectives connect them
         except (RuntimeError, ValueError) as error:
             raise InternalError(
-                f"rank {place.rank} of {place.size} found no group of all ranks at {place.address} within "
+                f"rank {place.number} of {place.num_ranks} found no group of all ranks at {place.address} within "
                 f"{place.timeout_s:g} s: {' '.join(str(error).split())[:300]}"
             ) from error
         return joined
@@ -88,24 +122,27 @@ class RankGroup:
     def parallel(self) -> Parallel:
         place, rule = self.place, None
         if place.balances_experts:
-            rule = partial(first_slots, num_redundant=place.num_redundant_experts, num_ranks=place.size)
+            rule = partial(first_slots, num_redundant=place.num_redundant_experts, num_ranks=place.num_ranks)
         return Parallel(
             rank=place.rank,
             size=place.size,
             whole_experts=place.whole_experts,
             first_slots=rule,
-            all_reduce=self.all_reduce,
-            all_gather=self.all_gather,
+            all_reduce=self.all_reduce if place.size > 1 else None,
+            all_gather=self.all_gather if place.size > 1 else None,
+            data=None if self.data is None else self.data.parallel,
         )
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x becomes the sum over the ranks."""
+        assert self._group is not None
         x = x.contiguous()
         self._group.allreduce([x], dist.AllreduceOptions()).wait()
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x of one shape, joined along the last dimension in the order of ranks."""
+        assert self._group is not None
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.place.size)]
         self._group.allgather([parts], [x]).wait()
@@ -113,35 +150,53 @@ class RankGroup:
 
     def broadcast(self, x: torch.Tensor) -> None:
         """x becomes the leader's."""
+        if self._group is None:
+            return
         options = dist.BroadcastOptions()
         options.rootRank = LEADER
         self._group.broadcast([x], options).wait()
+
+    def sum_over_all(self, x: torch.Tensor) -> None:
+        """x, contiguous, becomes the sum over all ranks, tensor and data ranks."""
+        assert self._everyone is not None
+        self._everyone.allreduce([x], dist.AllreduceOptions()).wait()
 
     def exchange_rows(
         self, incoming: torch.Tensor, outgoing: torch.Tensor, *, received: Sequence[int], sent: Sequence[int]
     ) -> None:
         """`sent` [ranks] rows of `outgoing` go to each rank, in order, and `received` of each come into `incoming`.
 
-        Both are contiguous, of one dtype, and have just these rows.
+        Between all ranks, tensor and data ranks. Both are contiguous, of one dtype, and have just these rows.
         """
-        self._group.alltoall_base(incoming, outgoing, list(received), list(sent), dist.AllToAllOptions()).wait()
+        assert self._everyone is not None
+        self._everyone.alltoall_base(incoming, outgoing, list(received), list(sent), dist.AllToAllOptions()).wait()
 
     def agree_on_least(self, value: int) -> int:
-        """The least of all ranks' values."""
+        """The least of the values of all ranks, tensor and data ranks."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self._device)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
-        self._group.allreduce([tensor], options).wait()
+        if self._group is not None:
+            self._group.allreduce([tensor], options).wait()
+        if self.data is not None:
+            self.data.group.allreduce([tensor], options).wait()
         return int(tensor.item())
 
+    def abort(self) -> None:
+        """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
+        groups = {self._group, None if self.data is None else self.data.group, self._everyone}
+        for group in groups:
+            if group is not None:
+                group.abort()
+
     def tell(self, key: str, value: str) -> None:
-        """Leaves a word for the other ranks."""
-        self._store.tell(key, value)
+        """Leaves a word for the other tensor ranks."""
+        self._store.tell(f"{self.place.data_rank}.{key}", value)
 
     def hear(self, key: str) -> str:
-        """Waits for a word that a rank leaves. Raises InternalError at the timeout."""
+        """Waits for a word that a tensor rank leaves. Raises InternalError at the timeout."""
         try:
-            return self._store.hear(key)
+            return self._store.hear(f"{self.place.data_rank}.{key}")
         except RuntimeError as error:
             raise InternalError(f"no rank has said {key!r} within {self.place.timeout_s:g} s: {error}") from error
 

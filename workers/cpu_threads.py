@@ -1,10 +1,13 @@
-"""How many CPU threads the computation should use: the cores that this process may run on, and no more."""
+"""How many CPU threads the computation should use: the cores that this process may run on, and its share of them."""
 
 from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
+
+from ..common.config import DEFAULT_KV_MEMORY_FRACTION, EngineConfig
 
 
 def usable_cores(*, cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
@@ -12,6 +15,16 @@ def usable_cores(*, cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
     cores = len(os.sched_getaffinity(0))
     quota = _quota_cores(cgroup_root)
     return max(1, min(cores, math.ceil(quota))) if quota else cores
+
+
+def share_of_machine(config: EngineConfig, num_workers: int) -> EngineConfig:
+    """Of an engine on CPUs, whose machine's cores and memory `num_workers` share."""
+    fraction = config.kv_memory_fraction or DEFAULT_KV_MEMORY_FRACTION["cpu"]
+    return replace(
+        config,
+        num_threads=config.num_threads or max(1, usable_cores() // num_workers),
+        kv_memory_fraction=fraction / num_workers,
+    )
 
 
 def _quota_cores(root: Path) -> float | None:

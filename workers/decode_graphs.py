@@ -1,8 +1,9 @@
 """CUDA graphs of decode steps: one for each of a ladder of batch sizes, replayed instead of launched kernel by kernel.
 
 A step of n rows that compute one token each runs in the smallest captured size that holds them; the rows behind them are
-padding, which reads and writes a slot and a page of its own. Two graphs a size: the forward pass up to the logits, and the
-plain draw. Rows with rules or log probabilities are drawn outside, from the first graph's logits.
+padding, which reads and writes a slot and a page of its own. Data ranks replay the size that holds the rows of the one that
+has the most, since their experts meet in it. Two graphs a size: the forward pass up to the logits, and the plain draw. Rows
+with rules or log probabilities are drawn outside, from the first graph's logits.
 
 What a graph reads lies where it lay at the capture: the columns of the step (copied in before each replay), the state of the
 slots, the sampling tables and the KV cache. All sizes share one memory pool, so the logits of a replay are valid until the
@@ -16,7 +17,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -55,6 +56,8 @@ class DecodeStep:
     def forward(self) -> tuple[torch.Tensor, DrawRows]:
         """logits [size, V] float32, and the rows as the draw wants them."""
         batch, rows = self._batch_state.compose_decode(self.columns, self._kv_cache)
+        if (data := self._model.data) is not None:
+            batch = replace(batch, rank_tokens=(len(rows.slots_R),) * data.size, fixed_shapes=True)
         return self._model.compute_logits(self._model.forward(batch)), rows
 
     def draw(self, logits_SV: torch.Tensor, rows: DrawRows) -> Sampled:
@@ -89,11 +92,12 @@ class DecodeGraphs:
         self._graphs = graphs
         self._sizes = sorted(graphs)
 
-    def find(self, rows: Sequence[PlannedRow]) -> DecodeGraph | None:
-        """The smallest graph that holds a step of these rows; None where there is none."""
-        if len(rows) > self._sizes[-1] or any(row.num_tokens != 1 or not row.samples for row in rows):
+    def find(self, rows: Sequence[PlannedRow], *, num_rows: int = 0) -> DecodeGraph | None:
+        """The smallest graph that holds a step of these rows, and at least `num_rows`; None where there is none."""
+        num_rows = max(num_rows, len(rows))
+        if num_rows > self._sizes[-1] or any(row.num_tokens != 1 or not row.samples for row in rows):
             return None
-        return self._graphs[self._sizes[bisect_left(self._sizes, len(rows))]]
+        return self._graphs[self._sizes[bisect_left(self._sizes, num_rows)]]
 
 
 Capture = Callable[[Sequence[int], Callable[[int], DecodeStep]], DecodeGraphs]

@@ -29,6 +29,7 @@ from ..scheduler.snapshot import SchedulerSnapshot
 from ..scheduler.step_scheduler import SchedulerConfig, StepScheduler
 from .request_check import check_request
 from .runner_setup import set_up_runner
+from .step_agreement import ReplicaStopped
 from .step_loop import StepLoop, StepRunner
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,9 @@ class Engine:
         try:
             self._run_steps(loop)
             phase, failure = Phase.STOPPED, ""
+        except ReplicaStopped as end:
+            logger.info("%s (%d requests)", end, len(self._live))
+            phase, failure = Phase.FAILED, str(end)
         except Exception as error:
             logger.exception("the engine failed with %d requests", len(self._live))
             phase, failure = Phase.FAILED, f"{type(error).__name__}: {error}"
@@ -267,8 +271,7 @@ class Engine:
     def _take_commands(self, loop: StepLoop) -> bool:
         """Runs the waiting commands, and waits for one when there is nothing else to do; False when the engine is to stop."""
         with self._changed:
-            while not (self._commands or self._is_stopping or loop.has_work):
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._commands or self._is_stopping or loop.has_work, loop.idle_wait_s)
             commands, self._commands = self._commands, deque()
         for command in commands:
             command(loop)

@@ -45,8 +45,8 @@ class ExpertMover:
         self._outgoing, self._incoming = (
             torch.empty((self.writes_per_step, expert_bytes), dtype=torch.uint8, device=model.device) for _ in range(2)
         )
-        row_each = torch.zeros((group.place.size, 1), dtype=torch.uint8, device=model.device)
-        ones = [1] * group.place.size
+        row_each = torch.zeros((group.place.num_ranks, 1), dtype=torch.uint8, device=model.device)
+        ones = [1] * group.place.num_ranks
         group.exchange_rows(torch.empty_like(row_each), row_each, received=ones, sent=ones)  # connects each rank with each
 
     def forget_loads(self) -> None:
@@ -58,7 +58,8 @@ class ExpertMover:
         """Queues the work. The loads int64 [layers, experts] of all ranks together, where they are asked for."""
         loads_LE = None
         if orders.reads_loads:
-            loads_LE = self._group.all_reduce(torch.stack([layer_map.loads_E for layer_map in self._maps]))
+            loads_LE = torch.stack([layer_map.loads_E for layer_map in self._maps])
+            self._group.sum_over_all(loads_LE)
             self.forget_loads()
         if orders.writes:
             self._write(self._layers[orders.layer].slot_weights, orders.writes)
@@ -75,7 +76,7 @@ class ExpertMover:
                 part.copy_(weights)
         sent = Counter(self._rank_of(write.slot) for write in outgoing)
         received = Counter(self._rank_of(write.source) for write in incoming)
-        ranks = range(self._group.place.size)
+        ranks = range(self._group.place.num_ranks)
         self._group.exchange_rows(
             self._incoming[: len(incoming)],
             self._outgoing[: len(outgoing)],

@@ -7,6 +7,8 @@ in the same way: the largest, whose memory the others share, and the next, for w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..common.config import EngineConfig
@@ -44,6 +46,8 @@ def measure_largest_step(
     cache = KvCache(one_page.layers, -(-max_model_len // config.block_size), config.block_size)
     runner = ModelRunner(model, config=config, kv_cache=cache, max_model_len=max_model_len, device=model.device, group=group)
     plan = _largest_plan(num_tokens, num_rows=config.max_num_seqs, max_model_len=max_model_len, block_size=config.block_size)
+    if model.data is not None:
+        plan = replace(plan, rank_tokens=(plan.num_tokens,) * model.data.size)
     try:
         with measure_peak(model.device) as peak:
             runner.launch(plan, isolate_failures=False).result()

@@ -4,7 +4,8 @@ A step has two halves. `launch` applies the plan and queues all its work; on a G
 that the next plan can be made and launched meanwhile. `PendingStep.result` waits for the tokens. Plans are launched in the
 order of their ids and their results are taken in the same order.
 
-On a GPU a step in which every row computes one token and samples replays a CUDA graph (decode_graphs.py).
+On a GPU a step in which every row computes one token and samples replays a CUDA graph (decode_graphs.py). Of several data ranks
+all replay one of the same size, or none does; one without rows computes a token of padding beside the others.
 
 A step that raises is run again in halves: running the same rows twice writes the same keys and values and draws the same
 tokens. Rows that fail alone are reported as errors, all others get their tokens; a step that was too large for
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import torch
@@ -98,6 +99,7 @@ class ModelRunner:
 
     failure = ""  # what it launches ends
     expert_balance: ExpertBalance | None = None  # the leader of ranks knows it
+    agreement = None  # it asks nobody
 
     def __init__(
         self,
@@ -163,7 +165,7 @@ class ModelRunner:
         self._batch_state.update_blocks(plan.replaced_blocks, rows)
         stopwatch = Stopwatch(self._device)
         launch_rows = self._launch_isolating if isolate_failures else self._launch_whole
-        parts += launch_rows(rows, stopwatch)
+        parts += launch_rows(rows, plan, stopwatch)
         arrived = torch.cuda.Event() if self._device.type == "cuda" else None
         if arrived is not None:
             arrived.record()
@@ -187,9 +189,9 @@ class ModelRunner:
             logger.exception("request %s cannot be admitted", sequence.request.request_id)
             self._unusable_slots[sequence.slot] = _describe(error)
 
-    def _launch_isolating(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
+    def _launch_isolating(self, rows: Sequence[PlannedRow], plan: StepPlan, stopwatch: Stopwatch) -> list[PendingPart]:
         try:
-            return self._launch_whole(rows, stopwatch)
+            return self._launch_whole(rows, plan, stopwatch)
         except torch.AcceleratorError:
             raise  # no smaller step can succeed
         except Exception as error:
@@ -201,17 +203,42 @@ class ModelRunner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         middle = len(rows) // 2
-        return self._launch_isolating(rows[:middle], stopwatch) + self._launch_isolating(rows[middle:], stopwatch)
+        return self._launch_isolating(rows[:middle], plan, stopwatch) + self._launch_isolating(rows[middle:], plan, stopwatch)
 
-    def _launch_whole(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> list[PendingPart]:
-        if not rows:
-            return []
-        graph = self._graphs.find(rows) if self._graphs is not None else None
-        sampled = self._replay(graph, rows, stopwatch) if graph is not None else self._forward_and_draw(rows, stopwatch)
-        return [PendingPart(rows, sampled.map(self._to_host) if sampled is not None else None)]
+    def _launch_whole(self, rows: Sequence[PlannedRow], plan: StepPlan, stopwatch: Stopwatch) -> list[PendingPart]:
+        graph = self._find_graph(rows, plan)
+        if rows:
+            sampled = (
+                self._replay(graph, rows, stopwatch)
+                if graph is not None
+                else self._forward_and_draw(rows, plan.rank_tokens, stopwatch)
+            )
+            return [PendingPart(rows, sampled.map(self._to_host) if sampled is not None else None)]
+        if plan.rank_tokens:
+            self._forward_padding(graph, plan.rank_tokens, stopwatch)
+        return []
 
-    def _forward_and_draw(self, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled | None:
+    def _find_graph(self, rows: Sequence[PlannedRow], plan: StepPlan) -> DecodeGraph | None:
+        """All data ranks find one of the same size, or none does."""
+        if self._graphs is None or (plan.rank_tokens and not plan.all_decode):
+            return None
+        return self._graphs.find(rows, num_rows=max(plan.rank_tokens, default=0))
+
+    def _forward_padding(self, graph: DecodeGraph | None, rank_tokens: tuple[int, ...], stopwatch: Stopwatch) -> None:
+        """This rank's experts for the tokens of the others."""
+        with stopwatch.measure("forward"):
+            if graph is not None:
+                self._batch_state.fill(graph.columns, self._batch_state.decode_columns((), graph.columns.shape[1]))
+                graph.forward.replay()
+            else:
+                self.model.forward(replace(self._batch_state.compose_padding(self._kv_cache), rank_tokens=rank_tokens))
+
+    def _forward_and_draw(
+        self, rows: Sequence[PlannedRow], rank_tokens: tuple[int, ...], stopwatch: Stopwatch
+    ) -> Sampled | None:
         batch, sampling = self._batch_state.compose(rows, self._kv_cache)
+        if rank_tokens:
+            batch = replace(batch, rank_tokens=rank_tokens)
         with stopwatch.measure("forward"):
             hidden_RH = self.model.forward(batch)
         if not len(sampling.host_slots_R):

@@ -1,7 +1,7 @@
 """StepPlans as bytes, for the ranks that follow the leader: packed little-endian columns, never pickle.
 
-A message is a header, the sizes of the columns, and the columns: released slots, replaced blocks, admitted sequences, rows,
-orders to experts.
+A message is a header, the sizes of the columns, and the columns: released slots, replaced blocks, tokens of the data ranks,
+admitted sequences, rows, orders to experts.
 A request's id travels once, with its admission, and rows name slots alone; so a decoder has memory, and sees every plan of its
 epoch in order. A decoded plan equals the encoded one. What follows the header says nothing about its own types: a change to
 it changes VERSION, and ranks of two versions do not understand each other.
@@ -24,8 +24,9 @@ MAGIC = b"PFsp"
 VERSION = 2
 
 _HEADER = struct.Struct("<4sHHQqq")  # magic, version, zero, bytes of the whole message, epoch, step id
-# released slots, replaced blocks, admitted sequences, rows, new blocks of all rows, whether there are orders to experts
-_SIZES = struct.Struct("<5I?")
+# released slots, replaced blocks, admitted sequences, rows, new blocks of all rows, data ranks, whether all of them decode,
+# whether there are orders to experts
+_SIZES = struct.Struct("<6I2?")
 _ORDERS = struct.Struct("<?2I")  # whether loads are read, layer, writes
 # slot, num_computed, num_output, outputs known at the request's arrival, tokens, blocks, bytes of the id, bytes of the salt,
 # whether there is a deadline, the deadline, priority
@@ -50,6 +51,7 @@ def encode_plan(plan: StepPlan, *, epoch: int) -> bytes:
     parts = [b"", b"", _pack("I", plan.released_slots)]
     if plan.replaced_blocks:
         parts.append(_pack("I", [n for entry in plan.replaced_blocks for n in (entry.slot, entry.index, entry.block_id)]))
+    parts.append(_pack("I", plan.rank_tokens))
     for sequence in plan.admitted:
         parts += _admitted_parts(sequence)
     num_new_blocks = 0
@@ -69,6 +71,8 @@ def encode_plan(plan: StepPlan, *, epoch: int) -> bytes:
         len(plan.admitted),
         len(plan.rows),
         num_new_blocks,
+        len(plan.rank_tokens),
+        plan.all_decode,
         plan.experts is not None,
     )
     num_bytes = _HEADER.size + sum(map(len, parts))
@@ -115,9 +119,12 @@ class PlanDecoder:
         return int(step_id)
 
     def _read(self, cursor: _Cursor, step_id: int) -> StepPlan:
-        num_released, num_replaced, num_admitted, num_rows, num_new_blocks, has_orders = cursor.read(_SIZES)
+        num_released, num_replaced, num_admitted, num_rows, num_new_blocks, num_ranks, all_decode, has_orders = cursor.read(
+            _SIZES
+        )
         released = cursor.numbers(num_released)
         replaced = cursor.numbers(3 * num_replaced)
+        rank_tokens = cursor.numbers(num_ranks)
         admitted = tuple([_read_admitted(cursor) for _ in range(num_admitted)])
         slots, starts, num_tokens, output_positions, num_blocks = (cursor.numbers(num_rows) for _ in range(5))
         new_blocks = cursor.numbers(num_new_blocks)
@@ -144,6 +151,8 @@ class PlanDecoder:
             released,
             tuple([BlockReplacement(*replaced[i : i + 3]) for i in range(0, len(replaced), 3)]),
             orders,
+            rank_tokens,
+            all_decode,
         )
 
 

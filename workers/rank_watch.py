@@ -1,9 +1,10 @@
 """Finds a rank that is stuck, by name, long before a collective times out.
 
 Every follower beats: a thread of its own leaves a count in the group's store twice a second, with its last step and what it
-does. The leader's watch reads them. A count that stands still means that the process is stopped, swapped out or cut off (a rank
-that is slow in a step still beats); then `failure` says so, and the engine ends. Silence is counted in looks of the watch, not
-in seconds: on a machine that stood still, both stood still.
+does. So does every leader, where there are several. A leader's watch reads the counts of its followers and of the other
+leaders. One that stands still means that the process is stopped, swapped out or cut off (a rank that is slow in a step still
+beats); then `failure` says so, and the engine ends. Silence is counted in looks of the watch, not in seconds: on a machine
+that stood still, both stood still.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..common.rank_place import RankPlace
@@ -23,7 +25,7 @@ MAX_SILENT_LOOKS = 6
 
 
 class Beat:
-    """A follower's."""
+    """A rank's own."""
 
     def __init__(self, place: RankPlace) -> None:
         self._place = place
@@ -45,20 +47,22 @@ class Beat:
         while not self._closed.wait(BEAT_INTERVAL_S):
             count += 1
             try:
-                self._store.tell(_key(self._place.rank), f"{count} {self._state} {self._place.host}")
+                self._store.tell(_key(self._place.number), f"{count} {self._state} {self._place.host}")
             except RuntimeError as error:  # the leader's store is gone: so is the replica
-                logger.warning("rank %d cannot beat: %s", self._place.rank, error)
+                logger.warning("rank %d cannot beat: %s", self._place.number, error)
                 return
 
 
 class RankWatch:
-    """The leader's. `failure` is set once, and never taken back."""
+    """A leader's. `failure` is set once, and never taken back; then `on_failure` is called, on the watch's thread."""
 
-    def __init__(self, place: RankPlace) -> None:
+    def __init__(self, place: RankPlace, *, on_failure: Callable[[], None]) -> None:
         self.failure = ""
+        self._on_failure = on_failure
         self._store = RankStore(place)
         self._closed = threading.Event()
-        self._heard = {rank: _Heard() for rank in range(1, place.size)}
+        own, leaders = range(place.number + 1, place.number + place.size), range(0, place.num_ranks, place.size)
+        self._heard = {number: _Heard() for number in (*own, *leaders) if number != place.number}
         self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
         self._thread.start()
 
@@ -75,6 +79,7 @@ class RankWatch:
                 return
             if self.failure:
                 logger.error("%s", self.failure)
+                self._on_failure()
                 return
 
     def _look_at(self, rank: int, heard: _Heard) -> None:

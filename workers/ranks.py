@@ -2,8 +2,9 @@
 
 The leader's StepLoop launches through a LeadingRunner: a plan goes to the followers before the leader's own work is queued, so
 that all ranks queue the same collectives in the same order. A follower decides nothing: it launches each plan as it comes, and
-the leader's drawn tokens reach it by a collective (sampler.py). An error on any rank ends the whole replica: that rank's
-process ends, the others' collectives fail, and the fleet starts the replica again under a new epoch.
+the leader's drawn tokens reach it by a collective (sampler.py). A replica of several data ranks has a leader of each, which
+leads its tensor ranks, and before each step the leaders agree on it (step_agreement.py). An error on any rank ends the whole
+replica: that rank's process ends, the others' collectives fail, and the fleet starts the replica again under a new epoch.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 from ..common.config import EngineConfig, ModelConfig
-from ..common.errors import PilotfishError
-from ..common.rank_place import RankPlace
+from ..common.errors import InternalError, PilotfishError
+from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ExpertBalance, WorkerInfo
 from ..scheduler.step_plan import StepPlan
 from .comm import RankGroup
@@ -27,6 +29,7 @@ from .plan_codec import PlanDecoder, encode_plan
 from .plan_routes import PlanReceiver, PlanSender, open_receiver
 from .rank_watch import Beat, RankWatch
 from .runner_setup import choose_device, set_up_runner
+from .step_agreement import StepAgreement
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +38,20 @@ _MAX_IN_FLIGHT = 2  # steps that a follower has launched and whose end it has no
 
 
 class LeadingRunner:
-    """A ModelRunner at the head of others. `close` ends the followers; `failure` says which is stuck, "" while none is."""
+    """A ModelRunner at the head of others. `close` ends the followers; `failure` says which rank is stuck, "" while none is."""
 
-    def __init__(self, runner: ModelRunner, sender: PlanSender, watch: RankWatch, place: RankPlace) -> None:
+    def __init__(self, runner: ModelRunner, group: RankGroup) -> None:
+        """Waits until every follower can read plans."""
         self._runner = runner
-        self._director = ExpertDirector(runner.experts, place) if runner.experts is not None else None
-        self._sender = sender
-        self._watch = watch
-        self._place = place
+        self._place = group.place
+        self._sender = PlanSender(group)
+        self._beat = Beat(group.place) if group.place.data_size > 1 else None  # for the other leaders
+        # A collective that waits for a rank which is stuck ends with the group, on a GPU too.
+        self._watch = RankWatch(group.place, on_failure=group.abort)
+        self._director: ExpertDirector | None = None
+        if runner.experts is not None and group.place.number == LEADER:
+            self._director = ExpertDirector(runner.experts, group.place)
+        self.agreement = StepAgreement(group.steps, self._director) if group.steps is not None else None
 
     @property
     def failure(self) -> str:
@@ -53,29 +62,43 @@ class LeadingRunner:
         return self._director.balance if self._director is not None else None
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        if self._director is not None:
-            plan = self._director.direct(plan)
-        self._sender.send(encode_plan(plan, epoch=self._place.epoch), self._place.timeout_s)
+        if self._director is not None and self.agreement is None:
+            plan = replace(plan, experts=self._director.next_orders())
+        if self._place.size > 1:
+            self._sender.send(encode_plan(plan, epoch=self._place.epoch), self._place.timeout_s)
+        if self._beat is not None:
+            self._beat.say(plan.step_id, "step")
         step = self._runner.launch(plan)
         if self._director is not None:
             self._director.launched(step)
         return step
 
     def close(self) -> None:
+        if self._beat is not None:
+            self._beat.close()
         self._watch.close()
         self._sender.close()
 
 
-def lead(model_config: ModelConfig, engine_config: EngineConfig, *, place: RankPlace) -> tuple[LeadingRunner, WorkerInfo]:
+def lead(
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    *,
+    place: RankPlace,
+    on_join: Callable[[RankGroup], None] | None = None,
+) -> tuple[LeadingRunner, WorkerInfo]:
     """Sets the leader up together with its followers; an Engine's `set_up`.
+
+    `on_join` gets the group when all ranks are there, before a model is loaded.
 
     Raises:
         PilotfishError: this rank cannot start, or another did not come in time.
     """
-    group = RankGroup.join(place, choose_device(engine_config))
+    group = RankGroup.join(place, choose_device(engine_config, place))
+    if on_join is not None:
+        on_join(group)
     runner, info = set_up_runner(model_config, engine_config, group=group)
-    sender = PlanSender(group)
-    return LeadingRunner(runner, sender, RankWatch(place), place), info
+    return LeadingRunner(runner, group), info
 
 
 class Follower:
@@ -99,20 +122,22 @@ class Follower:
     def _run(self) -> None:
         place = self._place
         try:
-            group = RankGroup.join(place, choose_device(self._engine_config))
+            group = RankGroup.join(place, choose_device(self._engine_config, place))
             runner, _ = set_up_runner(self._model_config, self._engine_config, group=group)
             plans, beat = open_receiver(group), Beat(place)
-        except Exception as error:
-            if not isinstance(error, PilotfishError):
-                logger.exception("rank %d cannot start", place.rank)
+        except PilotfishError as error:
             self._started.set_exception(error)
+            return
+        except Exception as error:
+            logger.exception("rank %d cannot start", place.number)
+            self._started.set_exception(InternalError(f"{type(error).__name__}: {error}"))
             return
         self._started.set_result(None)
         try:
             reason = _follow(runner, plans, beat, epoch=place.epoch)
         except Exception as error:
-            logger.exception("rank %d failed", place.rank)
-            reason = f"rank {place.rank} failed: {type(error).__name__}: {error}"
+            logger.exception("rank %d failed", place.number)
+            reason = f"rank {place.number} failed: {type(error).__name__}: {error}"
         beat.close()
         self._on_end(reason)
 

@@ -10,6 +10,7 @@ import torch
 
 from ..common.config import DEFAULT_KV_MEMORY_FRACTION, EngineConfig, ModelConfig
 from ..common.errors import ConfigError
+from ..common.rank_place import RankPlace
 from ..common.requests import WorkerInfo
 from ..kernels.cpu.threads import use_threads
 from ..kernels.dispatch import backend_report
@@ -41,7 +42,7 @@ def set_up_runner(
         ModelNotFound, ModelLoadError: the model cannot be found or loaded, and why.
     """
     start_s = time.perf_counter()
-    device = choose_device(engine_config)
+    device = choose_device(engine_config, None if group is None else group.place)
     model, path = _load(model_config, device, Parallel() if group is None else group.parallel)
     experts = ExpertMover(model, group) if group is not None and group.place.balances_experts else None
     if device.type == "cpu":
@@ -100,13 +101,13 @@ def _load(config: ModelConfig, device: torch.device, parallel: Parallel) -> tupl
     return load_model(path, device=device, dtype=config.dtype, parallel=parallel), str(path)
 
 
-def choose_device(config: EngineConfig) -> torch.device:
-    """Raises ConfigError where cuda is asked for and there is none."""
+def choose_device(config: EngineConfig, place: RankPlace | None = None) -> torch.device:
+    """Of a rank, the GPU of its place. Raises ConfigError where cuda is asked for and there is none."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch finds no CUDA device here: use device auto or cpu, or see `pilotfish env`")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", torch.cuda.current_device() if place is None else place.gpu)
 
 
 def _choose_max_model_len(config: ModelConfig, max_position: int) -> int:

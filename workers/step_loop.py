@@ -2,6 +2,8 @@
 
 Up to `max_in_flight` steps are launched and not yet completed. With one, a turn is plan, run, update. With two, a turn plans
 and launches the next step while the device still runs this one, then completes this one: results are seen one step late.
+
+Of several data ranks every turn is a turn of all (step_agreement.py); one without rows launches a step all the same.
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ..common.errors import InternalError
 from ..common.requests import ExpertBalance, StepOutput, StepTimings
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.step_scheduler import StepScheduler
 from .model_runner import PendingStep
+from .step_agreement import StepAgreement
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     pending: PendingStep
+    is_planned: bool  # by this rank's scheduler, which waits for its result
     start_s: float
     plan_ms: float
 
@@ -34,7 +39,11 @@ class StepRunner(Protocol):
 
     @property
     def expert_balance(self) -> ExpertBalance | None:
-        """None where experts do not move."""
+        """None where experts do not move, and of data ranks on all but the first."""
+
+    @property
+    def agreement(self) -> StepAgreement | None:
+        """With the leaders of other data ranks, where there are some."""
 
     def launch(self, plan: StepPlan) -> PendingStep: ...
     def close(self) -> None: ...
@@ -63,29 +72,47 @@ class StepLoop:
     def has_work(self) -> bool:
         return bool(self._in_flight) or self.scheduler.has_work
 
+    @property
+    def idle_wait_s(self) -> float | None:
+        """How long to wait for work before the next turn, where there is none; None: until there is some."""
+        agreement = self._runner.agreement
+        return None if agreement is None else agreement.wait_s
+
     def advance(self) -> None:
-        """One turn: at most one step launched and one completed."""
+        """One turn: at most one step launched and one completed.
+
+        Raises:
+            ReplicaStopped: another data rank was stopped.
+        """
         start_s = time.monotonic()
-        plan = self.scheduler.plan()
+        plan = own_plan = self.scheduler.plan()
+        plan_ms = (time.monotonic() - start_s) * 1e3
+        if self._runner.agreement is not None:
+            plan = self._runner.agreement.join(own_plan, self.scheduler.plan_nothing)
         if plan is not None:
             if not self._in_flight:
-                self.busy_since_s = start_s
-            plan_ms = (time.monotonic() - start_s) * 1e3
-            self._in_flight.append(_InFlight(self._runner.launch(plan), start_s, plan_ms))
+                self.busy_since_s = time.monotonic()
+            self._in_flight.append(_InFlight(self._runner.launch(plan), own_plan is not None, start_s, plan_ms))
         if self._in_flight and (plan is None or len(self._in_flight) == self._max_in_flight):
             self._complete()
         elif plan is None:
             self._report(StepTimings(), num_batched_tokens=0)
 
     def finish(self) -> None:
-        """Completes what is in flight and reports the rest, without starting anything."""
+        """Completes what is in flight and reports the rest, without starting anything. Other data ranks are told of the end."""
         while self._in_flight:
             self._complete()
         self._report(StepTimings(), num_batched_tokens=0)
+        if self._runner.agreement is not None:
+            self._runner.agreement.leave()
 
     def _complete(self) -> None:
         step = self._in_flight.popleft()
-        self.scheduler.update(step.pending.result())
+        result = step.pending.result()
+        if self._runner.failure:  # it ended without the other ranks
+            raise InternalError(self._runner.failure)
+        if step.is_planned:
+            self.scheduler.update(result)
         now_s = time.monotonic()
         spent_ms = step.pending.stopwatch.total_ms()
         timings = StepTimings(
@@ -94,7 +121,7 @@ class StepLoop:
             sample_ms=spent_ms.get("sample", 0.0),
             total_ms=(now_s - step.start_s) * 1e3,
         )
-        self._report(timings, num_batched_tokens=step.pending.plan.num_tokens)
+        self._report(timings if step.is_planned else StepTimings(), num_batched_tokens=step.pending.plan.num_tokens)
         self.busy_since_s = now_s if self._in_flight else None
 
     def _report(self, timings: StepTimings, *, num_batched_tokens: int) -> None:

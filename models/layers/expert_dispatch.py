@@ -1,21 +1,34 @@
 """Brings tokens to the ranks that keep their experts, and the experts' weighted sums back.
 
-A dispatcher knows which slots this rank keeps (expert_map.py) and calls the experts with them numbered from 0; -1 is a choice
-that another rank serves. What it returns is this rank's part of a sum over the ranks that share a token (Parallel.sum).
+A dispatcher knows which slots each rank keeps (expert_map.py) and calls the experts with this rank's slots numbered from 0; -1
+is a choice that another rank serves. What it returns is this tensor rank's part of a sum over the tensor ranks (Parallel.sum).
 
-T tokens, C choices, H hidden.
+Tensor ranks have the same tokens, so nothing moves between them (LocalDispatcher). Data ranks have tokens of their own: few of
+them go to every data rank (GatherDispatcher), many only to those that keep one of their experts (AllToAllDispatcher). Each
+tensor rank moves all tokens of its data rank to the same tensor rank of others, for the slots that are kept there.
+
+T tokens, C choices, H hidden, D data ranks, N tokens of the data rank that has the most, R rows that came from other ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from ..parallel import Share
+from ..parallel import DataParallel, Parallel, Share
 
 # experts(x_TH, weights_TC, slots_TC) -> out_TH: the weighted sum of each token's choices among this rank's slots.
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Of the data rank that has the most tokens: up to here it costs less to bring all everywhere than to find out which must go.
+MAX_GATHERED_TOKENS = 256
+
+
+class Dispatcher(Protocol):
+    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
+        """out [T, H]. `weights` float32, `slots` int32, of all ranks."""
 
 
 class LocalDispatcher:
@@ -25,8 +38,79 @@ class LocalDispatcher:
         self._slots = slots
 
     def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
-        """out [T, H]. `slots` int32, of all ranks."""
         return experts(x_TH, weights_TC, own_slots(slots_TC, self._slots))
+
+
+class GatherDispatcher:
+    """All tokens to all data ranks, then a sum of which each gets its own tokens' rows.
+
+    Its shapes depend on N alone, and nothing waits for the device, so that a CUDA graph can hold it.
+    """
+
+    def __init__(self, slots: Share, data: DataParallel) -> None:
+        self._slots, self._data = slots, data
+
+    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
+        num_tokens = len(x_TH)
+        if (missing := max(self._data.rank_tokens) - num_tokens) > 0:
+            x_TH, weights_TC = (torch.nn.functional.pad(rows, (0, 0, 0, missing)) for rows in (x_TH, weights_TC))
+            slots_TC = torch.nn.functional.pad(slots_TC, (0, 0, 0, missing), value=-1)
+        rows = self._data.all_gather_rows(_pack(x_TH, weights_TC, slots_TC))
+        x_RH, weights_RC, slots_RC = _unpack(rows, x_TH, weights_TC)
+        out_RH = experts(x_RH, weights_RC, own_slots(slots_RC, self._slots))
+        return self._data.reduce_scatter_rows(out_RH)[:num_tokens]
+
+
+class AllToAllDispatcher:
+    """Each token to the data ranks that keep one of its experts, and from each a weighted sum back. The host waits once for the
+    counts.
+
+    Args:
+        owners: int64 [slots], the data rank that keeps each slot; D for a slot of another tensor rank.
+    """
+
+    def __init__(self, slots: Share, data: DataParallel, owners: torch.Tensor) -> None:
+        self._slots, self._data, self._owners = slots, data, owners
+
+    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
+        num_ranks = self._data.size
+        goes_TD = torch.zeros(len(x_TH), num_ranks + 1, dtype=torch.bool, device=x_TH.device)
+        goes_TD = goes_TD.scatter_(1, self._owners[slots_TC.long()], True)[:, :num_ranks]
+        counts_D1 = goes_TD.sum(0).unsqueeze(1)
+        ones = [1] * num_ranks
+        sent, received = torch.cat([counts_D1, self._data.exchange_rows(counts_D1, ones, ones)], dim=1).T.tolist()
+        places_TD = _places(goes_TD, num_sent=sum(sent))
+        rows = _pack(x_TH, weights_TC, slots_TC)[_tokens(places_TD, num_sent=sum(sent))]
+        x_RH, weights_RC, slots_RC = _unpack(self._data.exchange_rows(rows, sent, received), x_TH, weights_TC)
+        out_RH = experts(x_RH, weights_RC, own_slots(slots_RC, self._slots)) if len(x_RH) else x_RH
+        parts_SH = torch.nn.functional.pad(self._data.exchange_rows(out_RH, received, sent), (0, 0, 0, 1))
+        out_TH = torch.zeros_like(x_TH, dtype=torch.float32)
+        for rank in range(num_ranks):  # in one order, so that runs repeat bit by bit
+            out_TH += parts_SH[places_TD[:, rank]]
+        return out_TH.to(x_TH.dtype)
+
+
+class DataDispatcher:
+    """Between data ranks, by the shape of the step, which all of them know."""
+
+    def __init__(self, gather: GatherDispatcher, all_to_all: AllToAllDispatcher, data: DataParallel) -> None:
+        self._gather, self._all_to_all, self._data = gather, all_to_all, data
+
+    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
+        is_small = self._data.fixed_shapes or max(self._data.rank_tokens) <= MAX_GATHERED_TOKENS
+        dispatcher = self._gather if is_small else self._all_to_all
+        return dispatcher.run(x_TH, weights_TC, slots_TC, experts)
+
+
+def choose_dispatcher(parallel: Parallel, slots: Share, *, device: torch.device) -> Dispatcher:
+    """Of a sparse layer of which this rank keeps `slots`."""
+    data = parallel.data
+    if data is None:
+        return LocalDispatcher(slots)
+    owners = torch.full((slots.total,), data.size, dtype=torch.int64)
+    for rank in range(data.size):
+        owners[parallel.expert_share(slots.total, rank).range] = rank
+    return DataDispatcher(GatherDispatcher(slots, data), AllToAllDispatcher(slots, data, owners.to(device)), data)
 
 
 def own_slots(slots_TC: torch.Tensor, mine: Share) -> torch.Tensor:
@@ -35,3 +119,34 @@ def own_slots(slots_TC: torch.Tensor, mine: Share) -> torch.Tensor:
         return slots_TC
     local_TC = slots_TC - mine.start
     return torch.where((local_TC >= 0) & (local_TC < mine.size), local_TC, -1)
+
+
+def _pack(x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> torch.Tensor:
+    """One int32 row a token, which one collective moves: its activations, weights and slots, and what fills 16 bytes up."""
+    parts = [x_TH.view(torch.int32), weights_TC.view(torch.int32), slots_TC]
+    num_columns = sum(part.shape[1] for part in parts)
+    parts.append(slots_TC.new_zeros(len(x_TH), -num_columns % 4))
+    return torch.cat(parts, dim=1)
+
+
+def _unpack(
+    rows: torch.Tensor, x_TH: torch.Tensor, weights_TC: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x, weights, slots) of rows that were packed as these were. Rows of x lie apart, the others are contiguous."""
+    hidden, num_choices = x_TH.view(torch.int32).shape[1], weights_TC.shape[1]
+    x_RH = rows[:, :hidden].view(x_TH.dtype)
+    weights_RC, slots_RC = rows[:, hidden : hidden + 2 * num_choices].split(num_choices, dim=1)
+    return x_RH, weights_RC.view(torch.float32).contiguous(), slots_RC.contiguous()
+
+
+def _places(goes_TD: torch.Tensor, *, num_sent: int) -> torch.Tensor:
+    """Where each token lies among the rows that are sent, by rank and then by token: int64 [T, D]; num_sent where it stays."""
+    order_DT = goes_TD.T.reshape(-1).cumsum(0).view(goes_TD.shape[1], -1) - 1
+    return torch.where(goes_TD, order_DT.T, num_sent)
+
+
+def _tokens(places_TD: torch.Tensor, *, num_sent: int) -> torch.Tensor:
+    """The token of each row that is sent: int64 [num_sent]."""
+    tokens_T1 = torch.arange(len(places_TD), device=places_TD.device).unsqueeze(1)
+    tokens = places_TD.new_zeros(num_sent + 1)
+    return tokens.scatter_(0, places_TD.flatten(), tokens_T1.expand_as(places_TD).flatten())[:num_sent]

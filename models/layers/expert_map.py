@@ -41,8 +41,10 @@ class MovableExpertMap(ExpertMap):
         loads_E: int64, tokens that chose each expert since it was last zeroed. Rows of padding are computed, so they count.
     """
 
-    def __init__(self, num_experts: int, experts_of_slots: Sequence[int], *, device: torch.device) -> None:
+    def __init__(self, num_experts: int, experts_of_slots: Sequence[int], *, first_turn: int = 0, device: torch.device) -> None:
+        """`first_turn` as for `choose_replicas`: tensor ranks must have the same, data ranks need not."""
         super().__init__(num_experts)
+        self._first_turn = first_turn
         self.num_slots = len(experts_of_slots)
         self.loads_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
         num_columns = 1 + 1 + self.num_slots - num_experts  # all other experts have one copy at least
@@ -50,7 +52,7 @@ class MovableExpertMap(ExpertMap):
         self.place(experts_of_slots)
 
     def slots(self, experts_TC: torch.Tensor) -> torch.Tensor:
-        return choose_replicas(experts_TC, self.copies_EN, self.loads_E)
+        return choose_replicas(experts_TC, self.copies_EN, self.loads_E, first_turn=self._first_turn)
 
     def experts_in(self, slots: Share) -> Sequence[int]:
         return self._experts_of_slots[slots.range]
@@ -84,4 +86,5 @@ class MovableExpertMap(ExpertMap):
 def build_map(num_experts: int, parallel: Parallel, *, device: torch.device) -> ExpertMap:
     if parallel.first_slots is None:
         return ExpertMap(num_experts)
-    return MovableExpertMap(num_experts, parallel.first_slots(num_experts), device=device)
+    first_turn = 0 if parallel.data is None else parallel.data.rank
+    return MovableExpertMap(num_experts, parallel.first_slots(num_experts), first_turn=first_turn, device=device)

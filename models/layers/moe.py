@@ -20,7 +20,7 @@ from ..model_shape import ModelShape, MoeShape
 from ..parallel import whole
 from ..weight_source import Placement, WeightSource
 from .expert_choice import ExpertChoice
-from .expert_dispatch import LocalDispatcher
+from .expert_dispatch import choose_dispatcher
 from .expert_map import build_map
 from .linear import column_linear
 from .shared_experts import SharedExperts
@@ -75,7 +75,7 @@ class SparseMlp(torch.nn.Module):
         self.parallel = placement.parallel
         self.map = build_map(moe.num_experts, placement.parallel, device=placement.device)
         self.slots, self.intermediate = self.parallel.expert_shares(self.map.num_slots, moe.intermediate_size)
-        self.dispatcher = LocalDispatcher(self.slots)
+        self.dispatcher = choose_dispatcher(self.parallel, self.slots, device=placement.device)
         self.router = column_linear(
             {self.names.router: whole(moe.num_experts)}, shape.hidden_size, bias=False, placement=placement
         )

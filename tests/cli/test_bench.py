@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,30 @@ def test_latency_prints_a_row_for_each_batch(shape: str, tmp_path: Path, capsys:
         assert row["fraction"] == pytest.approx(row["roofline_tpot_ms"] / row["tpot_ms"], rel=1e-4)
         assert 1e-4 < row["read_tb_s"] < 100
     assert rows[1]["roofline_tpot_ms"] > rows[0]["roofline_tpot_ms"] > 0
+
+
+@pytest.mark.parametrize(("shape", "flags"), [("tiny", ["3"]), ("tiny-moe", ["2", "--expert-parallel"])])
+def test_ranks_are_processes_that_end_with_the_bench(shape: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "latency", "--shape", shape, "--batch-sizes", "2", *TINY, "--tensor-parallel", *flags]
+    assert cli.main(argv) == 0
+    captured = capsys.readouterr()
+    row = json.loads(captured.out)
+    assert (row["tensor_parallel"], row["expert_parallel"]) == (int(flags[0]), len(flags) > 1)
+    assert f"on each of {flags[0]} ranks" in captured.err
+    assert multiprocessing.active_children() == []
+
+
+def test_each_rank_has_its_share_of_the_limit() -> None:
+    one, two = h200_roofline("qwen3-8b"), replace(h200_roofline("qwen3-8b"), num_ranks=2)
+    for batch in (1, 128):
+        assert two.decode_step_s(batch, context=768) == pytest.approx(one.decode_step_s(batch, context=768) / 2)
+    assert two.prefill_s(128, length=512) == pytest.approx(one.prefill_s(128, length=512) / 2)
+    many = replace(one, num_ranks=16)  # of 8 kv heads
+    assert many.decode_step_s(1, context=768) > one.decode_step_s(1, context=768) / 16
+    # Every rank reads the whole router.
+    one, two = h200_roofline("qwen3-30b-a3b"), replace(h200_roofline("qwen3-30b-a3b"), num_ranks=2)
+    router_s = 48 * 2048 * 128 * 2 / 4.28e12
+    assert two.decode_step_s(1, context=0) == pytest.approx((one.decode_step_s(1, context=0) + router_s) / 2)
 
 
 def test_experts_are_counted_in_what_was_generated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,8 +22,8 @@ def test_kernel_equals_reference(device, case):
     experts = torch.randint(-1, num_experts, (num_tokens, num_choices), dtype=torch.int32, device=device)
     table = random_table(num_experts, most).to(device)
     loads, expected_loads = (torch.full((num_experts,), 5, dtype=torch.int64, device=device) for _ in range(2))
-    slots = RUN[device](experts, table, loads)
-    assert torch.equal(slots, choose_replicas_ref(experts, table, expected_loads))
+    slots = RUN[device](experts, table, loads, first_turn=num_choices)
+    assert torch.equal(slots, choose_replicas_ref(experts, table, expected_loads, first_turn=num_choices))
     assert slots.dtype == torch.int32
     assert torch.equal(loads, expected_loads)
     counted = Counter(experts.flatten().tolist())
@@ -40,11 +40,12 @@ def test_copies_take_turns(device):
         slots = run(experts, table, loads)
         assert sorted(Counter(slots[:, 0].tolist()).values()) == [10, 10, 11]
         assert set(slots[:, 1].tolist()) == {9}
+        assert torch.equal(run(experts, table, loads, first_turn=2)[:-2], slots[2:])
         # Another table in the same place, as under a captured graph.
         table[0, :2] = torch.tensor([1, 8], dtype=torch.int32)
         assert set(run(experts, table, loads)[:, 0].tolist()) == {8}
         table[0, :2] = torch.tensor([3, 4], dtype=torch.int32)
-        assert loads.tolist() == [62, 62]
+        assert loads.tolist() == [93, 93]
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def test_a_weight_that_does_not_fit_says_why():
 
 def test_the_configs_to_try_are_few_and_fit():
     for layers in SHAPES.values():
-        for op, num_outputs, num_inputs in layers:
+        for op, num_outputs, num_inputs, _ in layers:
             for num_rows in ROWS[1:]:
                 gated = op == "gated_linear"
                 configs = streaming_configs(num_outputs, num_inputs, num_rows, gated=gated)

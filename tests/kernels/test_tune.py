@@ -64,7 +64,7 @@ def test_a_wrong_result_is_named_and_never_kept(error):
 
 
 def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():
-    for case in linear_cases(SHAPES, [], ROWS):
+    for case in linear_cases(SHAPES, [], ROWS) + linear_cases(SHAPES, [], ROWS, num_ranks=2):
         configs = case.candidates()
         assert configs or case.num_rows > MAX_SKINNY_ROWS
         assert len({tuple(config.items()) for config in configs}) == len(configs)
@@ -82,6 +82,14 @@ def test_a_layer_that_models_share_is_measured_once():
     assert LinearCase("linear", (64, 32), 8) in cases
 
 
+def test_ranks_share_the_layers():
+    sizes = [case.sizes for case in linear_cases(["qwen3-8b", "qwen3-30b-a3b"], [], [1], num_ranks=2)]
+    assert sizes[:5] == [(3072, 4096), (4096, 2048), (12288, 4096), (4096, 6144), (75968, 4096)]
+    assert sizes[5:] == [(2560, 2048), (2048, 2048), (128, 2048), (75968, 2048)]
+    with pytest.raises(ValueError, match="5 ranks do not share the 6144 outputs"):
+        linear_cases(["qwen3-8b"], [], [1], num_ranks=5)
+
+
 def parse(*argv):
     parser = tune.argparse.ArgumentParser()
     tune.add_case_arguments(parser)
@@ -93,6 +101,10 @@ def test_arguments(capsys):
     assert parse("--nk", "64x32", "--rows", "1,8") == [LinearCase("linear", (64, 32), rows) for rows in (1, 8)]
     assert parse("--shapes", "qwen3-8b", "--rows", "4") == linear_cases(["qwen3-8b"], [], [4])
     assert parse("--shapes", "qwen3-30b-a3b", "--rows", "4")[-2:] == moe_cases(["qwen3-30b-a3b"], [4])
+    assert parse("--rows", "4", "--tensor-parallel", "2") == [
+        *linear_cases(SHAPES, [], [4], num_ranks=2),
+        *moe_cases(SHAPES, [4], num_ranks=2),
+    ]
     assert parse() == [*linear_cases(SHAPES, [], ROWS), *moe_cases(SHAPES)]
     for wrong in (["--nk", "64"], ["--shapes", "qwen9"]):
         with pytest.raises(SystemExit):

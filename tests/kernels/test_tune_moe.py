@@ -23,7 +23,7 @@ def test_cases_cover_both_gemms_of_every_number_of_tokens():
 @pytest.mark.parametrize("on_hopper", [True, False])
 def test_configs_survive_the_table_and_fit_the_gpu(monkeypatch, on_hopper):
     monkeypatch.setattr(tune_moe, "_is_on_hopper", lambda: on_hopper)
-    for case in moe_cases(["qwen3-30b-a3b"]):
+    for case in [case for num_ranks in (1, 2) for case in moe_cases(["qwen3-30b-a3b"], num_ranks=num_ranks)]:
         configs = [parse_config(fields) for fields in case.candidates()]
         assert configs
         assert [table_config(config) for config in configs] == case.candidates()
@@ -52,6 +52,13 @@ def test_read_bytes_are_of_the_touched_experts():
     assert by_rows[8192] == 128 * expert_bytes
 
 
+def test_ranks_share_the_experts_or_the_size_of_each():
+    sizes = {case.sizes: case.num_expert_ranks for case in moe_cases(["qwen3-30b-a3b"], num_ranks=2)}
+    assert sizes == {(64, 8, 2048, 768): 2, (128, 8, 2048, 384): 1}
+    read = {case.sizes: case.read_bytes for case in moe_cases(["qwen3-30b-a3b"], [1], num_ranks=2) if case.op == "moe_gate_up"}
+    assert set(read.values()) == {4 * 2 * 768 * 2048 * 2}  # half of what one token's 8 experts are
+
+
 @pytest.mark.parametrize("num_tokens", [1, 5, 100, 1000, 100_000])
 @pytest.mark.parametrize("op", ["moe_gate_up", "moe_down"])
 def test_the_rule_serves_every_number_of_tokens(op, num_tokens):
@@ -69,9 +76,10 @@ def test_an_unknown_kernel_in_a_table_is_named():
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["moe_gate_up", "moe_down"])
 @pytest.mark.parametrize("num_tokens", [2, 64, 1024])
-def test_every_candidate_agrees_and_the_best_is_kept(op, num_tokens):
+@pytest.mark.parametrize("num_expert_ranks", [1, 2])
+def test_every_candidate_agrees_and_the_best_is_kept(op, num_tokens, num_expert_ranks):
     sizes = MoeSizes(num_tokens=num_tokens, num_choices=4, num_experts=16, hidden=512, intermediate=256)
-    case = MoeCase(op, sizes)
+    case = MoeCase(op, sizes, num_expert_ranks)
     measured = measure(case)
     assert measured.faults == []
     entry = measured.entry

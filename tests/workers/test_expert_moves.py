@@ -5,35 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from pilotfish.common.config import ModelConfig
+from data_replica import data_replica, run_alone
 from pilotfish.common.errors import ModelNotFound
 from pilotfish.common.requests import EngineRequest, ExpertBalance, TokenSampling
 from pilotfish.models.store import resolve
 from pilotfish.workers.engine import Engine, Phase
-from rank_process import ENGINE, Collected, replica
+from rank_process import Collected, replica
 from transformers import AutoTokenizer
 from upcycled import upcycle
 
-PROMPTS = [list(range(7 * index, 7 * index + 20)) for index in range(4)]
+
+def request(name: str, prompt: Sequence[int], *, max_tokens: int = 50) -> EngineRequest:
+    sampling = TokenSampling(temperature=0.0, max_tokens=max_tokens, seed=0)
+    return EngineRequest(request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling)
 
 
-def submit(engine: Engine, prompts: list[list[int]], *, max_tokens: int) -> None:
-    for index, prompt in enumerate(prompts):
-        sampling = TokenSampling(temperature=0.0, max_tokens=max_tokens, seed=index)
-        engine.submit(EngineRequest(request_id=f"r{index}", prompt_token_ids=tuple(prompt), sampling=sampling))
+def requests(rank: int, number: int, **options: int) -> list[EngineRequest]:
+    """Every data rank has others."""
+    starts = range(100 * rank, 100 * rank + 7 * number, 7)
+    return [request(f"r{start}", range(start, start + 20), **options) for start in starts]
 
 
-def tokens_of_one_engine(path: Path, prompts: list[list[int]], *, max_tokens: int) -> dict[str, list[int]]:
-    collected = Collected()
-    engine = Engine(ModelConfig(model=str(path)), ENGINE, on_step=collected)
-    engine.start()
-    submit(engine, prompts, max_tokens=max_tokens)
-    collected.wait_for_ends(len(prompts))
-    engine.stop()
-    return collected.tokens
+def submit(engine: Engine, batch: list[EngineRequest]) -> None:
+    for one in batch:
+        engine.submit(one)
 
 
 def balances(collected: Collected) -> list[ExpertBalance]:
@@ -46,14 +45,30 @@ def balances(collected: Collected) -> list[ExpertBalance]:
 def test_text_stays_as_it_is_while_experts_move(tiny_mixtral: Path, size: int, num_redundant: int) -> None:
     options = {"whole_experts": True, "num_redundant_experts": num_redundant, "rebalance_interval_steps": 4}
     with replica(tiny_mixtral, size, **options) as (leader, collected, _):
-        submit(leader, PROMPTS, max_tokens=50)
-        collected.wait_for_ends(len(PROMPTS))
-    assert collected.tokens == tokens_of_one_engine(tiny_mixtral, PROMPTS, max_tokens=50)
+        submit(leader, requests(0, 4))
+        collected.wait_for_ends(4)
+    assert collected.tokens == run_alone(tiny_mixtral, requests(0, 4))
     seen = balances(collected)
     assert len({balance.num_moves for balance in seen}) >= 5  # moves with as many steps, but one
     # What the first reading led to is better than what it found.
     first = next(balance for balance in seen if balance.last_step_id)
     assert first.expected < 0.95 * next(balance.measured for balance in seen if balance.measured)
+
+
+@pytest.mark.parametrize(("data_size", "tensor_size", "in_flight"), [(2, 1, 2), (2, 2, 1)])
+def test_data_ranks_move_experts_together(tiny_mixtral: Path, data_size: int, tensor_size: int, in_flight: int) -> None:
+    """The loads are those of all data ranks, and all follow the orders of the first, whatever each has to do itself."""
+    batches = [requests(rank, number) for rank, number in enumerate((1, 4))]
+    alone = run_alone(tiny_mixtral, [one for batch in batches for one in batch])
+    options = {"num_redundant_experts": 4, "rebalance_interval_steps": 4, "max_steps_in_flight": in_flight}
+    with data_replica(tiny_mixtral, data_size=data_size, tensor_size=tensor_size, **options) as (engines, told):
+        for engine, batch in zip(engines, batches, strict=True):
+            submit(engine, batch)
+        for one, batch in zip(told, batches, strict=True):
+            one.wait(num_ended=len(batch))
+    assert {name: tokens for one in told for name, tokens in one.tokens.items()} == alone
+    assert len({balance.num_moves for balance in told[0].balances}) >= 5
+    assert set(told[1].balances) == {None}
 
 
 def test_a_real_model_says_what_the_dense_one_says_while_experts_move(tmp_path: Path) -> None:
@@ -69,16 +84,16 @@ def test_a_real_model_says_what_the_dense_one_says_while_experts_move(tmp_path: 
     path = upcycle(dense, tmp_path / "moe", num_experts=4)
     options = {"whole_experts": True, "num_redundant_experts": 2, "rebalance_interval_steps": 2}
     with replica(path, 2, **options) as (leader, collected, _):
-        submit(leader, [prompt], max_tokens=9)
+        submit(leader, [request("r", prompt, max_tokens=9)])
         collected.wait_for_ends(1)
-    assert tokenizer.decode(collected.tokens["r0"]).startswith("The capital of France is Paris.<|im_end|>")
+    assert tokenizer.decode(collected.tokens["r"]).startswith("The capital of France is Paris.<|im_end|>")
     assert balances(collected)[-1].num_moves > 0
 
 
 def test_a_rank_that_dies_while_experts_move_ends_the_engine(tiny_mixtral: Path) -> None:
     options = {"whole_experts": True, "num_redundant_experts": 4, "rebalance_interval_steps": 1}
     with replica(tiny_mixtral, 2, **options) as (leader, collected, followers):
-        submit(leader, PROMPTS, max_tokens=400)
+        submit(leader, requests(0, 4, max_tokens=400))
         collected.wait_for(lambda: bool(collected.steps) and balances(collected)[-1].num_moves > 0, "moves")
         os.kill(followers.processes[0].pid or 0, signal.SIGKILL)
         deadline = time.monotonic() + 10

@@ -1,0 +1,144 @@
+"""Data ranks that share experts, each with requests of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import data_rank_work
+import pytest
+import torch
+from data_replica import data_replica, run_alone
+from pilotfish.common.errors import ModelNotFound
+from pilotfish.common.requests import EngineRequest, TokenSampling
+from pilotfish.models.layers import expert_dispatch
+from pilotfish.models.local_ranks import run_ranks
+from pilotfish.models.store import resolve
+from pilotfish.workers.comm import Rendezvous
+from pilotfish.workers.engine import Engine, Phase
+from transformers import MixtralConfig, MixtralForCausalLM
+from upcycled import upcycle
+
+TIMEOUT_S = 120
+LOUD = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "logprobs": 2, "logit_bias": {5: 1.0}}
+SAMPLING = [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 40}, LOUD]
+
+
+@pytest.fixture(scope="module")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With logits far apart; 5 experts, which 2 or 4 ranks do not share evenly."""
+    path = tmp_path_factory.mktemp("tiny_moe")
+    torch.manual_seed(20)
+    config = MixtralConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    MixtralForCausalLM(config).to(torch.float32).save_pretrained(path)
+    return path
+
+
+def requests(rank: int, number: int, *, max_tokens: int = 12) -> list[EngineRequest]:
+    """Prompts of 3 to 60 tokens; every data rank has others."""
+    return [
+        EngineRequest(
+            request_id=f"rank-{rank}-{index}",
+            prompt_token_ids=tuple((7 * rank + 5 * token + index) % 320 for token in range(3 + 19 * (index % 4))),
+            sampling=TokenSampling(**SAMPLING[index % len(SAMPLING)], max_tokens=max_tokens + index, seed=10 * rank + index),
+        )
+        for index in range(number)
+    ]
+
+
+def submit(engine: Engine, batch: Sequence[EngineRequest]) -> None:
+    for request in batch:
+        engine.submit(request)
+
+
+@pytest.mark.parametrize(("tensor_size", "data_size", "num_slots"), [(1, 2, 8), (1, 3, 7), (2, 2, 9)])
+def test_dispatchers_equal_all_experts_in_one_place(tensor_size: int, data_size: int, num_slots: int) -> None:
+    """Ragged, one token each, ranks that keep no chosen expert, and more tokens than are gathered."""
+    rank_tokens = [(5, 17, 1), (1, 1, 1), (300, 2, 40), (3, 257, 3)]
+    steps = [(tokens[:data_size], routing) for tokens in rank_tokens for routing in data_rank_work.ROUTING]
+    rendezvous = Rendezvous(host="127.0.0.1", timeout_s=60)
+    arguments = (rendezvous.address, tensor_size, num_slots, steps)
+    for number, errors in enumerate(
+        run_ranks(tensor_size * data_size, data_rank_work.dispatch, *arguments, timeout_s=TIMEOUT_S)
+    ):
+        for step, error in zip(steps, errors, strict=True):
+            assert max(error.values()) < 1e-4, (number, step, error)
+
+
+@pytest.mark.parametrize(
+    ("data_size", "tensor_size", "in_flight", "most_gathered"), [(2, 1, 1, 8), (2, 1, 2, 256), (4, 1, 1, 8), (2, 2, 1, 256)]
+)
+def test_data_ranks_say_what_one_engine_says(
+    tiny_moe: Path, monkeypatch: pytest.MonkeyPatch, data_size: int, tensor_size: int, in_flight: int, most_gathered: int
+) -> None:
+    """Uneven batches of every kind of sampling, prefill beside others' decode, and the second rank mostly idle."""
+    monkeypatch.setattr(expert_dispatch, "MAX_GATHERED_TOKENS", most_gathered)
+    batches = [requests(rank, number) for rank, number in enumerate((6, 0, 1, 3)[:data_size])]
+    late = [requests(10 + rank, 2) for rank in range(data_size)]
+    alone = run_alone(tiny_moe, [request for batch in (*batches, *late) for request in batch])
+    options = {"data_size": data_size, "tensor_size": tensor_size, "max_steps_in_flight": in_flight}
+    with data_replica(tiny_moe, **options) as (engines, told):
+        for engine, batch in zip(engines, batches, strict=True):
+            submit(engine, batch)
+        told[0].wait(num_tokens=3)
+        for engine, batch in zip(engines, late, strict=True):
+            submit(engine, batch)
+        for rank, batch in enumerate(batches):
+            told[rank].wait(num_ended=len(batch) + 2)
+            assert engines[rank].health().ok
+    assert {name: tokens for one in told for name, tokens in one.tokens.items()} == alone
+
+
+def test_an_idle_replica_answers_soon_and_stops(tiny_moe: Path) -> None:
+    """A turn of leaders that have nothing to do is short, whichever gets the next request; one that stops ends all."""
+    with data_replica(tiny_moe, data_size=2) as (engines, told):
+        for rank in (1, 0, 1):
+            time.sleep(0.2)
+            assert [engine.health().phase for engine in engines] == [Phase.IDLE] * 2
+            num_ended = len(told[rank].ended)
+            submit(engines[rank], requests(20 + 3 * num_ended + rank, 1))
+            told[rank].wait(num_ended=num_ended + 1)
+        engines[0].stop()
+        assert wait_for_failure(engines[1]) == "data rank 0 of this replica was stopped, and the others with it"
+
+
+def wait_for_failure(engine: Engine) -> str:
+    deadline = time.monotonic() + 20
+    while engine.health().phase is not Phase.FAILED and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return engine.health().message
+
+
+@pytest.fixture(scope="module")
+def smollm2_path() -> Path:
+    try:
+        return resolve("smollm2-135m", allow_download=False).path
+    except ModelNotFound:
+        pytest.skip("smollm2-135m is not set up: run `pilotfish pull smollm2-135m`")
+
+
+def test_a_real_model_over_data_ranks_says_what_the_dense_one_says(smollm2_path: Path, tmp_path: Path) -> None:
+    """Whatever the routers choose, on whichever rank the expert is; the second rank serves experts alone."""
+    batch = requests(0, 2, max_tokens=6)
+    dense = run_alone(smollm2_path, batch)
+    sparse = upcycle(smollm2_path, tmp_path / "moe", num_experts=2)
+    with data_replica(sparse, data_size=2) as (engines, told):
+        submit(engines[0], batch)
+        told[0].wait(num_ended=2)
+    assert told[0].tokens == dense
