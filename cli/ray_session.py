@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..common.errors import Unavailable
+from .ray_access import check_access
 
 NAMESPACE = "pilotfish"
 
@@ -43,8 +44,7 @@ def cluster_session(*, address: str = "auto", namespace: str = NAMESPACE) -> Ite
     except Exception as error:
         raise Unavailable(
             f"cannot join Ray at {address!r}: {str(error).strip()}\nStart it first (`ray up cluster.yaml`, or `ray start "
-            "--head` on this machine) and run this on its head. If it asks for a token, ~/.ray/auth_token must be "
-            "the cluster's. 'pilotfish serve' needs no running cluster."
+            "--head` on this machine) and run this on its head. 'pilotfish serve' needs no running cluster."
         ) from error
     try:
         yield
@@ -52,11 +52,15 @@ def cluster_session(*, address: str = "auto", namespace: str = NAMESPACE) -> Ite
         ray.shutdown()
 
 
-def _init(**options: Any) -> Any:
+def _init(*, address: str | None, **options: Any) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 if unset: everything else on the machine would go first
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray  # here, because Ray reads its environment when it is imported
+    from ray._private.services import canonicalize_bootstrap_address
 
-    ray.init(logging_level="ERROR", **options)
+    was_found = address in (None, "auto") and not os.environ.get("RAY_ADDRESS")
+    if resolved := canonicalize_bootstrap_address(address):  # None: Ray will start a cluster
+        check_access(resolved, was_found=was_found)
+    ray.init(address=address, logging_level="ERROR", **options)
     return ray

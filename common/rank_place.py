@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .identity import Identity
+
 LEADER = 0
 
 
@@ -21,6 +23,7 @@ class RankPlace:
         whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
         num_redundant_experts, rebalance_interval_steps: as in ParallelConfig; with an interval experts may move.
         gpu: which of the GPUs that this rank's process sees it takes, where it takes one.
+        identity: this rank's, and `leader_name` the name in the leader's: ranks on other machines than the leader's need them.
     """
 
     rank: int
@@ -35,6 +38,8 @@ class RankPlace:
     data_rank: int = 0
     data_size: int = 1
     gpu: int = 0
+    identity: Identity | None = None
+    leader_name: str = ""
 
     @property
     def balances_experts(self) -> bool:

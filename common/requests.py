@@ -189,8 +189,9 @@ class WorkerInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingWorker:
-    """A worker that serves: its gRPC address, the node it is on, and its facts."""
+    """A worker that serves: its gRPC address, the node it is on, its facts, and which of the replica's ranks it is."""
 
     address: str
     node: str
     info: WorkerInfo
+    rank: int = 0

@@ -19,6 +19,7 @@ from ..common import logs
 from ..common.cluster_state import ClusterState
 from ..common.config import ServeConfig
 from ..common.errors import InternalError, PilotfishError, Unavailable
+from .authority import Authority
 from .controller import Controller
 from .ray_launcher import RayLauncher
 from .service import Addresses
@@ -31,10 +32,12 @@ _REBIND_TIMEOUT_S = 20.0
 class ControllerActor:
     """deployment.py makes it an actor. Errors come typed, as a RayTaskError's cause."""
 
-    async def __init__(self, config: ServeConfig, model_path: str, worker_class: ActorClass) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: ServeConfig, model_path: str, worker_class: ActorClass, authority: Authority
+    ) -> None:
         logs.set_up("controller")
         self._controller: Controller | None = None
-        self._ready = asyncio.create_task(self._bring_up(config, model_path, worker_class))
+        self._ready = asyncio.create_task(self._bring_up(config, model_path, worker_class, authority))
 
     async def wait_ready(self) -> Addresses:
         """Until every replica serves; where the doors are.
@@ -56,7 +59,9 @@ class ControllerActor:
             await self._controller.stop(grace_s=grace_s)
         self._ready.cancel()
 
-    async def _bring_up(self, config: ServeConfig, model_path: str, worker_class: ActorClass) -> Addresses:
+    async def _bring_up(
+        self, config: ServeConfig, model_path: str, worker_class: ActorClass, authority: Authority
+    ) -> Addresses:
         with warnings.catch_warnings():  # Ray warns of a name that this property itself uses
             warnings.simplefilter("ignore")
             is_restart = ray.get_runtime_context().was_current_actor_reconstructed
@@ -66,7 +71,8 @@ class ControllerActor:
             self._controller = Controller(
                 config,
                 model_path=model_path,
-                launcher=RayLauncher(worker_class, config),
+                launcher=RayLauncher(worker_class, config, authority),
+                authority=authority,
                 controller_id=f"{os.getpid()}-{secrets.token_hex(4)}",
             )
             addresses = await self._controller.start(bind_timeout_s=_REBIND_TIMEOUT_S if is_restart else 0.0)

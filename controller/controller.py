@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError
+from .authority import Authority
 from .dispatcher import Dispatcher
 from .fleet import Fleet
 from .front_end import FrontEnd
@@ -34,7 +35,9 @@ class Controller:
         ModelLoadError: the model's directory lacks a readable tokenizer, template or generation configuration.
     """
 
-    def __init__(self, config: ServeConfig, *, model_path: str | Path, launcher: Launcher, controller_id: str) -> None:
+    def __init__(
+        self, config: ServeConfig, *, model_path: str | Path, launcher: Launcher, authority: Authority, controller_id: str
+    ) -> None:
         self._config = config
         self._front_end = FrontEnd(
             model_path, generation_config=config.model.generation_config, block_size=config.engine.block_size
@@ -50,6 +53,7 @@ class Controller:
             config.fleet,
             launcher=launcher,
             dispatcher=self._dispatcher,
+            authority=authority,
             controller_id=controller_id,
             stall_timeout_s=config.engine.stall_timeout_s,
         )

@@ -20,6 +20,7 @@ from ..common.cluster_state import ClusterState
 from ..common.config import GatewayConfig, ServeConfig
 from ..common.errors import ConfigError, InternalError, PilotfishError, Unavailable
 from .actor import ControllerActor
+from .authority import Authority
 from .service import Addresses
 
 CONTROLLER_NAME = "controller"
@@ -88,7 +89,7 @@ def deploy(config: ServeConfig, *, model_path: str, worker_class: ActorClass) ->
             max_concurrency=1000,
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         )
-        .remote(config, model_path, worker_class)
+        .remote(config, model_path, worker_class, Authority.create())
     )
     return Deployment(handle)
 

@@ -42,7 +42,7 @@ class Target(Protocol):
 class _Replica:
     target: Target
     capacity: int
-    accepting: bool = True
+    accepting: bool = False
 
 
 class Dispatcher:
@@ -126,11 +126,14 @@ class Dispatcher:
     # Replicas.
 
     def add_replica(self, name: str, target: Target, *, max_num_seqs: int) -> None:
-        """From now on the replica gets requests while it is connected: a few more than it runs at once, so that a freed place
-        is taken in the next step."""
+        """From `start_accepting` on the replica gets requests while it is connected: a few more than it runs at once, so that a
+        freed place is taken in the next step."""
         self.router.add_replica(name)
         self._replicas[name] = _Replica(target, capacity=max_num_seqs + max(1, max_num_seqs // 8))
-        self.pump()
+
+    def start_accepting(self, name: str) -> None:
+        """The caller calls `pump` when all have started that start together."""
+        self._replicas[name].accepting = True
 
     def stop_accepting(self, name: str) -> None:
         """Nothing new for this replica; what runs there goes on."""

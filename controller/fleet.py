@@ -1,7 +1,8 @@
 """The replicas: started, watched, restarted, and ended.
 
 One task a replica leads it through its life (the table in replica.py): start a worker under a new epoch, serve until it dies,
-falls silent or stops making progress, end it, and start again unless it fails time after time. A controller that was restarted
+falls silent or stops making progress, end it, and start again unless it fails time after time. A replica of several data ranks
+takes requests at a place for each, with a link of its own; what ends one place ends all. A controller that was restarted
 first takes over the workers that live. Epochs are milliseconds of the clock, so that they grow over controllers too.
 """
 
@@ -17,10 +18,11 @@ from ..common.errors import ConfigError, InternalError, ModelLoadError, ModelNot
 from ..common.requests import BlockStored, StepOutput, WorkerInfo
 from ..proto import worker_pb2
 from ..text.prepare import ModelLimits
+from .authority import Authority
 from .dispatcher import Dispatcher
-from .replica import Happening, Replica
+from .replica import Happening, Place, Replica
 from .worker_link import WorkerLink, WorkerUnfit
-from .worker_process import Launcher, NoRoom, WorkerDied, WorkerProcess
+from .worker_process import Launcher, NoRoom, WorkerDied, WorkerProcess, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +40,14 @@ class Fleet:
         *,
         launcher: Launcher,
         dispatcher: Dispatcher,
+        authority: Authority,
         controller_id: str,
         stall_timeout_s: float,
     ) -> None:
         self._config = config
         self._launcher = launcher
         self._dispatcher = dispatcher
+        self._authority = authority
         self._controller_id = controller_id
         self._stall_timeout_s = stall_timeout_s
         self.changed = asyncio.Event()
@@ -86,7 +90,8 @@ class Fleet:
         for replica in self._replicas:
             if replica.state is ReplicaState.READY:
                 replica.move(Happening.DRAIN)
-                self._dispatcher.stop_accepting(replica.name)
+                for place in replica.places:
+                    self._dispatcher.stop_accepting(place.name)
         self._dispatcher.fail_queued(Unavailable("the server is shutting down"))
         deadline = time.monotonic() + grace_s
         while self._dispatcher.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 - seconds, once
@@ -102,7 +107,8 @@ class Fleet:
         Raises:
             Unavailable: none has served yet, or none ever will.
         """
-        infos = [replica.info for replica in self._replicas if replica.info and replica.state is not ReplicaState.FAILED]
+        serving = [replica for replica in self._replicas if replica.state is not ReplicaState.FAILED]
+        infos = [place.serving.info for replica in serving for place in replica.places]
         if not infos:
             raise self._unavailable()
         return ModelLimits(
@@ -116,7 +122,8 @@ class Fleet:
         return next((replica.info for replica in self._replicas if replica.info), None)
 
     def statuses(self) -> tuple[ReplicaStatus, ...]:
-        return tuple(replica.status() for replica in self._replicas)
+        """Of every place that takes requests."""
+        return tuple(status for replica in self._replicas for status in replica.statuses())
 
     def _unavailable(self) -> Unavailable:
         failed = [replica for replica in self._replicas if replica.state is ReplicaState.FAILED]
@@ -163,15 +170,8 @@ class Fleet:
 
     async def _serve(self, replica: Replica, worker: WorkerProcess) -> str:
         """Returns why the worker is of no use any more; it has ended then."""
-        link = WorkerLink(
-            address=worker.address,
-            epoch=worker.info.epoch,
-            controller_id=self._controller_id,
-            listener=_Listener(replica, self._dispatcher),
-        )
-        replica.link, replica.info, replica.address, replica.node = link, worker.info, worker.address, worker.node
-        self._dispatcher.add_replica(replica.name, link, max_num_seqs=worker.info.max_num_seqs)
-        watches = [_until_unfit(link), worker.wait_dead(), self._until_stuck(link)]
+        links = [self._connect(replica, worker, number) for number in range(len(worker.places))]
+        watches = [worker.wait_dead(), *map(_until_unfit, links), *map(self._until_stuck, links)]
         tasks = [asyncio.create_task(watch) for watch in watches]
         reason = "the controller ends it"
         try:
@@ -179,12 +179,31 @@ class Fleet:
             reason = done.pop().result()
             return reason
         finally:
-            replica.link = None
+            for place in replica.places:
+                place.link = None
+                self._dispatcher.stop_accepting(place.name)  # what one place had is not for another that goes with it
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._dispatcher.remove_replica(replica.name, reason)
+            for place in replica.places:
+                self._dispatcher.remove_replica(place.name, reason)
             await worker.end()
+
+    def _connect(self, replica: Replica, worker: WorkerProcess, number: int) -> WorkerLink:
+        """Makes one of the worker's places the replica's; nothing is sent before the link runs."""
+        serving = worker.places[number]
+        place = Place(replica.name if len(worker.places) == 1 else f"{replica.name}/{number}", serving, None)
+        place.link = WorkerLink(
+            address=serving.address,
+            peer=worker_name(replica.name, epoch=serving.info.epoch, rank=serving.rank),
+            identity=self._authority.issue("controller"),
+            epoch=serving.info.epoch,
+            controller_id=self._controller_id,
+            listener=_Listener(replica, place, self._dispatcher, num_places=len(worker.places)),
+        )
+        replica.places = (*(replica.places if number else ()), place)
+        self._dispatcher.add_replica(place.name, place.link, max_num_seqs=serving.info.max_num_seqs)
+        return place.link
 
     async def _until_stuck(self, link: WorkerLink) -> str:
         while True:
@@ -207,28 +226,33 @@ class Fleet:
 
 
 class _Listener:
-    """Passes what a link brings to the dispatcher, under the replica's name."""
+    """Passes what a link brings to the dispatcher, under the name of its place. A replica is ready when all its places are."""
 
-    def __init__(self, replica: Replica, dispatcher: Dispatcher) -> None:
+    def __init__(self, replica: Replica, place: Place, dispatcher: Dispatcher, *, num_places: int) -> None:
         self._replica = replica
+        self._name = place.name
         self._dispatcher = dispatcher
+        self._num_places = num_places
 
     def on_snapshot(self, snapshot: worker_pb2.SnapshotResponse) -> None:
         blocks = tuple(map(BlockStored, snapshot.block_hashes, snapshot.parent_hashes))
-        self._dispatcher.take_snapshot(self._replica.name, blocks=blocks, next_event_id=snapshot.next_event_id)
+        self._dispatcher.take_snapshot(self._name, blocks=blocks, next_event_id=snapshot.next_event_id)
 
     def on_connected(self) -> None:
         replica = self._replica
-        if replica.state is ReplicaState.STARTING:
+        connected = [place for place in replica.places if place.link is not None and place.link.connected]
+        if replica.state is ReplicaState.STARTING and len(connected) == self._num_places:
             replica.move(Happening.STARTED)
             replica.has_served = True
             replica.settled.set()
-            logger.info("%s is ready at %s", replica.name, replica.address)
+            for place in replica.places:
+                self._dispatcher.start_accepting(place.name)
+            logger.info("%s is ready at %s", replica.name, ", ".join(place.serving.address for place in replica.places))
         self._dispatcher.pump()
 
     def on_step(self, step: StepOutput) -> bool:
         self._replica.failures = 0
-        return self._dispatcher.take_step(self._replica.name, step)
+        return self._dispatcher.take_step(self._name, step)
 
 
 async def _until_unfit(link: WorkerLink) -> str:

@@ -1,9 +1,9 @@
 """Worker processes as Ray actors: detached and named, so that a restarted controller finds them again.
 
 A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed or spread over the nodes) where it has
-several. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The
-ranks end together: when one has died the others are of no use. The actor class is handed in: the controller does not know
-workers/.
+several; the tensor ranks of a data rank are neighbours, and the first of them takes its requests. An actor's name is
+"<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The ranks end together: when one
+has died the others are of no use. The actor class is handed in: the controller does not know workers/.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError, PilotfishError
 from ..common.rank_place import LEADER, RankPlace
-from ..common.requests import ServingWorker, WorkerInfo
+from ..common.requests import ServingWorker
+from ..proto.versions import mismatch, own_versions
+from .authority import Authority
 from .ray_placement import find_group, place, reachable_only
-from .worker_process import WorkerDied
+from .worker_process import WorkerDied, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +47,10 @@ _ENVIRONMENT = {
 class RayWorker:
     """A WorkerProcess: the ranks of one replica, in order."""
 
-    def __init__(self, handles: list[ActorHandle], serving: ServingWorker, group: PlacementGroup | None) -> None:
+    def __init__(self, handles: list[ActorHandle], places: list[ServingWorker], group: PlacementGroup | None) -> None:
         self._handles = handles
         self._group = group
-        self.address: str = serving.address
-        self.node: str = serving.node
-        self.info: WorkerInfo = serving.info
+        self.places = places
 
     async def wait_dead(self) -> str:
         waits = [asyncio.create_task(self._wait_rank_dead(rank)) for rank in range(len(self._handles))]
@@ -78,10 +78,12 @@ class RayWorker:
 class RayLauncher:
     """Starts workers in the namespace of the calling actor."""
 
-    def __init__(self, worker_class: ActorClass, config: ServeConfig) -> None:
+    def __init__(self, worker_class: ActorClass, config: ServeConfig, authority: Authority) -> None:
         self._worker_class = worker_class
+        self._authority = authority
         self._config = config
         self._node = ray.get_runtime_context().get_node_id()
+        self._versions = own_versions(ray.util.get_node_ip_address())
         self._settled_device: Literal["cpu", "cuda"] | None = None
 
     async def launch(self, replica: str, *, epoch: int) -> RayWorker:
@@ -97,7 +99,9 @@ class RayLauncher:
             where = await _where(group, self._num_ranks)
             for rank in range(self._num_ranks):
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
-            serving = await self._start_ranks(handles, epoch, device)
+            if problem := mismatch(self._versions, await asyncio.gather(*(handle.versions.remote() for handle in handles))):
+                raise ConfigError(problem)
+            places = await self._start_ranks(handles, replica, epoch, device)
         except BaseException as error:
             _end(handles, group)
             if isinstance(error, RayTaskError) and isinstance(error.cause, PilotfishError):
@@ -105,15 +109,15 @@ class RayLauncher:
             if isinstance(error, RayError):
                 raise WorkerDied(_cause_of_death(error)) from error
             raise
-        return RayWorker(handles, serving, group)
+        return RayWorker(handles, places, group)
 
     @property
     def _num_ranks(self) -> int:
-        return self._config.parallel.tensor_parallel
+        return self._config.parallel.num_ranks
 
     def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
         return self._worker_class.options(
-            name=f"{replica}.{epoch}.{rank}",
+            name=worker_name(replica, epoch=epoch, rank=rank),
             lifetime="detached",
             max_restarts=0,
             max_concurrency=_NUM_THREADS,
@@ -123,9 +127,12 @@ class RayLauncher:
             **where,
         ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 
-    async def _start_ranks(self, handles: list[ActorHandle], epoch: int, device: Literal["cpu", "cuda"]) -> ServingWorker:
-        """Starts all ranks together; the first of them that cannot start says why."""
-        timeout_s = self._config.parallel.collective_timeout_s
+    async def _start_ranks(
+        self, handles: list[ActorHandle], replica: str, epoch: int, device: Literal["cpu", "cuda"]
+    ) -> list[ServingWorker]:
+        """Starts all ranks together, and returns those that serve; the first that cannot start says why."""
+        parallel = self._config.parallel
+        timeout_s, size = parallel.collective_timeout_s, parallel.tensor_parallel
         address = ""
         if len(handles) > 1:
             address = await handles[LEADER].open_rendezvous.remote(timeout_s=timeout_s)
@@ -134,15 +141,18 @@ class RayLauncher:
             place = None
             if len(handles) > 1:
                 place = RankPlace(
-                    rank=rank,
-                    size=len(handles),
+                    rank=rank % size,
+                    size=size,
+                    data_rank=rank // size,
+                    data_size=parallel.data_parallel,
                     epoch=epoch,
                     address=address,
                     host="",
                     timeout_s=timeout_s,
-                    whole_experts=self._config.parallel.expert_parallel,
-                    num_redundant_experts=self._config.parallel.redundant_experts,
-                    rebalance_interval_steps=self._config.parallel.rebalance_interval_steps,
+                    whole_experts=parallel.expert_parallel,
+                    num_redundant_experts=parallel.redundant_experts,
+                    rebalance_interval_steps=parallel.rebalance_interval_steps,
+                    leader_name=worker_name(replica, epoch=epoch, rank=rank - rank % size),
                 )
             starts.append(
                 asyncio.ensure_future(
@@ -150,6 +160,7 @@ class RayLauncher:
                         model_config=self._config.model,
                         engine_config=replace(self._config.engine, device=device),
                         epoch=epoch,
+                        identity=self._authority.issue(worker_name(replica, epoch=epoch, rank=rank)),
                         controller_node=self._node,
                         num_node_workers=self._num_node_workers(),
                         place=place,
@@ -160,8 +171,7 @@ class RayLauncher:
         for start in starts:  # the cause comes before the others' complaints about it
             if start.done() and (error := start.exception()) is not None:
                 raise error
-        serving: ServingWorker = starts[LEADER].result()
-        return serving
+        return [serving for start in starts if (serving := start.result()) is not None]
 
     async def find(self) -> Mapping[str, RayWorker]:
         """See `Launcher`."""
@@ -177,12 +187,26 @@ class RayLauncher:
             for epoch in sorted(epochs, reverse=True):
                 group = find_group(f"{replica}.{epoch}")
                 handles = [epochs[epoch][rank] for rank in sorted(epochs[epoch])]
-                serving = None if replica in found or len(handles) != self._num_ranks else await _describe(handles[LEADER])
-                if serving is None:
-                    _end(handles, group)
-                else:
+                places: list[ServingWorker | None] = [None]
+                if replica not in found and len(handles) == self._num_ranks:
+                    places = [await self._describe(leader) for leader in handles[:: self._config.parallel.tensor_parallel]]
+                serving = [place for place in places if place is not None]
+                if len(serving) == len(places):
                     found[replica] = RayWorker(handles, serving, group)
+                else:
+                    _end(handles, group)
         return found
+
+    async def _describe(self, leader: ActorHandle) -> ServingWorker | None:
+        """What a replica's leader serves; None if it does not serve, or runs what this controller does not fit."""
+        try:
+            if problem := mismatch(self._versions, [await asyncio.wait_for(leader.versions.remote(), _DESCRIBE_TIMEOUT_S)]):
+                logger.warning("a worker of an earlier controller is ended: %s", problem)
+                return None
+            serving: ServingWorker | None = await asyncio.wait_for(leader.describe.remote(), _DESCRIBE_TIMEOUT_S)
+        except (RayError, TimeoutError):
+            return None
+        return serving
 
     def _device(self) -> Literal["cpu", "cuda"]:
         """What auto means in this cluster; all replicas get the same, also when nodes are lost later."""
@@ -215,15 +239,6 @@ async def _where(group: PlacementGroup | None, num_ranks: int) -> list[dict[str,
         return [{"scheduling_strategy": bundle} for bundle in bundles]
     selector = await reachable_only()
     return [{"scheduling_strategy": "SPREAD"} | ({"label_selector": selector} if selector else {})]
-
-
-async def _describe(leader: ActorHandle) -> ServingWorker | None:
-    """What a replica's leader serves; None if it does not serve."""
-    try:
-        serving: ServingWorker | None = await asyncio.wait_for(leader.describe.remote(), _DESCRIBE_TIMEOUT_S)
-    except (RayError, TimeoutError):
-        return None
-    return serving
 
 
 def _end(handles: list[ActorHandle], group: PlacementGroup | None) -> None:

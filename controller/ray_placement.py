@@ -51,7 +51,7 @@ async def place(name: str, bundle: Mapping[str, float], *, num_ranks: int, place
             raise NoRoom(
                 f"{num_ranks} ranks need {dict(bundle)} each, and the Ray cluster has not had that free within "
                 f"{_TIMEOUT_S:g} s: {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free. "
-                "Add nodes, end other work or lower tensor_parallel"
+                "Add nodes, end other work or lower tensor_parallel or data_parallel"
             )
 
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from ..common.cluster_state import ReplicaState, ReplicaStatus
 from ..common.errors import PilotfishError
-from ..common.requests import EngineLoad, WorkerInfo
+from ..common.requests import EngineLoad, ServingWorker, WorkerInfo
 from .worker_link import WorkerLink
 
 
@@ -35,9 +35,22 @@ TRANSITIONS: dict[tuple[ReplicaState, Happening], ReplicaState] = {
 }
 
 
+@dataclass(slots=True)
+class Place:
+    """Where a replica takes requests: it has one, or one a data rank, which the dispatcher and the router know by `name`.
+
+    `link` is None while nothing is connected there.
+    """
+
+    name: str
+    serving: ServingWorker
+    link: WorkerLink | None
+
+
 @dataclass(kw_only=True, slots=True)
 class Replica:
-    """A replica and its current worker. `failures` counts losses in a row without a completed step between them.
+    """A replica and its current worker, or its last one: `places`. `failures` counts losses in a row without a completed step
+    between them.
 
     `error` says why it is FAILED; `has_served`: a worker of it has been ready; `settled` is set once it was ready or FAILED.
     `on_move` is told of every change of state.
@@ -46,10 +59,7 @@ class Replica:
     name: str
     state: ReplicaState = ReplicaState.STARTING
     message: str = ""
-    address: str = ""
-    node: str = ""
-    info: WorkerInfo | None = None
-    link: WorkerLink | None = None
+    places: tuple[Place, ...] = ()
     restarts: int = 0
     failures: int = 0
     has_served: bool = False
@@ -63,16 +73,25 @@ class Replica:
         self.message = message
         self.on_move()
 
-    def status(self) -> ReplicaStatus:
-        link = self.link
+    @property
+    def info(self) -> WorkerInfo | None:
+        """The facts of its first place, None before its worker first started."""
+        return self.places[0].serving.info if self.places else None
+
+    def statuses(self) -> tuple[ReplicaStatus, ...]:
+        """Of every place; of the replica alone before its worker first started."""
+        return tuple(map(self._status, self.places)) or (self._status(None),)
+
+    def _status(self, place: Place | None) -> ReplicaStatus:
+        link = place.link if place else None
         return ReplicaStatus(
-            name=self.name,
+            name=place.name if place else self.name,
             state=self.state,
             message=self.message,
-            address=self.address,
-            node=self.node,
+            address=place.serving.address if place else "",
+            node=place.serving.node if place else "",
             restarts=self.restarts,
-            info=self.info,
+            info=place.serving.info if place else None,
             load=link.load if link else EngineLoad(),
             last_step_age_s=link.step_age_s if link else 0.0,
             last_step_id=link.step_id if link else 0,

@@ -16,13 +16,15 @@ from typing import Protocol
 
 import grpc
 
+from ..common.identity import Identity
 from ..common.requests import EngineLoad, EngineRequest, StepOutput
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.codec import load_from_proto, request_to_proto, step_from_proto
+from ..proto.credentials import channel_credentials, channel_options, explain
 
 logger = logging.getLogger(__name__)
 
-_CHANNEL_OPTIONS = [
+_CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_receive_message_length", 256 * 1024 * 1024),  # the snapshot of a large prefix cache
     ("grpc.use_local_subchannel_pool", 1),  # a new channel connects at once, whatever an earlier one met
 ]
@@ -58,7 +60,10 @@ class WorkerLink:
             that the engine cannot go on, `failure` why.
     """
 
-    def __init__(self, *, address: str, epoch: int, controller_id: str, listener: LinkListener) -> None:
+    def __init__(
+        self, *, address: str, peer: str, identity: Identity, epoch: int, controller_id: str, listener: LinkListener
+    ) -> None:
+        """`peer` is the name in the worker's certificate, `identity` what is shown to it."""
         self.address = address
         self.connected = False
         self.last_message_time = time.monotonic()
@@ -67,6 +72,8 @@ class WorkerLink:
         self.step_age_s = 0.0
         self.failed = False
         self.failure = ""
+        self._peer = peer
+        self._identity = identity
         self._epoch = epoch
         self._controller_id = controller_id
         self._listener = listener
@@ -110,7 +117,8 @@ class WorkerLink:
             await asyncio.sleep(_BACKOFF_S[min(num_failures, len(_BACKOFF_S) - 1)])
 
     async def _serve_one_connection(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+        options = [*_CHANNEL_OPTIONS, *channel_options(self._peer)]
+        async with grpc.aio.secure_channel(self.address, channel_credentials(self._identity), options=options) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             if self._needs_snapshot:
                 await self._take_snapshot(stub)
@@ -230,4 +238,4 @@ def _abort_message(request_id: str) -> worker_pb2.ControllerMessage:
 
 
 def _describe(error: Exception) -> str:
-    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+    return f"{error.code().name}: {explain(error.details())}" if isinstance(error, grpc.aio.AioRpcError) else str(error)

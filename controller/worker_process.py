@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from ..common.requests import WorkerInfo
+from ..common.rank_place import LEADER
+from ..common.requests import ServingWorker
+
+
+def worker_name(replica: str, *, epoch: int, rank: int = LEADER) -> str:
+    """Of a rank's worker: its name in its certificate, and its actor's."""
+    return f"{replica}.{epoch}.{rank}"
 
 
 class WorkerDied(Exception):
@@ -17,14 +23,11 @@ class NoRoom(Exception):
 
 
 class WorkerProcess(Protocol):
-    """A worker that serves at `address`."""
+    """A replica's worker, or its ranks."""
 
     @property
-    def address(self) -> str: ...
-    @property
-    def node(self) -> str: ...
-    @property
-    def info(self) -> WorkerInfo: ...
+    def places(self) -> Sequence[ServingWorker]:
+        """Where it takes requests: at one address, or at one a data rank. They live and end together."""
 
     async def wait_dead(self) -> str:
         """Returns when the process has ended, with what is known of the cause."""

@@ -56,12 +56,11 @@ def build_dummy(
 @torch.no_grad()
 def _fill(model: CausalLM, seed: int) -> None:
     generator = torch.Generator(model.device)
-    is_tied = model.embedding.head_weight is model.embedding.weight
     for source in model.weight_sources():
         if len(source.shape) == 1:
             source.target.fill_(0 if source.name.endswith("bias") else 1)
             continue
         generator.manual_seed(zlib.crc32(f"{seed} {source.name}".encode()))  # a CPU looks at 32 bits
-        std = 1.0 if source.name == EMBEDDING_NAME and not is_tied else source.shape[-1] ** -0.5
+        std = 1.0 if source.name == EMBEDDING_NAME and not model.embedding.is_tied else source.shape[-1] ** -0.5
         whole = torch.empty(source.shape, dtype=source.target.dtype, device=model.device)
         source.target.copy_(whole.normal_(std=std, generator=generator)[source.region])

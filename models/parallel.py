@@ -1,7 +1,7 @@
 """One rank's place among those that compute a replica, and which share of each weight it owns.
 
 Passed explicitly when a model is built; nothing looks it up. A share says which rows or columns of a checkpoint tensor this
-rank keeps; the two collectives are given by whoever owns the process group (workers), so that models know no NCCL.
+rank keeps; the collectives are given by whoever owns the process group (workers), so that models know no NCCL.
 
 Nothing has to divide: parts are contiguous, in rank order and as even as they can be.
 
@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from ..common.errors import ModelLoadError
+from ..kernels.rms_norm import rms_norm
+
+AllReduceNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
 # Elements: 16 bytes of a 16-bit dtype, as vector loads and TMA want the rows of a weight to begin.
 ALIGNED = 8
@@ -88,6 +91,7 @@ class Parallel:
             equally many slots.
         all_reduce: sums a contiguous tensor over the ranks and returns it; it may work in place.
         all_gather: joins every rank's contiguous, equally shaped tensor along the last dimension, in rank order.
+        all_reduce_norm: (x, residual, weight, eps) to what `sum_and_norm` says, for whoever can do it in one.
         whole_experts: ranks share the experts of a sparse layer (expert parallelism), not each expert's intermediate size.
         data: where there are several data ranks; all ranks of all of them share the experts, so `whole_experts` is set.
     """
@@ -98,6 +102,7 @@ class Parallel:
     first_slots: FirstSlots | None = None
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    all_reduce_norm: AllReduceNorm | None = None
     data: DataParallel | None = None
 
     def __post_init__(self) -> None:
@@ -163,6 +168,14 @@ class Parallel:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's x."""
         return x if self.all_reduce is None else self.all_reduce(x)
+
+    def sum_and_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(s), s), where s is the residual plus the sum of every rank's x."""
+        if self.all_reduce_norm is not None:
+            return self.all_reduce_norm(x_TH, residual_TH, weight_H, eps)
+        return rms_norm(self.sum(x_TH), weight_H, eps, residual_TH=residual_TH)
 
     def gather_vocab(self, x_RV: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Joins the vocabulary shares of all ranks: [R, vocab_size] on every rank, rows contiguous, equal to the bit."""

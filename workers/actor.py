@@ -18,8 +18,10 @@ import ray
 from ..common import logs
 from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import InternalError, PilotfishError
+from ..common.identity import Identity
 from ..common.rank_place import RankPlace
 from ..common.requests import ServingWorker
+from ..proto.versions import own_versions
 from .cpu_threads import share_of_machine
 from .engine_interface import FAILED_PHASE, EngineInterface
 
@@ -35,8 +37,15 @@ class WorkerActor:
 
     def __init__(self, name: str) -> None:
         logs.set_up(name)
+        self._versions = own_versions(
+            ray.util.get_node_ip_address()
+        )  # what this process has loaded, whatever is installed later
         self._serving: ServingWorker | None = None
         self._rendezvous: object = None  # held open
+
+    def versions(self) -> dict[str, str]:
+        """Asked before all else: see proto/versions.py."""
+        return self._versions
 
     def open_rendezvous(self, *, timeout_s: float) -> str:
         """Asked of a replica's first rank: the address where all ranks find each other."""
@@ -52,6 +61,7 @@ class WorkerActor:
         model_config: ModelConfig,
         engine_config: EngineConfig,
         epoch: int,
+        identity: Identity,
         controller_node: str,
         num_node_workers: int,
         place: RankPlace | None = None,
@@ -60,9 +70,10 @@ class WorkerActor:
 
         Args:
             engine_config: with the device settled, cpu or cuda.
+            identity: what this worker shows to the other parts of the cluster.
             controller_node: Ray's id of the controller's node: a worker there listens on the loopback address only.
             num_node_workers: how many workers share this node's cores and memory.
-            place: among the ranks of the replica, where it has several; this worker's `host` is filled in.
+            place: among the ranks of the replica, where it has several; this worker's `host` and `identity` are filled in.
 
         Raises:
             PilotfishError: why it cannot start.
@@ -71,11 +82,13 @@ class WorkerActor:
             if engine_config.device == "cpu":
                 engine_config = share_of_machine(engine_config, num_node_workers)
             if place is not None:
-                place = replace(place, host=ray.util.get_node_ip_address())
+                place = replace(place, host=ray.util.get_node_ip_address(), identity=identity)
             if place is not None and not place.is_leader:
                 self._follow(model_config, engine_config, place)
             else:
-                self._serving = self._serve(model_config, engine_config, place, epoch=epoch, controller_node=controller_node)
+                self._serving = self._serve(
+                    model_config, engine_config, place, epoch=epoch, identity=identity, controller_node=controller_node
+                )
         except PilotfishError:
             raise
         except Exception as error:
@@ -96,7 +109,7 @@ class WorkerActor:
         from .ranks import Follower
 
         Follower(model_config, engine_config, place, on_end=_end_process).start()
-        logger.info("rank %d of %d follows under epoch %d", place.rank, place.size, place.epoch)
+        logger.info("rank %d of %d follows under epoch %d", place.number, place.num_ranks, place.epoch)
 
     def _serve(
         self,
@@ -105,6 +118,7 @@ class WorkerActor:
         place: RankPlace | None,
         *,
         epoch: int,
+        identity: Identity,
         controller_node: str,
     ) -> ServingWorker:
         from .engine import Engine
@@ -112,7 +126,7 @@ class WorkerActor:
         from .server import WorkerServer
         from .worker_service import ServerLimits
 
-        server = WorkerServer(ServerLimits())
+        server = WorkerServer(ServerLimits(), identity)
         set_up = None if place is None else partial(lead, place=place)
         engine = Engine(model_config, engine_config, on_step=server.on_step, set_up=set_up)
         info = replace(engine.start(), epoch=epoch, pid=os.getpid())
@@ -121,7 +135,7 @@ class WorkerActor:
         address = server.start(engine, info, host="127.0.0.1" if is_local else node)
         threading.Thread(target=_exit_when_failed, args=(engine,), name="engine-watch", daemon=True).start()
         logger.info("serving %s at %s under epoch %d", info.model_name, address, epoch)
-        return ServingWorker(address=address, node=node, info=info)
+        return ServingWorker(address=address, node=node, info=info, rank=0 if place is None else place.number)
 
 
 def _exit_when_failed(engine: EngineInterface) -> None:

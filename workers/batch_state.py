@@ -24,15 +24,7 @@ from .kv_cache import KvCache
 _SLOT, _START, _NUM_TOKENS, _SAMPLES, _OUTPUT_POSITION = range(5)
 NUM_DECODE_COLUMNS = 3  # slot, position, output position
 
-
-@dataclass(frozen=True, slots=True)
-class SamplingRows:
-    """The rows of a step that sample, on the host (numpy int64) and on the device."""
-
-    host_slots_R: np.ndarray
-    host_output_positions_R: np.ndarray  # the sampled token becomes this output of its sequence
-    host_lengths_R: np.ndarray  # tokens known before it, prompt included
-    on_device: DrawRows
+HostColumns = tuple[np.ndarray, np.ndarray, np.ndarray]  # of SamplingRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +40,61 @@ class DrawRows:
         return DrawRows(self.slots_R[:num_rows], self.output_positions_R[:num_rows], self.lengths_R[:num_rows])
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """The rows of a step that sample, on the host (numpy int64) and on the device."""
+
+    host_slots_R: np.ndarray
+    host_output_positions_R: np.ndarray  # the sampled token becomes this output of its sequence
+    host_lengths_R: np.ndarray  # tokens known before it, prompt included
+    on_device: DrawRows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """How large the tensors of a step are.
+
+    Attributes:
+        num_sampling: rows that sample.
+        max_blocks: blocks of the longest row.
+        max_query_len, min_query_len: bounds of a row's tokens.
+    """
+
+    num_tokens: int
+    num_rows: int
+    num_sampling: int
+    max_blocks: int
+    max_query_len: int
+    min_query_len: int
+
+    @property
+    def column_lengths(self) -> list[int]:
+        """Of BatchState.step_columns: four a token, two a row, where rows begin, four a row that samples."""
+        return [self.num_tokens] * 4 + [self.num_rows] * 2 + [self.num_rows + 1] + [self.num_sampling] * 4
+
+
 class BatchState:
     """The tensors of all slots, and the batches gathered from them."""
 
     def __init__(
         self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_blocks: int, device: torch.device
     ) -> None:
-        max_len = min(max_model_len, num_blocks * block_size)
+        self.max_len = max_len = min(max_model_len, num_blocks * block_size)
         self.device = device
         self.block_size = block_size
         # One slot more, for the padding of decode steps: its one token is 0 and lies in the scratch page.
-        self.padding_slot = max_num_seqs
+        self.max_num_seqs = self.padding_slot = max_num_seqs
         num_slots = max_num_seqs + 1
         # One column more: the last token of a full sequence is sampled and written, though never computed.
         self.token_ids_MC = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
         self.block_tables_MB = torch.zeros((num_slots, -(-max_len // block_size)), dtype=torch.int32, device=device)
         self._row_numbers = torch.arange(num_slots, dtype=torch.int32, device=device)
         self._num_blocks_M = np.zeros(max_num_seqs, dtype=np.int64)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a step: all sequences as long as can be."""
+        return self.max_num_seqs * self.max_len
 
     def admit(self, sequence: AdmittedSequence) -> None:
         """Fills the sequence's slot with its known tokens and the blocks of its prefix hit."""
@@ -88,21 +118,36 @@ class BatchState:
 
     def compose(self, rows: Sequence[PlannedRow], kv_cache: KvCache) -> tuple[ForwardBatch, SamplingRows]:
         """The rows' tokens as one batch, in order, and which of them sample."""
-        rows_S5 = np.array(
-            [(row.slot, row.start, row.num_tokens, row.samples, row.output_position) for row in rows], dtype=np.int64
-        )
+        shape = self._shape(rows)
+        columns, host_3R = self.step_columns(rows, shape)
+        batch, on_device = self.compose_columns(self.to_device(columns), shape, kv_cache)
+        return batch, SamplingRows(*host_3R, on_device)
+
+    def step_columns(self, rows: Sequence[PlannedRow], shape: StepShape) -> tuple[np.ndarray, HostColumns]:
+        """(what `compose_columns` wants to know, int64 in one array, so that it travels in one copy; the host's columns of the
+        rows that sample, as in SamplingRows).
+
+        Where `shape` has room for more, the rows left compute the tokens left, in the slot and the page of padding, none more
+        than a sequence can have; and the first row takes the places left among those that sample.
+        """
+        rows_S5 = np.zeros((shape.num_rows, 5), dtype=np.int64)
+        rows_S5[:, _SLOT] = self.padding_slot
+        if rows:
+            rows_S5[: len(rows)] = [(row.slot, row.start, row.num_tokens, row.samples, row.output_position) for row in rows]
+        num_left_over = shape.num_tokens - int(rows_S5[:, _NUM_TOKENS].sum())
+        padding = num_left_over - self.max_len * np.arange(shape.num_rows - len(rows))
+        rows_S5[len(rows) :, _NUM_TOKENS] = padding.clip(0, self.max_len)
         slots_S, starts_S, num_tokens_S = rows_S5[:, _SLOT], rows_S5[:, _START], rows_S5[:, _NUM_TOKENS]
-        query_starts_S1 = np.zeros(len(rows) + 1, dtype=np.int64)
+        query_starts_S1 = np.zeros(shape.num_rows + 1, dtype=np.int64)
         np.cumsum(num_tokens_S, out=query_starts_S1[1:])
         context_lens_S = starts_S + num_tokens_S
         slot_T = np.repeat(slots_S, num_tokens_S)
-        positions_T = np.arange(query_starts_S1[-1]) + np.repeat(starts_S - query_starts_S1[:-1], num_tokens_S)
+        positions_T = np.arange(shape.num_tokens) + np.repeat(starts_S - query_starts_S1[:-1], num_tokens_S)
         sampling = np.flatnonzero(rows_S5[:, _SAMPLES])
-        sampling_slots_R, output_positions_R = rows_S5[sampling, _SLOT], rows_S5[sampling, _OUTPUT_POSITION]
-        lengths_R = context_lens_S[sampling]
-
-        # All that the device needs to know travels in one copy.
-        token_index_T, table_index_T, offset_T, positions, slots, context_lens, query_starts, *of_sampling = self._pack(
+        drawn_S3 = (slots_S, rows_S5[:, _OUTPUT_POSITION], context_lens_S)
+        padded_R = np.zeros(shape.num_sampling, dtype=np.int64)
+        padded_R[: len(sampling)] = sampling
+        columns = (
             slot_T * self.token_ids_MC.shape[1] + positions_T,
             slot_T * self.block_tables_MB.shape[1] + positions_T // self.block_size,
             positions_T % self.block_size,
@@ -110,28 +155,43 @@ class BatchState:
             slots_S,
             context_lens_S,
             query_starts_S1,
-            query_starts_S1[1:][sampling] - 1,
-            sampling_slots_R,
-            output_positions_R,
-            lengths_R,
+            query_starts_S1[1:][padded_R] - 1,
+            *(column_S[padded_R] for column_S in drawn_S3),
         )
-        logits_rows, *sampling_on_device = of_sampling
+        slots_R, output_positions_R, lengths_R = (column_S[sampling] for column_S in drawn_S3)
+        return np.concatenate(columns), (slots_R, output_positions_R, lengths_R)
+
+    def compose_columns(self, columns: torch.Tensor, shape: StepShape, kv_cache: KvCache) -> tuple[ForwardBatch, DrawRows]:
+        """The batch of `step_columns`, made on the device alone: what is launched follows from `shape` and nothing else."""
+        token_index_T, table_index_T, offset_T, positions, slots, context_lens, query_starts, logits_rows, *of_sampling = (
+            columns.split(shape.column_lengths)
+        )
         pages_T = self.block_tables_MB.view(-1).index_select(0, table_index_T)
-        max_blocks = -(-int(context_lens_S.max()) // self.block_size)
         batch = ForwardBatch(
             token_ids_T=self.token_ids_MC.view(-1).index_select(0, token_index_T).long(),
             positions_T=positions,
             slots_T=torch.add(offset_T, pages_T, alpha=self.block_size),
-            block_tables_SB=self.block_tables_MB[:, :max_blocks].index_select(0, slots),
+            block_tables_SB=self.block_tables_MB[:, : shape.max_blocks].index_select(0, slots),
             query_starts_S1=query_starts.int(),
             context_lens_S=context_lens.int(),
-            max_query_len=int(num_tokens_S.max()),
-            min_query_len=int(num_tokens_S.min()),
+            max_query_len=shape.max_query_len,
+            min_query_len=shape.min_query_len,
             logits_rows_R=logits_rows,
             kv_caches=kv_cache.layers,
         )
-        on_device = DrawRows(*sampling_on_device)
-        return batch, SamplingRows(sampling_slots_R, output_positions_R, lengths_R, on_device)
+        return batch, DrawRows(*of_sampling)
+
+    def _shape(self, rows: Sequence[PlannedRow]) -> StepShape:
+        """The rows' own, without room for more."""
+        num_tokens = [row.num_tokens for row in rows]
+        return StepShape(
+            num_tokens=sum(num_tokens),
+            num_rows=len(rows),
+            num_sampling=sum(row.samples for row in rows),
+            max_blocks=-(-max(row.start + row.num_tokens for row in rows) // self.block_size),
+            max_query_len=max(num_tokens),
+            min_query_len=min(num_tokens),
+        )
 
     def decode_columns(self, rows: Sequence[PlannedRow], size: int) -> np.ndarray:
         """int64 [NUM_DECODE_COLUMNS, size]: what `compose_decode` wants to know of rows with one token each, and padding."""
@@ -168,9 +228,6 @@ class BatchState:
     def append_tokens(self, rows: DrawRows, tokens_R: torch.Tensor) -> None:
         """Writes sampled tokens behind their sequences, for the next step to read."""
         self.token_ids_MC.index_put_((rows.slots_R, rows.lengths_R), tokens_R.int())
-
-    def _pack(self, *columns: np.ndarray) -> tuple[torch.Tensor, ...]:
-        return self.to_device(np.concatenate(columns)).split([len(column) for column in columns])
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """A host array on the device; the copy to a GPU is queued, never waited for."""

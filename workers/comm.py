@@ -4,7 +4,9 @@ Life cycle: the leader opens a Rendezvous on a free port; every rank joins it wi
 call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
 the group is of no use and its processes end. A message of another epoch is never seen: it is part of every key of the store.
 
-gloo serves CPUs, NCCL GPUs. NVLink multicast stays off (NCCL_NVLS_ENABLE=0 in the worker's environment, see ray_launcher.py).
+gloo serves CPUs, NCCL GPUs; small sums of the ranks of one machine go through memory that they share (peer_memory.py). Such a
+sum waits for `timeout_s` too, but cannot raise: `check` does, once its step has ended. NVLink multicast stays off
+(NCCL_NVLS_ENABLE=0 in the worker's environment, see ray_launcher.py).
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
+from ..kernels.all_reduce import MAX_HIDDEN, PeerBuffers, all_reduce, all_reduce_norm, unfit_reason
+from ..kernels.rms_norm import rms_norm
 from ..models.parallel import Parallel
 from ..scheduler.expert_balancer import first_slots
-from .data_group import DataGroup, StepExchange
+from .data_group import DataGroup, StepExchange, finish
+from .peer_memory import Way, check_all_came, choose_way, open_peer_buffers
 
 
 class Rendezvous:
@@ -61,6 +67,7 @@ class RankGroup:
     """The collectives between the tensor ranks of one data rank, as one of them sees them.
 
     Attributes:
+        peers: through which small sums go; None where the process group serves alone.
         data: between data ranks, where there are several.
         steps: between their leaders, on a leader.
     """
@@ -83,6 +90,7 @@ class RankGroup:
         self._group = group  # None of one tensor rank
         self._everyone = everyone  # all ranks in the order of their numbers, where experts move between them
         self._device = device
+        self.peers: PeerBuffers | None = None
 
     @classmethod
     def join(cls, place: RankPlace, device: torch.device) -> RankGroup:
@@ -111,6 +119,8 @@ class RankGroup:
                 )
             joined = cls(place, store, group, device, data=data, steps=steps, everyone=everyone)
             joined.agree_on_least(place.number)  # the first collectives connect them
+            if device.type == "cuda" and place.size > 1:
+                joined.peers = open_peer_buffers(place, joined, device, agree_on_least=joined.agree_on_least)
         except (RuntimeError, ValueError) as error:
             raise InternalError(
                 f"rank {place.number} of {place.num_ranks} found no group of all ranks at {place.address} within "
@@ -130,23 +140,45 @@ class RankGroup:
             first_slots=rule,
             all_reduce=self.all_reduce if place.size > 1 else None,
             all_gather=self.all_gather if place.size > 1 else None,
+            all_reduce_norm=None if self.peers is None else self.all_reduce_norm,
             data=None if self.data is None else self.data.parallel,
         )
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """x becomes the sum over the ranks."""
+        """The sum of every rank's x; x itself may become it."""
         assert self._group is not None
-        x = x.contiguous()
-        self._group.allreduce([x], dist.AllreduceOptions()).wait()
+        x, way = _aligned(x), self._way(x)
+        if self.peers is not None and way != "group":
+            return all_reduce(x, self.peers, two_shot=way == "two_shot")
+        options = dist.AllreduceOptions()
+        options.asyncOp = False
+        finish(self._group.allreduce([x], options))
         return x
+
+    def all_reduce_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(s), s), where s is the residual plus the sum of every rank's x: one kernel where x is small."""
+        way = self._way(x_TH)
+        if self.peers is None or way == "group" or x_TH.shape[1] > MAX_HIDDEN:
+            return rms_norm(self.all_reduce(x_TH), weight_H, eps, residual_TH=residual_TH)
+        two_shot = way == "two_shot"
+        return all_reduce_norm(_aligned(x_TH), _aligned(residual_TH), weight_H, eps, self.peers, two_shot=two_shot)
+
+    def _way(self, x: torch.Tensor) -> Way:
+        if self.peers is None or unfit_reason(x.shape, x.dtype, self.peers) is not None:
+            return "group"
+        return choose_way(x.nbytes, self.place.size)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x of one shape, joined along the last dimension in the order of ranks."""
         assert self._group is not None
         x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.place.size)]
-        self._group.allgather([parts], [x]).wait()
-        return torch.cat(parts, dim=-1)
+        parts = x.new_empty((self.place.size * x.shape[0], *x.shape[1:]))
+        options = AllgatherOptions()
+        options.asyncOp = False
+        finish(self._group._allgather_base(parts, x, options))
+        return parts.view(self.place.size, *x.shape).movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: torch.Tensor) -> None:
         """x becomes the leader's."""
@@ -154,12 +186,15 @@ class RankGroup:
             return
         options = dist.BroadcastOptions()
         options.rootRank = LEADER
-        self._group.broadcast([x], options).wait()
+        options.asyncOp = False
+        finish(self._group.broadcast([x], options))
 
     def sum_over_all(self, x: torch.Tensor) -> None:
         """x, contiguous, becomes the sum over all ranks, tensor and data ranks."""
         assert self._everyone is not None
-        self._everyone.allreduce([x], dist.AllreduceOptions()).wait()
+        options = dist.AllreduceOptions()
+        options.asyncOp = False
+        finish(self._everyone.allreduce([x], options))
 
     def exchange_rows(
         self, incoming: torch.Tensor, outgoing: torch.Tensor, *, received: Sequence[int], sent: Sequence[int]
@@ -169,7 +204,9 @@ class RankGroup:
         Between all ranks, tensor and data ranks. Both are contiguous, of one dtype, and have just these rows.
         """
         assert self._everyone is not None
-        self._everyone.alltoall_base(incoming, outgoing, list(received), list(sent), dist.AllToAllOptions()).wait()
+        options = dist.AllToAllOptions()
+        options.asyncOp = False
+        finish(self._everyone.alltoall_base(incoming, outgoing, list(received), list(sent), options))
 
     def agree_on_least(self, value: int) -> int:
         """The least of the values of all ranks, tensor and data ranks."""
@@ -177,9 +214,9 @@ class RankGroup:
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         if self._group is not None:
-            self._group.allreduce([tensor], options).wait()
+            finish(self._group.allreduce([tensor], options))
         if self.data is not None:
-            self.data.group.allreduce([tensor], options).wait()
+            finish(self.data.group.allreduce([tensor], options))
         return int(tensor.item())
 
     def abort(self) -> None:
@@ -188,6 +225,11 @@ class RankGroup:
         for group in groups:
             if group is not None:
                 group.abort()
+
+    def check(self) -> None:
+        """Asked when a step has ended, before its results are used: InternalError where it waited in vain for a rank."""
+        if self.peers is not None:
+            check_all_came(self.peers)
 
     def tell(self, key: str, value: str) -> None:
         """Leaves a word for the other tensor ranks."""
@@ -199,6 +241,12 @@ class RankGroup:
             return self._store.hear(f"{self.place.data_rank}.{key}")
         except RuntimeError as error:
             raise InternalError(f"no rank has said {key!r} within {self.place.timeout_s:g} s: {error}") from error
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x itself, or a copy, as kernels want it: contiguous, from a multiple of 16 bytes on."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _gloo_group(place: RankPlace, store: dist.Store, device: torch.device) -> dist.ProcessGroup:

@@ -11,10 +11,17 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..common.errors import InternalError
 from ..common.rank_place import RankPlace
 from ..models.parallel import DataParallel
+
+
+def finish(work: dist.Work | None) -> None:
+    """A CPU waits here. On a GPU the current stream does; what was queued on that stream itself may come without work."""
+    if work is not None:
+        work.wait()
 
 
 class DataGroup:
@@ -38,18 +45,24 @@ class DataGroup:
     def _all_gather_rows(self, x_NH: torch.Tensor) -> torch.Tensor:
         x_NH = x_NH.contiguous()
         out_RH = x_NH.new_empty(self._size * len(x_NH), x_NH.shape[1])
-        self.group._allgather_base(out_RH, x_NH).wait()
+        options = AllgatherOptions()
+        options.asyncOp = False
+        finish(self.group._allgather_base(out_RH, x_NH, options))
         return out_RH
 
     def _reduce_scatter_rows(self, x_RH: torch.Tensor) -> torch.Tensor:
         x_RH = x_RH.contiguous()
         out_NH = x_RH.new_empty(len(x_RH) // self._size, x_RH.shape[1])
-        self.group._reduce_scatter_base(out_NH, x_RH, dist.ReduceScatterOptions()).wait()
+        options = dist.ReduceScatterOptions()
+        options.asyncOp = False
+        finish(self.group._reduce_scatter_base(out_NH, x_RH, options))
         return out_NH
 
     def _exchange_rows(self, x_SH: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
         out_RH = x_SH.new_empty(sum(received), x_SH.shape[1])
-        self.group.alltoall_base(out_RH, x_SH.contiguous(), list(received), list(sent), dist.AllToAllOptions()).wait()
+        options = dist.AllToAllOptions()
+        options.asyncOp = False
+        finish(self.group.alltoall_base(out_RH, x_SH.contiguous(), list(received), list(sent), options))
         return out_RH
 
 
@@ -69,7 +82,7 @@ class StepExchange:
         place, own = self._place, torch.tensor([numbers], dtype=torch.int64)
         everyone = own.new_empty(place.size, len(numbers))
         try:
-            self._group._allgather_base(everyone, own).wait()
+            finish(self._group._allgather_base(everyone, own))
         except RuntimeError as error:
             raise InternalError(
                 f"data rank {place.rank} of {place.size} has lost another before a step, or waited {place.timeout_s:g} s "

@@ -7,24 +7,23 @@ with rules or log probabilities are drawn outside, from the first graph's logits
 
 What a graph reads lies where it lay at the capture: the columns of the step (copied in before each replay), the state of the
 slots, the sampling tables and the KV cache. All sizes share one memory pool, so the logits of a replay are valid until the
-next: what reads them is queued behind it, on the same stream. Captured once, largest first, before the first request.
+next: what reads them is queued behind it, on the same stream. Recorded once, largest first, before the first request.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import PlannedRow
 from .batch_state import NUM_DECODE_COLUMNS, BatchState, DrawRows
+from .cuda_graphs import GraphRecorder, Replayable
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
 
@@ -50,6 +49,7 @@ class DecodeStep:
 
     def __init__(self, size: int, *, model: CausalLM, batch_state: BatchState, sampler: Sampler, kv_cache: KvCache) -> None:
         self._model, self._batch_state, self._sampler, self._kv_cache = model, batch_state, sampler, kv_cache
+        self.size = size
         self.columns = torch.empty((NUM_DECODE_COLUMNS, size), dtype=torch.int64, device=batch_state.device)
         self.columns.copy_(torch.from_numpy(batch_state.decode_columns((), size)))
 
@@ -65,12 +65,6 @@ class DecodeStep:
         sampled = self._sampler.draw_plain(logits_SV, rows)
         self._batch_state.append_tokens(rows, sampled.tokens_R)
         return sampled
-
-
-class Replayable(Protocol):
-    """A CUDA graph, or in tests of the CPU a function."""
-
-    def replay(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,50 +88,23 @@ class DecodeGraphs:
 
     def find(self, rows: Sequence[PlannedRow], *, num_rows: int = 0) -> DecodeGraph | None:
         """The smallest graph that holds a step of these rows, and at least `num_rows`; None where there is none."""
-        num_rows = max(num_rows, len(rows))
-        if num_rows > self._sizes[-1] or any(row.num_tokens != 1 or not row.samples for row in rows):
+        index = bisect_left(self._sizes, max(num_rows, len(rows)))
+        if index == len(self._sizes) or any(row.num_tokens != 1 or not row.samples for row in rows):
             return None
-        return self._graphs[self._sizes[bisect_left(self._sizes, num_rows)]]
+        return self._graphs[self._sizes[index]]
 
 
-Capture = Callable[[Sequence[int], Callable[[int], DecodeStep]], DecodeGraphs]
-
-
-def capture_decode_graphs(sizes: Sequence[int], make_step: Callable[[int], DecodeStep]) -> DecodeGraphs:
-    """Captures on the current device."""
+def record_decode_graphs(steps: Sequence[DecodeStep], recorder: GraphRecorder) -> DecodeGraphs:
+    """Largest first, so that the others find their memory in the pool."""
     start_s, graphs = time.perf_counter(), {}
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-    for size in sorted(sizes, reverse=True):
-        graphs[size] = _capture(make_step(size), pool, stream)
-    logger.info("captured %d decode graphs of up to %d rows in %.1f s", len(sizes), max(sizes), time.perf_counter() - start_s)
+    for step in sorted(steps, key=lambda step: step.size, reverse=True):
+        graphs[step.size] = _record(step, recorder)
+    logger.info("recorded %d graphs of decode steps in %.1f s", len(graphs), time.perf_counter() - start_s)
     return DecodeGraphs(graphs)
 
 
-def _capture(step: DecodeStep, pool: tuple[int, int], stream: torch.cuda.Stream) -> DecodeGraph:
-    """Runs the step once as it is, which compiles its kernels, then records it."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step.draw(*step.forward())
-    torch.cuda.current_stream().wait_stream(stream)
-    gc.collect()  # a tensor that is freed during a capture would break it
-    forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(forward, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        logits_SV, rows = step.forward()
-    with torch.cuda.graph(draw, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        sampled = step.draw(logits_SV, rows)
-    # Held by nobody, so that the next capture's logits can lie in the same place.
-    return DecodeGraph(step.columns, forward, torch.as_tensor(_Unowned(logits_SV)), rows, draw, sampled)
-
-
-class _Unowned:
-    """A CUDA tensor's memory without a share in its life."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        assert tensor.is_contiguous()
-        assert tensor.dtype == torch.float32
-        self.__cuda_array_interface__ = {
-            "shape": tuple(tensor.shape),
-            "typestr": "<f4",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
+def _record(step: DecodeStep, recorder: GraphRecorder) -> DecodeGraph:
+    recorder.warm_up(lambda: step.draw(*step.forward()))
+    forward, (logits_SV, rows) = recorder.record(step.forward)
+    draw, sampled = recorder.record(lambda: step.draw(logits_SV, rows))
+    return DecodeGraph(step.columns, forward, recorder.release(logits_SV), rows, draw, sampled)

@@ -16,7 +16,9 @@ from ..common.errors import ConfigError
 from ..common.requests import EngineRequest, TokenSampling
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan
+from .chunk_graphs import chunk_sizes
 from .comm import RankGroup
+from .cuda_graphs import GraphRecorder
 from .decode_graphs import graph_sizes
 from .kv_cache import KvCache
 from .memory import available_bytes, measure_peak
@@ -51,7 +53,7 @@ def measure_largest_step(
     try:
         with measure_peak(model.device) as peak:
             runner.launch(plan, isolate_failures=False).result()
-        graph_bytes = _measure_graphs(runner, config) if uses_graphs(config, model.device) else 0
+        graph_bytes = _measure_graphs(runner, config, num_tokens) if uses_graphs(config, model.device) else 0
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"a step of {plan.num_tokens} tokens does not fit into this device's memory: lower max_num_batched_tokens "
@@ -64,16 +66,14 @@ def uses_graphs(config: EngineConfig, device: torch.device) -> bool:
     return config.cuda_graphs and device.type == "cuda"
 
 
-def _measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
-    *smaller, largest = graph_sizes(config.max_num_seqs)
+def _measure_graphs(runner: ModelRunner, config: EngineConfig, num_tokens: int) -> int:
+    decodes, chunks = graph_sizes(config.max_num_seqs), chunk_sizes(num_tokens)
     free = available_bytes(runner.model.device)
-    runner.use_graphs([largest])
-    one = free - available_bytes(runner.model.device)
-    if not smaller:
-        return one
-    runner.use_graphs([smaller[-1], largest])
-    two = free - available_bytes(runner.model.device)
-    return one + len(smaller) * max(0, two - one)
+    runner.use_graphs(decodes[-1:], chunks[-1:], recorder=GraphRecorder())
+    largest = free - available_bytes(runner.model.device)
+    runner.use_graphs(decodes[-2:], chunks[-2:], recorder=GraphRecorder())
+    with_next = free - available_bytes(runner.model.device)
+    return largest + max(len(decodes), len(chunks)) * max(0, with_next - largest)
 
 
 def _largest_plan(num_tokens: int, *, num_rows: int, max_model_len: int, block_size: int) -> StepPlan:

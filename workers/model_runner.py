@@ -4,8 +4,9 @@ A step has two halves. `launch` applies the plan and queues all its work; on a G
 that the next plan can be made and launched meanwhile. `PendingStep.result` waits for the tokens. Plans are launched in the
 order of their ids and their results are taken in the same order.
 
-On a GPU a step in which every row computes one token and samples replays a CUDA graph (decode_graphs.py). Of several data ranks
-all replay one of the same size, or none does; one without rows computes a token of padding beside the others.
+On a GPU most steps replay a CUDA graph: those in which every row computes one token and samples (decode_graphs.py), and those
+with prompt tokens in them (chunk_graphs.py). Of several data ranks all replay a decode graph of the same size, or none replays
+any; one without rows computes a token of padding beside the others.
 
 A step that raises is run again in halves: running the same rows twice writes the same keys and values and draws the same
 tokens. Rows that fail alone are reported as errors, all others get their tokens; a step that was too large for
@@ -28,8 +29,10 @@ from ..common.requests import ExpertBalance, TokenLogprob
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import AdmittedSequence, ExpertOrders, PlannedRow, StepPlan, StepResult
 from .batch_state import BatchState, SamplingRows
+from .chunk_graphs import ChunkGraph, ChunkGraphs, ChunkStep, record_chunk_graphs
 from .comm import RankGroup
-from .decode_graphs import Capture, DecodeGraph, DecodeGraphs, DecodeStep, capture_decode_graphs
+from .cuda_graphs import GraphRecorder
+from .decode_graphs import DecodeGraph, DecodeGraphs, DecodeStep, record_decode_graphs
 from .expert_mover import ExpertMover
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
@@ -75,6 +78,7 @@ class PendingStep:
     parts: Sequence[PendingPart]
     stopwatch: Stopwatch
     arrived: torch.cuda.Event | None
+    group: RankGroup | None = None
     expert_loads: torch.Tensor | None = None
 
     @property
@@ -82,9 +86,15 @@ class PendingStep:
         return self.arrived is None or self.arrived.query()
 
     def result(self) -> StepResult:
-        """Waits for the step's work; one token for each row that samples, in the order of the plan."""
+        """Waits for the step's work; one token for each row that samples, in the order of the plan.
+
+        Raises:
+            InternalError: another rank took no part in it.
+        """
         if self.arrived is not None:
             self.arrived.synchronize()
+        if self.group is not None:
+            self.group.check()
         drawn: dict[str, tuple[int, TokenLogprob | None]] = {}
         errors: dict[str, str] = {}
         for part in self.parts:
@@ -124,18 +134,28 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size, group=group)
+        self._group = group
         self._isolates_failures = group is None  # what fails on one rank alone cannot run again on all
-        self._graphs: DecodeGraphs | None = None
+        self._decode_graphs, self._chunk_graphs = DecodeGraphs({}), ChunkGraphs({})
         # Slots whose sequence could not be admitted: their rows never run, since their block tables are not theirs.
         self._unusable_slots: dict[int, str] = {}
 
     @torch.inference_mode()
-    def use_graphs(self, sizes: Sequence[int], *, capture: Capture = capture_decode_graphs) -> None:
-        """Decode steps of up to the largest size replay what is captured here."""
-        state, sampler, cache = self._batch_state, self._sampler, self._kv_cache
-        self._graphs = capture(
-            sizes, lambda size: DecodeStep(size, model=self.model, batch_state=state, sampler=sampler, kv_cache=cache)
-        )
+    def use_graphs(self, decode_sizes: Sequence[int], chunk_sizes: Sequence[int], *, recorder: GraphRecorder) -> None:
+        """Decode steps of up to the largest size, and steps of about one of `chunk_sizes` tokens, replay what is recorded.
+
+        Data ranks have no graphs of steps with prompts: how many tokens each brings differs too much for one shape.
+        """
+        model, state, cache = self.model, self._batch_state, self._kv_cache
+        chunk_sizes = chunk_sizes if model.data is None else ()
+        chunks = [
+            ChunkStep(size, model=model, batch_state=state, kv_cache=cache) for size in chunk_sizes if size <= state.most_tokens
+        ]
+        self._chunk_graphs = record_chunk_graphs(chunks, recorder)
+        decodes = [
+            DecodeStep(size, model=model, batch_state=state, sampler=self._sampler, kv_cache=cache) for size in decode_sizes
+        ]
+        self._decode_graphs = record_decode_graphs(decodes, recorder)
 
     def close(self) -> None:
         """It holds nothing that outlives it."""
@@ -169,7 +189,7 @@ class ModelRunner:
         arrived = torch.cuda.Event() if self._device.type == "cuda" else None
         if arrived is not None:
             arrived.record()
-        return PendingStep(plan, parts, stopwatch, arrived, expert_loads)
+        return PendingStep(plan, parts, stopwatch, arrived, self._group, expert_loads)
 
     def _follow_orders(self, orders: ExpertOrders) -> torch.Tensor | None:
         assert self.experts is not None, "orders to experts that cannot move"
@@ -206,26 +226,28 @@ class ModelRunner:
         return self._launch_isolating(rows[:middle], plan, stopwatch) + self._launch_isolating(rows[middle:], plan, stopwatch)
 
     def _launch_whole(self, rows: Sequence[PlannedRow], plan: StepPlan, stopwatch: Stopwatch) -> list[PendingPart]:
-        graph = self._find_graph(rows, plan)
-        if rows:
-            sampled = (
-                self._replay(graph, rows, stopwatch)
-                if graph is not None
-                else self._forward_and_draw(rows, plan.rank_tokens, stopwatch)
-            )
-            return [PendingPart(rows, sampled.map(self._to_host) if sampled is not None else None)]
+        decode, chunk = self._find_graphs(rows, plan)
+        if not rows:
+            if plan.rank_tokens:
+                self._compute_padding(decode, plan.rank_tokens, stopwatch)
+            return []
+        if decode is not None:
+            sampled: Sampled | None = self._replay_decode(decode, rows, stopwatch)
+        elif chunk is not None:
+            sampled = self._replay_chunk(chunk, rows, stopwatch)
+        else:
+            sampled = self._run(rows, plan.rank_tokens, stopwatch)
+        return [PendingPart(rows, sampled.map(self._to_host) if sampled is not None else None)]
+
+    def _find_graphs(self, rows: Sequence[PlannedRow], plan: StepPlan) -> tuple[DecodeGraph | None, ChunkGraph | None]:
+        """What serves the step, at most one of them. All data ranks find a decode graph of one size, or none does."""
         if plan.rank_tokens:
-            self._forward_padding(graph, plan.rank_tokens, stopwatch)
-        return []
+            return (self._decode_graphs.find(rows, num_rows=max(plan.rank_tokens)) if plan.all_decode else None), None
+        decode = self._decode_graphs.find(rows)
+        return decode, None if decode is not None else self._chunk_graphs.find(rows)
 
-    def _find_graph(self, rows: Sequence[PlannedRow], plan: StepPlan) -> DecodeGraph | None:
-        """All data ranks find one of the same size, or none does."""
-        if self._graphs is None or (plan.rank_tokens and not plan.all_decode):
-            return None
-        return self._graphs.find(rows, num_rows=max(plan.rank_tokens, default=0))
-
-    def _forward_padding(self, graph: DecodeGraph | None, rank_tokens: tuple[int, ...], stopwatch: Stopwatch) -> None:
-        """This rank's experts for the tokens of the others."""
+    def _compute_padding(self, graph: DecodeGraph | None, rank_tokens: tuple[int, ...], stopwatch: Stopwatch) -> None:
+        """This rank's experts serve the tokens of the others."""
         with stopwatch.measure("forward"):
             if graph is not None:
                 self._batch_state.fill(graph.columns, self._batch_state.decode_columns((), graph.columns.shape[1]))
@@ -233,14 +255,25 @@ class ModelRunner:
             else:
                 self.model.forward(replace(self._batch_state.compose_padding(self._kv_cache), rank_tokens=rank_tokens))
 
-    def _forward_and_draw(
-        self, rows: Sequence[PlannedRow], rank_tokens: tuple[int, ...], stopwatch: Stopwatch
-    ) -> Sampled | None:
+    def _run(self, rows: Sequence[PlannedRow], rank_tokens: tuple[int, ...], stopwatch: Stopwatch) -> Sampled | None:
         batch, sampling = self._batch_state.compose(rows, self._kv_cache)
         if rank_tokens:
             batch = replace(batch, rank_tokens=rank_tokens)
         with stopwatch.measure("forward"):
             hidden_RH = self.model.forward(batch)
+        return self._draw(hidden_RH, sampling, stopwatch)
+
+    def _replay_chunk(self, graph: ChunkGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled | None:
+        step = graph.step
+        columns, host_3R = self._batch_state.step_columns(rows, step.shape)
+        self._batch_state.fill(step.columns, columns)
+        with stopwatch.measure("forward"):
+            graph.forward.replay()
+        num_sampling = len(host_3R[0])
+        sampling = SamplingRows(*host_3R, step.draw_rows.first(num_sampling))
+        return self._draw(graph.hidden_RH[:num_sampling], sampling, stopwatch)
+
+    def _draw(self, hidden_RH: torch.Tensor, sampling: SamplingRows, stopwatch: Stopwatch) -> Sampled | None:
         if not len(sampling.host_slots_R):
             return None
         with stopwatch.measure("sample"):
@@ -249,7 +282,7 @@ class ModelRunner:
             self._batch_state.append_tokens(sampling.on_device, sampled.tokens_R)
         return sampled
 
-    def _replay(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
+    def _replay_decode(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
         columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
         self._batch_state.fill(graph.columns, columns)
         slots_R, positions_R, output_positions_R = columns[:, : len(rows)]

@@ -44,7 +44,8 @@ class PlanSender:
             for index, rank in enumerate(near):
                 group.tell(f"plans-{rank}", f"ring {name} {index}")
         if far:
-            self._stream = PlanServer(epoch=place.epoch, followers=[rank_name(rank) for rank in far])
+            assert place.identity is not None, "ranks of several machines have identities"
+            self._stream = PlanServer(epoch=place.epoch, followers=[rank_name(rank) for rank in far], identity=place.identity)
             address = self._stream.start(host=place.host)
             for rank in far:
                 group.tell(f"plans-{rank}", f"stream {address}")
@@ -73,7 +74,15 @@ def open_receiver(group: RankGroup) -> PlanReceiver:
     if kind == "ring":
         return Reader(where[0], epoch=place.epoch, index=int(where[1]), timeout_s=place.timeout_s)
     if kind == "stream":
-        return PlanFollower(where[0], epoch=place.epoch, follower=rank_name(place.rank), timeout_s=place.timeout_s)
+        assert place.identity is not None, "ranks of several machines have identities"
+        return PlanFollower(
+            where[0],
+            epoch=place.epoch,
+            follower=rank_name(place.rank),
+            leader=place.leader_name,
+            identity=place.identity,
+            timeout_s=place.timeout_s,
+        )
     raise InternalError(f"rank {place.rank} is told to read step plans from {kind!r}, which this version does not know")
 
 

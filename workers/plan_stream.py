@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 import grpc
 
 from ..common.errors import InternalError
+from ..common.identity import Identity
 from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.credentials import channel_credentials, channel_options, explain, server_credentials
 from .plan_channel import ChannelClosed, LostReader, MessageTooLarge, SlowReader
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -49,9 +51,10 @@ class _Follower:
 class PlanServer(worker_pb2_grpc.PlanStreamServicer):
     """The leader's end. Construct, `start`, `wait_for_followers`, `send` each step's message, `close`."""
 
-    def __init__(self, *, epoch: int, followers: Sequence[str], max_queued: int = 32) -> None:
+    def __init__(self, *, epoch: int, followers: Sequence[str], identity: Identity, max_queued: int = 32) -> None:
         """At most `max_queued` messages wait for each of the `followers`."""
         self._epoch = epoch
+        self._identity = identity
         self._followers = {name: _Follower(name) for name in followers}
         self._max_queued = max_queued
         self._changed = threading.Condition()
@@ -68,7 +71,7 @@ class PlanServer(worker_pb2_grpc.PlanStreamServicer):
             InternalError: it cannot listen there.
         """
         try:
-            bound_port = self._server.add_insecure_port(f"{host}:{port}")
+            bound_port = self._server.add_secure_port(f"{host}:{port}", server_credentials(self._identity))
         except RuntimeError as error:
             raise InternalError(f"the leader cannot listen for its ranks on {host}:{port}: {error}") from error
         self._server.start()
@@ -173,11 +176,24 @@ class PlanServer(worker_pb2_grpc.PlanStreamServicer):
 class PlanFollower:
     """A rank's end."""
 
-    def __init__(self, address: str, *, epoch: int, follower: str, timeout_s: float, max_queued: int = 32) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        epoch: int,
+        follower: str,
+        leader: str,
+        identity: Identity,
+        timeout_s: float,
+        max_queued: int = 32,
+    ) -> None:
         """Connects and is accepted, both within `timeout_s`. At most `max_queued` messages are read ahead.
 
+        Args:
+            leader: the name in the leader's certificate.
+
         Raises:
-            ChannelClosed: nobody answers there.
+            ChannelClosed: nobody answers there, or not as this cluster's leader.
             InternalError: the leader refuses: another epoch, an unknown name, or one that was there already.
         """
         self._queue: queue.Queue[bytes | None] = queue.Queue(max_queued)  # None: the end
@@ -185,9 +201,10 @@ class PlanFollower:
         self._is_accepted = False
         self._answered = threading.Event()
         self._closing = threading.Event()
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        options = [*_OPTIONS, *channel_options(leader)]
+        self._channel = grpc.secure_channel(address, channel_credentials(identity), options=options)
         request = worker_pb2.FollowRequest(epoch=epoch, follower=follower)
-        self._call = worker_pb2_grpc.PlanStreamStub(self._channel).Follow(request, wait_for_ready=True)
+        self._call = worker_pb2_grpc.PlanStreamStub(self._channel).Follow(request)  # the leader listens already
         self._thread = threading.Thread(target=self._read, name="plan-follower", daemon=True)
         self._thread.start()
         if self._answered.wait(timeout_s) and self._is_accepted:
@@ -244,4 +261,4 @@ def _error_of(error: grpc.RpcError) -> InternalError:
     details = error.details() if isinstance(error, grpc.Call) else str(error)
     if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT):
         return InternalError(f"the leader does not take this rank: {details}")
-    return ChannelClosed(f"the stream of step plans broke: {details}")
+    return ChannelClosed(f"the stream of step plans broke: {explain(details)}")

@@ -20,8 +20,10 @@ from ..models.dummy import build_dummy
 from ..models.dummy_shapes import is_dummy
 from ..models.parallel import Parallel
 from ..models.store import resolve
+from .chunk_graphs import chunk_sizes
 from .comm import RankGroup
 from .cpu_threads import usable_cores
+from .cuda_graphs import GraphRecorder
 from .decode_graphs import graph_sizes
 from .expert_mover import ExpertMover
 from .kv_cache import KvCache, KvLayout, allocate_kv_cache
@@ -62,7 +64,7 @@ def set_up_runner(
         experts=experts,
     )
     if uses_graphs(engine_config, device):
-        runner.use_graphs(graph_sizes(engine_config.max_num_seqs))
+        runner.use_graphs(graph_sizes(engine_config.max_num_seqs), chunk_sizes(num_tokens), recorder=GraphRecorder())
     if experts is not None:
         experts.forget_loads()
     info = WorkerInfo(

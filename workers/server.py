@@ -21,8 +21,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..common.errors import InternalError
+from ..common.identity import Identity
 from ..common.requests import StepOutput, WorkerInfo
 from ..proto import worker_pb2, worker_pb2_grpc
+from ..proto.credentials import server_credentials
 from .engine_interface import EngineInterface
 from .worker_service import ServerLimits, WorkerService
 
@@ -40,10 +42,11 @@ _STOP_TIMEOUT_S = 5.0
 
 
 class WorkerServer:
-    """Serves one engine to one controller at a time."""
+    """Serves one engine to one controller at a time, which shows a certificate of the authority that `identity` names."""
 
-    def __init__(self, limits: ServerLimits) -> None:
+    def __init__(self, limits: ServerLimits, identity: Identity) -> None:
         self._limits = limits
+        self._identity = identity
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="worker-server", daemon=True)
         self._service: WorkerService | None = None
@@ -92,7 +95,7 @@ class WorkerServer:
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
-            port = server.add_insecure_port(address)
+            port = server.add_secure_port(address, server_credentials(self._identity))
         except RuntimeError as error:
             raise InternalError(f"the worker cannot listen on {address}: {error}") from error
         await server.start()

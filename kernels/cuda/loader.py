@@ -26,11 +26,12 @@ from types import ModuleType
 import torch
 
 from ..cpu.library import cache_dir
+from .driver import check, driver, ensure_context
 
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
-HEADER = "streaming.cuh"  # of all sources
+HEADERS = ("device.cuh", "streaming.cuh")  # what sources may include
 CAPABILITY = (9, 0)
 MAX_SHARED_BYTES = 223 * 1024  # dynamic; a CTA may have 227 KiB together with its static ones
 INSTALL_HINT = (
@@ -49,10 +50,6 @@ _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES, _FILL_WITH_ZEROS = 0,
 
 class BuildError(Exception):
     """A CUDA C++ kernel could not be compiled here; the message says why and what to do."""
-
-
-class CudaError(RuntimeError):
-    """The CUDA driver refused a call; the message has its reason."""
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -85,6 +82,8 @@ class TensorMap:
         self._memory = (ctypes.c_uint8 * 192)()
         self.address = -(-ctypes.addressof(self._memory) // 64) * 64
 
+
+Argument = TensorMap | ctypes.c_int | ctypes.c_uint32 | ctypes.c_uint64 | ctypes.c_float | ctypes.c_void_p | ctypes.Array
 
 _lock = threading.Lock()
 _failure: str | None = None  # why nothing can be compiled in this process, once that was tried in vain
@@ -121,7 +120,7 @@ def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
 
 def cubin_path(source: str, macros: Macros) -> Path:
     """Where the compiled kernel lies or will lie."""
-    code = (SOURCE_DIR / f"{source}.cu").read_bytes() + (SOURCE_DIR / HEADER).read_bytes()
+    code = b"".join((SOURCE_DIR / name).read_bytes() for name in (f"{source}.cu", *HEADERS))
     digest = hashlib.sha256(code + "\0".join(_compile_options(macros)).encode())
     return cache_dir() / f"{source}-{digest.hexdigest()[:24]}.cubin"
 
@@ -129,8 +128,7 @@ def cubin_path(source: str, macros: Macros) -> Path:
 def build(source: str, macros: Macros, path: Path) -> None:
     """Compiles into `path`, which appears complete or not at all. BuildError where that is impossible."""
     logger.info("compiling the CUDA C++ kernel %s into %s", source, path)
-    header = (SOURCE_DIR / HEADER).read_bytes()
-    cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros), header)
+    cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
@@ -141,12 +139,13 @@ def build(source: str, macros: Macros, path: Path) -> None:
         raise BuildError(f"cannot write a compiled kernel to {path.parent}: {error}; set PILOTFISH_CACHE") from error
 
 
-def compile_source(code: bytes, name: str, options: Sequence[str], header: bytes = b"") -> bytes:
-    """The cubin; `header` is what the code includes as HEADER. BuildError with the compiler's own words where there is none."""
+def compile_source(code: bytes, name: str, options: Sequence[str]) -> bytes:
+    """The cubin. BuildError with the compiler's own words where there is none."""
     nvrtc = _import_nvrtc()
     words = [option.encode() for option in options]
+    headers, names = [(SOURCE_DIR / header).read_bytes() for header in HEADERS], [header.encode() for header in HEADERS]
     try:
-        status, program = nvrtc.nvrtcCreateProgram(code, name.encode(), 1, [header], [HEADER.encode()])
+        status, program = nvrtc.nvrtcCreateProgram(code, name.encode(), len(headers), headers, names)
     except RuntimeError as error:  # the bindings are there, the library is not
         raise BuildError(f"NVRTC does not load ({' '.join(str(error).split())}): {INSTALL_HINT}") from error
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -169,7 +168,7 @@ def tensor_map(address: int, dtype: torch.dtype, shape: tuple[int, int], row_str
     The map follows from the arguments alone, so one is kept for each.
     """
     target = TensorMap()
-    status = _driver().cuTensorMapEncodeTiled(
+    status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(target.address),
         ctypes.c_int(_DATA_TYPES[dtype]),
         ctypes.c_uint32(2),
@@ -183,13 +182,13 @@ def tensor_map(address: int, dtype: torch.dtype, shape: tuple[int, int], row_str
         ctypes.c_int(_PROMOTE_TO_256_BYTES),
         ctypes.c_int(_FILL_WITH_ZEROS),
     )
-    _check(status, f"cuTensorMapEncodeTiled of {shape} {dtype}, stride {row_stride}, box {box}")
+    check(status, f"cuTensorMapEncodeTiled of {shape} {dtype}, stride {row_stride}, box {box}")
     return target
 
 
 def launch(
     kernel: Kernel,
-    arguments: Sequence[TensorMap | ctypes.c_int | ctypes.c_void_p],
+    arguments: Sequence[Argument],
     *,
     grid: tuple[int, int],
     num_threads: int,
@@ -201,16 +200,16 @@ def launch(
 
     With `early_start` it starts while the kernel before it ends, by the rules of dependent_launch.py.
     """
-    _ensure_context(kernel.device_index)
+    ensure_context(kernel.device_index)
     addresses = [argument.address if isinstance(argument, TensorMap) else ctypes.addressof(argument) for argument in arguments]
     attributes, num_attributes = _attributes(cluster_size, early_start)
     config = _LaunchConfig(
         (*grid, 1), (num_threads, 1, 1), shared_bytes, torch.cuda.current_stream().cuda_stream, attributes, num_attributes
     )
     parameters = (ctypes.c_void_p * len(addresses))(*addresses)
-    status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel.function), parameters, None)
+    status = driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel.function), parameters, None)
     if status:
-        _check(
+        check(
             status, f"cuLaunchKernelEx of grid {grid}, {num_threads} threads, {shared_bytes} bytes, clusters of {cluster_size}"
         )
 
@@ -234,34 +233,13 @@ def _nvrtc_bytes(get_size, get_bytes, program) -> bytes:
     return content
 
 
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _check(status: int, what: str) -> None:
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise CudaError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")
-
-
-def _ensure_context(device_index: int) -> None:
-    """A thread that has not called CUDA itself yet has no current context: gives it torch's."""
-    driver, context = _driver(), ctypes.c_void_p()
-    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
-    if context.value is None:
-        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device_index), "cuDevicePrimaryCtxRetain")
-        _check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
-
-
 def _load_function(path: Path, name: str, device_index: int) -> Kernel:
-    _ensure_context(device_index)
-    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-    _check(driver.cuModuleLoadData(ctypes.byref(module), path.read_bytes()), f"cuModuleLoadData of {path}; remove it")
-    _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"cuModuleGetFunction of {name}")
+    ensure_context(device_index)
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    check(driver().cuModuleLoadData(ctypes.byref(module), path.read_bytes()), f"cuModuleLoadData of {path}; remove it")
+    check(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"cuModuleGetFunction of {name}")
     for attribute, value in ((_MAX_DYNAMIC_SHARED_SIZE, MAX_SHARED_BYTES), (_PREFERRED_SHARED_CARVEOUT, 100)):
-        _check(driver.cuFuncSetAttribute(function, attribute, value), f"cuFuncSetAttribute {attribute} = {value}")
+        check(driver().cuFuncSetAttribute(function, attribute, value), f"cuFuncSetAttribute {attribute} = {value}")
     assert function.value is not None
     return Kernel(function.value, device_index)
 

@@ -8,9 +8,7 @@
 
 #pragma once
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "device.cuh"
 
 struct alignas(64) TensorMap {
   u64 opaque[16];
@@ -28,6 +26,7 @@ constexpr int WEIGHT_BYTES = TILE * STEP_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + ROWS * STEP_BYTES;
 constexpr int SUMS = ROWS / 2;  // accumulators of a thread
 constexpr int MAX_STAGES = 32;
+
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
 // --- mbarriers
@@ -148,11 +147,7 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// --- CTAs, clusters and kernels
-
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// --- CTAs
 
 __device__ __forceinline__ void synchronize_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 
@@ -194,26 +189,6 @@ __device__ __forceinline__ Four gather_four(const float* sums, int lane) {
   four.value[2] = is_high ? high_0 : other_0;
   four.value[3] = is_high ? high_1 : other_1;
   return four;
-}
-
-__device__ __forceinline__ u16 round_input(float value) {
-  u16 bits;
-#if FLOAT16
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  return bits;
-}
-
-__device__ __forceinline__ float widen_input(u16 bits) {
-#if FLOAT16
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-#else
-  return __uint_as_float(static_cast<u32>(bits) << 16);
-#endif
 }
 
 __device__ __forceinline__ float activate(float gate, float up, int activation) {

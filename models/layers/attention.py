@@ -50,6 +50,7 @@ class Attention(torch.nn.Module):
             self.k_norm = RmsNorm("k_norm", head_dim, eps=shape.norm_eps, placement=placement)
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """What this rank adds to the sum over ranks."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = self.qkv_proj.forward(x_TH).view(x_TH.shape[0], sum(heads), self.head_dim)
         q_TND, k_TKD, v_TKD = qkv.split_with_sizes(heads, dim=1)

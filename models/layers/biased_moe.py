@@ -49,8 +49,9 @@ class BiasedSparseMlp(torch.nn.Module):
         self.down_bias = placement.bias(num_experts, hidden)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to the sum over ranks."""
         weights_TC, experts_TC = route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)
-        out_TH = biased_moe_mlp(
+        return biased_moe_mlp(
             x_TH,
             self.gate_up_weight,
             self.gate_up_bias,
@@ -61,7 +62,6 @@ class BiasedSparseMlp(torch.nn.Module):
             alpha=self.gate.alpha,
             limit=self.gate.limit,
         )
-        return self.parallel.sum(out_TH)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         yield from self.router.weight_sources(prefix)

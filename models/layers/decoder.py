@@ -1,5 +1,7 @@
 """One decoder layer: norm, attention, norm, MLP, with the residual stream carried beside the activations.
 
+Attention and MLP give what this rank adds to the sum over ranks; the norm behind them sums and adds in one op.
+
 T tokens, H hidden.
 """
 
@@ -37,7 +39,8 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None, batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual): the next layer's norm adds them. residual is None before the first layer."""
+        """(this rank's addend, residual): the next layer's norm adds them. Before the first layer there is no residual: x is
+        whole."""
         x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
         x_TH = self.attention.forward(x_TH, batch)
         x_TH, residual_TH = self.post_attention_norm.add_and_norm(x_TH, residual_TH)

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from ...kernels.own_experts import own_experts
 from ..parallel import DataParallel, Parallel, Share
 
 # experts(x_TH, weights_TC, slots_TC) -> out_TH: the weighted sum of each token's choices among this rank's slots.
@@ -115,10 +116,7 @@ def choose_dispatcher(parallel: Parallel, slots: Share, *, device: torch.device)
 
 def own_slots(slots_TC: torch.Tensor, mine: Share) -> torch.Tensor:
     """This rank's slots numbered from 0, -1 for those of others: int32 [T, C]."""
-    if mine.size == mine.total:
-        return slots_TC
-    local_TC = slots_TC - mine.start
-    return torch.where((local_TC >= 0) & (local_TC < mine.size), local_TC, -1)
+    return slots_TC if mine.size == mine.total else own_experts(slots_TC, first=mine.start, num_own=mine.size)
 
 
 def _pack(x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> torch.Tensor:

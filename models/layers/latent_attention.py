@@ -68,6 +68,7 @@ class LatentAttention(torch.nn.Module):
         )
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """What this rank adds to the sum over ranks."""
         latent, (num_tokens, _) = self.latent, x_TH.shape
         key_up_NSR, value_up_NVR = self.kv_up.weight.unflatten(0, (self.num_heads, -1)).split(
             (latent.still_dim, latent.value_dim), dim=1

@@ -1,7 +1,7 @@
 """Linear layers: one weight, filled from one or several checkpoint tensors stacked by rows, split over ranks.
 
 Column-parallel: a rank keeps a share of the rows of each part (its outputs). Row-parallel: it keeps a share of the columns (its
-inputs) and the results are summed over ranks.
+inputs) and computes what it adds to the sum over ranks, its addend; whoever uses the layer sums (the norm behind it, norm.py).
 
 T tokens, K inputs, N outputs of this rank.
 """
@@ -29,21 +29,15 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.parts = dict(parts)
         self.columns = columns
-        self.parallel = placement.parallel
         num_rows = sum(share.size for share in self.parts.values())
         self.weight = placement.matrix(num_rows, columns.size)
         self.bias = placement.bias(num_rows) if bias else None
-        self.is_row_parallel = columns.size < columns.total
+        # A row-parallel layer's bias belongs to the sum, so one rank alone adds it.
+        self.adds_bias = columns.size == columns.total or placement.parallel.rank == 0
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        y_TN = self.addend(x_TK)
-        return self.parallel.sum(y_TN) if self.is_row_parallel else y_TN
-
-    def addend(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """What this rank adds to the sum over ranks, for a caller that sums more than this layer."""
-        # The bias belongs to the sum, so one rank alone adds it.
-        adds_bias = not self.is_row_parallel or self.parallel.rank == 0
-        return linear(x_TK, self.weight, self.bias if adds_bias else None)
+        """y [T, N]; of a row-parallel layer this rank's addend."""
+        return linear(x_TK, self.weight, self.bias if self.adds_bias else None)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         """`prefix` ends with a dot, or is empty."""
@@ -69,5 +63,5 @@ def column_linear(parts: Mapping[str, Share], num_inputs: int, *, bias: bool, pl
 
 
 def row_linear(name: str, num_outputs: int, inputs: Share, *, bias: bool, placement: Placement) -> Linear:
-    """Each rank multiplies its share of the inputs; the sum over ranks is everyone's output."""
+    """Each rank multiplies its share of the inputs; the sum of the addends is the output."""
     return Linear({name: whole(num_outputs)}, inputs, bias=bias, placement=placement)

@@ -27,15 +27,9 @@ class Mlp(torch.nn.Module):
         self.down_proj = row_linear("down_proj", shape.hidden_size, rows, bias=shape.mlp_bias, placement=placement)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.down_proj.forward(self._hidden(x_TH))
-
-    def addend(self, x_TH: torch.Tensor) -> torch.Tensor:
         """What this rank adds to the sum over ranks."""
-        return self.down_proj.addend(self._hidden(x_TH))
-
-    def _hidden(self, x_TH: torch.Tensor) -> torch.Tensor:
         gate_up = self.gate_up_proj
-        return gated_linear(x_TH, gate_up.weight, gate_up.bias, activation=self.activation)
+        return self.down_proj.forward(gated_linear(x_TH, gate_up.weight, gate_up.bias, activation=self.activation))
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         yield from self.gate_up_proj.weight_sources(f"{prefix}{self.name}.")

@@ -88,11 +88,12 @@ class SparseMlp(torch.nn.Module):
         return self.gate_up_weight, self.down_weight
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to the sum over ranks."""
         weights_TC, experts_TC = self.choose(x_TH)
         out_TH = self.dispatcher.run(x_TH, weights_TC, self.map.slots(experts_TC), self._experts)
         if self.shared is not None:
             out_TH = out_TH + self.shared.addend(x_TH)
-        return self.parallel.sum(out_TH)
+        return out_TH
 
     def choose(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each token's weights [T, C] and experts [T, C]."""

@@ -1,4 +1,4 @@
-"""RMSNorm with its weight, alone or fused with the residual addition before it."""
+"""RMSNorm with its weight, alone or fused with what comes before it: the sum over ranks and the addition of the residual."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ class RmsNorm(torch.nn.Module):
         super().__init__()
         self.name = name
         self.eps = eps
+        self.parallel = placement.parallel
         self.weight = placement.vector(size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
     def add_and_norm(self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual); without a residual x is the first one."""
+        """(norm(s), s), where s is the residual and every rank's addend x; without a residual s is x itself, whole on each
+        rank."""
         if residual_TH is None:
             return rms_norm(x_TH, self.weight, self.eps), x_TH
-        return rms_norm(x_TH, self.weight, self.eps, residual_TH=residual_TH)
+        return self.parallel.sum_and_norm(x_TH, residual_TH, self.weight, self.eps)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         size = self.weight.shape[0]

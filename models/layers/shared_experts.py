@@ -17,7 +17,7 @@ from .mlp import Mlp
 
 
 class SharedExperts(torch.nn.Module):
-    """A part of SparseMlp, which sums it over ranks together with the chosen experts.
+    """A part of SparseMlp, which adds it to what the chosen experts give.
 
     Args:
         name: of the MLP, below the decoder layer.
@@ -32,8 +32,8 @@ class SharedExperts(torch.nn.Module):
             self.gate = column_linear({gate: whole(1)}, shape.hidden_size, bias=False, placement=placement)
 
     def addend(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """What this rank adds to the layer's sum over ranks."""
-        y_TH = self.mlp.addend(x_TH)
+        """What this rank adds to the sum over ranks."""
+        y_TH = self.mlp.forward(x_TH)
         return y_TH if self.gate is None else self.gate.forward(x_TH).sigmoid() * y_TH
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:

@@ -38,7 +38,9 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             gateway=GatewayConfig(**{"grpc_port": 0, "http_port": 0, **(gateway or {})}),
             fleet=FleetConfig(**{"heartbeat_timeout_s": 5.0, **(fleet or {})}),
         )
-        controller = Controller(config, model_path=tokenizer_path, launcher=launcher, controller_id="test")
+        controller = Controller(
+            config, model_path=tokenizer_path, launcher=launcher, authority=launcher.authority, controller_id="test"
+        )
         started.append(controller)
         await controller.start()
         if wait:

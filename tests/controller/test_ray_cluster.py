@@ -27,6 +27,7 @@ from pilotfish.proto import inference_pb2 as pb
 from pilotfish.proto import inference_pb2_grpc
 from pilotfish.workers.actor import WorkerActor
 from small_model import save_tiny_llama
+from upcycled import upcycle
 
 pytestmark = pytest.mark.cluster
 
@@ -66,12 +67,12 @@ class Served:
     addresses: Addresses
 
 
-def config(model_path: Path, *, num_replicas: int = 2, grpc_port: int = 0, tensor_parallel: int = 1) -> ServeConfig:
+def config(model_path: Path, *, num_replicas: int = 2, grpc_port: int = 0, **parallel: Any) -> ServeConfig:
     return ServeConfig(
         model=ModelConfig(model=str(model_path), served_name="tiny"),
         engine=EngineConfig(device="cpu", num_kv_blocks=512, num_threads=1, max_num_seqs=8),
         gateway=GatewayConfig(grpc_port=grpc_port, http_port=0),
-        parallel=ParallelConfig(tensor_parallel=tensor_parallel),
+        parallel=ParallelConfig(**parallel),
         fleet=FleetConfig(num_replicas=num_replicas),
     )
 
@@ -225,6 +226,49 @@ def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_pa
         deployment.shutdown()
     assert ray.util.list_named_actors() == []
     assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
+
+
+def test_data_ranks_end_and_come_back_together(local_ray: None, model_path: Path, tmp_path: Path) -> None:
+    """Each data rank serves requests of its own; when one is killed, both start anew and the streams of both go on.
+
+    The model is the tiny Llama with each MLP as several experts: it says what that says.
+    """
+    sparse = upcycle(model_path, tmp_path / "sparse", num_experts=3)
+    ranks = config(sparse, num_replicas=1, data_parallel=2, expert_parallel=True)
+    deployment = deploy(ranks, model_path=str(sparse), worker_class=ray.remote(WorkerActor))
+    try:
+        served = Served(deployment, deployment.wait_ready(timeout_s=120))
+        prompts = [f"{number}: {PROMPT}" for number in range(4)]
+        readers = [Reader(served, max_tokens=200, prompt=prompt) for prompt in prompts]
+        for reader in readers:
+            reader.wait_for(10)
+        state = deployment.status()
+        assert [(r.name, r.load.num_running) for r in state.replicas] == [("replica-0/0", 2), ("replica-0/1", 2)]
+        os.kill(state.replicas[1].info.pid, signal.SIGKILL)
+        for reader in readers:
+            reader.finish()
+        wait_until(lambda: all_ready(deployment, restarts=1), "the replica's successor")
+        undisturbed = [Reader(served, max_tokens=200, prompt=prompt).finish() for prompt in prompts]
+        assert [reader.token_ids for reader in readers] == [reader.token_ids for reader in undisturbed]
+    finally:
+        deployment.shutdown()
+    assert ray.util.list_named_actors() == []
+
+
+def test_a_worker_of_other_versions_is_refused(local_ray: None, model_path: Path) -> None:
+    class OlderWorker(WorkerActor):
+        def versions(self) -> dict[str, str]:
+            return super().versions() | {"pilotfish": "0.0.1"}
+
+    one = config(model_path, num_replicas=1)
+    deployment = deploy(one, model_path=str(model_path), worker_class=ray.remote(OlderWorker))
+    try:
+        both = r"node [\d.]+ has pilotfish 0\.0\.1, and the controller's node [\d.]+ has pilotfish 0\.1"
+        with pytest.raises(ConfigError, match=both):
+            deployment.wait_ready(timeout_s=60)
+    finally:
+        deployment.shutdown()
+    assert ray.util.list_named_actors() == []
 
 
 def test_a_port_in_use_is_named(local_ray: None, model_path: Path) -> None:

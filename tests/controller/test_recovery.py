@@ -13,8 +13,9 @@ from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.errors import ConfigError, InternalError, ModelLoadError, Unavailable
 from pilotfish.controller import fleet as fleet_module
 from pilotfish.controller import worker_link
+from pilotfish.controller.authority import Authority
 from pilotfish.controller.service import RequestHandle
-from pilotfish.controller.worker_process import NoRoom, WorkerDied
+from pilotfish.controller.worker_process import NoRoom, WorkerDied, worker_name
 from pilotfish.workers.worker_service import ServerLimits
 from reading import Answer, eventually, read, read_until
 from tcp_proxy import TcpProxy
@@ -38,8 +39,9 @@ def check(answer: Answer, num_tokens: int = 150) -> None:
 
 def worker_of(cluster: Cluster, handle: RequestHandle) -> LocalWorker:
     """The worker that runs a request's first choice."""
-    replica = next(r for r in cluster.controller._fleet._replicas if r.name == handle._stream.sequences[0].replica)
-    return next(w for w in cluster.launcher.launched if w.address == replica.address)
+    places = [place for replica in cluster.controller._fleet._replicas for place in replica.places]
+    place = next(place for place in places if place.name == handle._stream.sequences[0].replica)
+    return next(w for w in cluster.launcher.launched if place.serving in w.places)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
@@ -71,7 +73,7 @@ async def test_killing_workers_again_and_again_loses_nothing(start_cluster: Star
         await asyncio.sleep(0.1)
         ready = [r for r in cluster.controller._fleet._replicas if r.state is ReplicaState.READY]
         if ready:
-            address = ready[round_ % len(ready)].address
+            address = ready[round_ % len(ready)].places[0].serving.address
             await next(w for w in cluster.launcher.launched if w.address == address).kill()
     for answer in await asyncio.gather(*readers):
         check(answer, 200)
@@ -131,6 +133,27 @@ async def test_a_failed_engine_costs_the_worker_and_not_the_request(start_cluste
     await read(handle, into=answer)
     check(answer)
     assert len(cluster.launcher.launched) == 2
+
+
+async def test_data_ranks_are_places_of_one_replica(start_cluster: StartCluster) -> None:
+    """Requests go to both. When the engine of one fails, both are started anew and every stream goes on, at its second try."""
+    launcher = LocalLauncher(engine_options={"step_s": 0.002}, num_data_ranks=2)
+    cluster = await start_cluster(launcher=launcher, fleet={"max_attempts": 2})
+    statuses = cluster.service.status().replicas
+    assert [(r.name, r.state) for r in statuses] == [(f"replica-0/{rank}", ReplicaState.READY) for rank in range(2)]
+    assert len({r.address for r in statuses}) == 2
+    handles = [await generate(cluster) for _ in range(4)]
+    answers = [Answer() for _ in handles]
+    for handle, answer in zip(handles, answers, strict=True):
+        await read_until(handle, answer, lambda a: a.num_deltas >= 5)
+    (worker,) = launcher.launched
+    assert [len(engine.submitted) for engine in worker.engines] == [2, 2]
+    worker.engines[1].fail()
+    for handle, answer in zip(handles, answers, strict=True):
+        await read(handle, into=answer)
+        check(answer)
+    assert cluster.service.status().num_restarts == 1
+    assert [len(engine.submitted) for engine in launcher.launched[1].engines] == [2, 2]
 
 
 class ProxyLauncher(LocalLauncher):
@@ -216,6 +239,27 @@ async def test_a_silent_worker_is_replaced(start_cluster: StartCluster, proxied:
     assert len(proxied.launched) == 2
 
 
+async def test_a_worker_that_is_no_part_of_the_cluster_is_not_used(
+    start_cluster: StartCluster, proxied: ProxyLauncher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Something else answers at its address: nothing is said to it, the log says why, and the worker is replaced."""
+    cluster = await start_cluster(launcher=proxied, fleet={"heartbeat_timeout_s": 0.6})
+    (first,) = proxied.launched
+    stranger = LocalWorker(
+        epoch=first.info.epoch,
+        identities=[Authority.create().issue(worker_name("replica-0", epoch=first.info.epoch))],
+        limits=proxied.limits,
+        engine_options={},
+    )
+    with caplog.at_level("INFO", logger="pilotfish"):
+        proxied.proxies[0].redirect(stranger.address)
+        check(await read(await generate(cluster)))
+    assert "no part of this cluster" in caplog.text
+    assert stranger.engine.submitted == []
+    assert len(proxied.launched) == 2
+    await stranger.kill()
+
+
 async def test_what_a_worker_gives_up_runs_elsewhere(start_cluster: StartCluster, proxied: ProxyLauncher) -> None:
     proxied.limits = ServerLimits(heartbeat_interval_s=0.05, away_timeout_s=0.1)
     cluster = await start_cluster(launcher=proxied)
@@ -256,7 +300,7 @@ async def test_a_new_controller_takes_over_living_workers(start_cluster: StartCl
     worker = launcher.launched[0]
     await crash(first, worker)
 
-    successor = LocalLauncher(living={"replica-0": worker})
+    successor = LocalLauncher(living={"replica-0": worker}, authority=launcher.authority)
     second = await start_cluster(launcher=successor)
     assert successor.launched == []
     await eventually(lambda: len(worker.engine.aborted) == 1)  # its client went with the first controller

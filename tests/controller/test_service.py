@@ -163,7 +163,7 @@ async def test_cancelling_tells_the_worker_within_one_turn_of_the_loop(start_clu
     cluster = await start_cluster(step_s=0.01)
     handle = await generate(cluster, sampling={"max_tokens": 4000})
     await read_until(handle, Answer(), lambda a: a.num_deltas >= 2)
-    link = cluster.controller._fleet._replicas[0].link
+    link = cluster.controller._fleet._replicas[0].places[0].link
     handle.cancel()
     assert [message.WhichOneof("message") for message in link._outgoing] == ["abort"]
 

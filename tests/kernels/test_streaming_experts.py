@@ -272,14 +272,13 @@ def test_without_a_compiler_the_rule_serves_and_there_is_one_warning(monkeypatch
 @pytest.mark.usefixtures("_table_of_streaming", "fresh_loader")
 def test_where_it_can_run_the_table_is_followed(monkeypatch):
     monkeypatch.setattr(loader, "can_run_on", lambda device: True)
-    monkeypatch.setattr(loader, "compile_source", lambda code, name, options, header: b"cubin")
+    monkeypatch.setattr(loader, "compile_source", lambda code, name, options: b"cubin")
     assert serves(CONFIG, weight_of(), torch.bfloat16, gated=True)
     assert choose_config("moe_down", SIZES, X, weight_of()) == CONFIG
 
 
 def test_nvrtc_compiles_it(nvrtc):
     code = (loader.SOURCE_DIR / f"{module.SOURCE}.cu").read_bytes()
-    header = (loader.SOURCE_DIR / loader.HEADER).read_bytes()
     for macros in ({"ROWS": 8, "TILE": 64, "GATED": 0, "FLOAT16": 0}, {"ROWS": 64, "TILE": 256, "GATED": 1, "FLOAT16": 1}):
         options = ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
-        assert loader.compile_source(code, f"{module.SOURCE}.cu", options, header).startswith(b"\x7fELF")
+        assert loader.compile_source(code, f"{module.SOURCE}.cu", options).startswith(b"\x7fELF")

@@ -286,7 +286,7 @@ MACROS = (("ROWS", 8), ("TILE", 64), ("GATED", 0), ("FLOAT16", 0))
 
 def test_a_kernel_is_compiled_once_and_then_found(fresh_loader, monkeypatch):
     compiled = []
-    monkeypatch.setattr(loader, "compile_source", lambda code, name, options, header: compiled.append(options) or b"cubin")
+    monkeypatch.setattr(loader, "compile_source", lambda code, name, options: compiled.append(options) or b"cubin")
     assert loader.load("streaming_linear", MACROS, 0) == (b"cubin", "streaming_linear", 0)
     loader.load.cache_clear()  # another process
     assert loader.load("streaming_linear", MACROS, 1) == (b"cubin", "streaming_linear", 1)
@@ -324,12 +324,12 @@ def test_without_a_compiler_the_table_s_choice_is_passed_over(fresh_loader, monk
     monkeypatch.setattr(tuning, "lookup", lambda *args: config_of())
     monkeypatch.setattr(loader, "_failure", None)
     loader.load.cache_clear()
-    monkeypatch.setattr(loader, "compile_source", lambda code, name, options, header: b"cubin")
+    monkeypatch.setattr(loader, "compile_source", lambda code, name, options: b"cubin")
     assert choose_skinny_config("linear", weight, 8) == config_of()
 
 
 def test_a_cache_that_cannot_be_written_says_so(fresh_loader, monkeypatch, caplog):
-    monkeypatch.setattr(loader, "compile_source", lambda code, name, options, header: b"cubin")
+    monkeypatch.setattr(loader, "compile_source", lambda code, name, options: b"cubin")
     fresh_loader.write_text("in the way")
     with caplog.at_level(logging.WARNING):
         assert loader.load("streaming_linear", MACROS, 0) is None
@@ -343,5 +343,4 @@ def test_nvrtc_compiles_it_and_names_what_is_wrong(nvrtc):
     for macros in ({"ROWS": 8, "TILE": 64, "GATED": 0, "FLOAT16": 0}, {"ROWS": 128, "TILE": 256, "GATED": 1, "FLOAT16": 1}):
         defines = [f"-D{name}={value}" for name, value in macros.items()]
         code = (loader.SOURCE_DIR / "streaming_linear.cu").read_bytes()
-        header = (loader.SOURCE_DIR / loader.HEADER).read_bytes()
-        assert loader.compile_source(code, "streaming_linear.cu", options + defines, header).startswith(b"\x7fELF")
+        assert loader.compile_source(code, "streaming_linear.cu", options + defines).startswith(b"\x7fELF")

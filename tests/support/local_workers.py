@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fake_engine import FakeEngine
-from pilotfish.common.requests import WorkerInfo
+from pilotfish.common.identity import Identity
+from pilotfish.common.requests import ServingWorker, WorkerInfo
+from pilotfish.controller.authority import Authority
 from pilotfish.controller.controller import Controller
 from pilotfish.controller.service import InferenceService
+from pilotfish.controller.worker_process import worker_name
 from pilotfish.workers.server import WorkerServer
 from pilotfish.workers.worker_service import ServerLimits
 
 
 class LocalWorker:
-    """A worker that can be killed as abruptly as a process: its connections break and nothing more comes from it."""
+    """A worker that can be killed as abruptly as a process: its connections break and nothing more comes from it.
 
-    def __init__(self, *, epoch: int, limits: ServerLimits, engine_options: Mapping[str, Any]) -> None:
-        self.server = WorkerServer(limits)
-        self.engine = FakeEngine(self.server.on_step, **engine_options)
+    `server`, `engine`, `info` and `address` are those of its first data rank. It has as many as there are `identities`.
+    """
+
+    def __init__(
+        self, *, epoch: int, identities: Sequence[Identity], limits: ServerLimits, engine_options: Mapping[str, Any]
+    ) -> None:
+        self.servers = [WorkerServer(limits, identity) for identity in identities]
+        self.engines = [FakeEngine(server.on_step, **engine_options) for server in self.servers]
+        self.server, self.engine = self.servers[0], self.engines[0]
         self.info: WorkerInfo = self.engine.info(epoch=epoch)
-        self.address = self.server.start(self.engine, self.info, host="127.0.0.1")
-        self.node = "here"
+        addresses = [
+            server.start(engine, self.info, host="127.0.0.1") for server, engine in zip(self.servers, self.engines, strict=True)
+        ]
+        self.address, self._others = addresses[0], addresses[1:]
         self._dead = asyncio.Event()
 
+    @property
+    def places(self) -> list[ServingWorker]:
+        addresses = enumerate((self.address, *self._others))
+        return [ServingWorker(address=address, node="here", info=self.info, rank=rank) for rank, address in addresses]
+
     async def kill(self) -> None:
-        await asyncio.to_thread(self.server.stop)
-        await asyncio.to_thread(self.engine.stop)
+        for server, engine in zip(self.servers, self.engines, strict=True):
+            await asyncio.to_thread(server.stop)
+            await asyncio.to_thread(engine.stop)
         self._dead.set()
 
     async def wait_dead(self) -> str:
@@ -49,11 +66,19 @@ class LocalLauncher:
     failures: list[Exception] = field(default_factory=list)
     living: dict[str, LocalWorker] = field(default_factory=dict)
     launched: list[LocalWorker] = field(default_factory=list)
+    authority: Authority = field(default_factory=Authority.create)
+    num_data_ranks: int = 1
 
     async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
         if self.failures:
             raise self.failures.pop(0)
-        worker = LocalWorker(epoch=epoch, limits=self.limits, engine_options=self.engine_options)
+        names = [worker_name(replica, epoch=epoch, rank=rank) for rank in range(self.num_data_ranks)]
+        worker = LocalWorker(
+            epoch=epoch,
+            identities=list(map(self.authority.issue, names)),
+            limits=self.limits,
+            engine_options=self.engine_options,
+        )
         self.launched.append(worker)
         return worker
 

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from pilotfish.common.errors import PilotfishError
+from pilotfish.common.identity import Identity
 from pilotfish.workers.plan_channel import Reader, Writer
 from pilotfish.workers.plan_stream import PlanFollower
 
@@ -41,9 +42,9 @@ def write_and_wait(pipe: Connection, name: str, epoch: int) -> None:
     pipe.poll(PATIENCE_S)
 
 
-def follow_all(pipe: Connection, address: str, epoch: int, follower: str) -> None:
+def follow_all(pipe: Connection, address: str, epoch: int, follower: str, leader: str, identity: Identity) -> None:
     """As `read_all`, over gRPC."""
-    plans = PlanFollower(address, epoch=epoch, follower=follower, timeout_s=PATIENCE_S)
+    plans = PlanFollower(address, epoch=epoch, follower=follower, leader=leader, identity=identity, timeout_s=PATIENCE_S)
     pipe.send("here")
     try:
         while True:

@@ -38,7 +38,9 @@ class SmallServer:
 
     async def _start(self) -> None:
         config = ServeConfig(model=ModelConfig(model="tiny"), gateway=self._gateway)
-        self._controller = Controller(config, model_path=self._path, launcher=self._launcher, controller_id="test")
+        self._controller = Controller(
+            config, model_path=self._path, launcher=self._launcher, authority=self._launcher.authority, controller_id="test"
+        )
         addresses = await self._controller.start()
         self.address, self.http_address = addresses.grpc, addresses.http
         await self._controller.wait_ready()

@@ -10,8 +10,7 @@ class TcpProxy:
     """Forwards to `target` ("host:port"). `cut` breaks the open connections; `silent` swallows everything while it is set."""
 
     def __init__(self, target: str) -> None:
-        self._host, _, port = target.rpartition(":")
-        self._port = int(port)
+        self._target = target
         self._writers: list[asyncio.StreamWriter] = []
         self.num_connections = 0
         self.silent = False
@@ -19,6 +18,11 @@ class TcpProxy:
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def redirect(self, target: str) -> None:
+        """Breaks the open connections; the next ones lead to `target`."""
+        self._target = target
+        self.cut()
 
     def cut(self) -> None:
         for writer in self._writers:
@@ -31,7 +35,8 @@ class TcpProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
-        to_reader, to_writer = await asyncio.open_connection(self._host, self._port)
+        host, _, port = self._target.rpartition(":")
+        to_reader, to_writer = await asyncio.open_connection(host, int(port))
         self._writers += [writer, to_writer]
         await asyncio.gather(self._forward(reader, to_writer), self._forward(to_reader, writer))
 

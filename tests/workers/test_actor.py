@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from parts import LEADER
 from pilotfish.common.config import EngineConfig, ModelConfig
 from pilotfish.common.errors import InternalError, ModelNotFound
 from pilotfish.workers import engine as engine_module
@@ -37,6 +38,7 @@ def start(model: str) -> None:
         model_config=ModelConfig(model=model),
         engine_config=EngineConfig(device="cpu", num_threads=1),
         epoch=1,
+        identity=LEADER,
         controller_node="here",
         num_node_workers=1,
     )

@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
 import torch
-from pilotfish.workers.decode_graphs import DecodeGraph, DecodeGraphs, DecodeStep, graph_sizes
+from pilotfish.workers.decode_graphs import graph_sizes
 from pilotfish.workers.sampler import Sampled
 
+from ..support.function_recorder import FunctionRecorder
+
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-
-
-class Function:
-    """Replays by calling; what the function returns is copied to where the capture left it."""
-
-    def __init__(self, function: Callable[[], tuple[torch.Tensor, ...]]) -> None:
-        self.function = function
-        self.results = function()
-        self.num_replays = 0
-
-    def replay(self) -> None:
-        self.num_replays += 1
-        for kept, new in zip(self.results, self.function(), strict=True):
-            kept.copy_(new)
-
-
-def capture_functions(sizes: Sequence[int], make_step: Callable[[int], DecodeStep]) -> DecodeGraphs:
-    def capture(step: DecodeStep) -> DecodeGraph:
-        kept = []  # the rows of the capture: their lengths are made anew by each replay
-
-        def run_forward() -> tuple[torch.Tensor, ...]:
-            logits_SV, rows = step.forward()
-            kept.append(rows)
-            return logits_SV, rows.lengths_R
-
-        def run_draw() -> tuple[torch.Tensor, ...]:
-            sampled = step.draw(forward.results[0], kept[0])
-            return sampled.tokens_R, sampled.logits_R
-
-        forward = Function(run_forward)
-        draw = Function(run_draw)
-        return DecodeGraph(step.columns, forward, forward.results[0], kept[0], draw, Sampled(*draw.results, None))
-
-    return DecodeGraphs({size: capture(make_step(size)) for size in sizes})
 
 
 LOUD = {
@@ -83,7 +50,7 @@ def test_padded_steps_give_the_same_text(run_requests, requests, in_flight, size
         *requests,
         **options,
         max_in_flight=in_flight,
-        prepare=lambda runner: runner.use_graphs(sizes, capture=capture_functions),
+        prepare=lambda runner: runner.use_graphs(sizes, [], recorder=FunctionRecorder()),
     )
     assert result.tokens == expected.tokens
     for name, entries in expected.logprobs.items():
@@ -91,23 +58,11 @@ def test_padded_steps_give_the_same_text(run_requests, requests, in_flight, size
 
 
 def test_the_smallest_graph_that_holds_the_rows_is_taken(run_requests, make_request):
-    taken = []
-
-    def capture(sizes, make_step):
-        graphs = capture_functions(sizes, make_step)
-        find = graphs.find
-
-        def record(rows):
-            graph = find(rows)
-            taken.append((len(rows), graph and graph.columns.shape[1]))
-            return graph
-
-        graphs.find = record
-        return graphs
-
+    recorder = FunctionRecorder()
     requests = [make_request(f"r{i}", [i, 7], max_tokens=3 + i) for i in range(6)]
-    run_requests(*requests, prepare=lambda runner: runner.use_graphs([1, 2, 4], capture=capture))
-    assert taken == [(6, None)] * 3 + [(5, None), (4, 4), (3, 4), (2, 2), (1, 1)]
+    run_requests(*requests, prepare=lambda runner: runner.use_graphs([1, 2, 4], [], recorder=recorder))
+    sizes = [len(function.result.tokens_R) for function in recorder.replayed if isinstance(function.result, Sampled)]
+    assert sizes == [4, 4, 2, 1]
 
 
 def test_sizes_reach_the_largest_batch_and_waste_little():

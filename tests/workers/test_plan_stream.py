@@ -9,9 +9,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import pytest
+from parts import AUTHORITY, LEADER, LEADER_NAME
 from pilotfish.common.errors import InternalError
+from pilotfish.common.identity import Identity
+from pilotfish.controller.authority import Authority
 from pilotfish.workers.plan_channel import ChannelClosed, LostReader, MessageTooLarge, SlowReader
 from pilotfish.workers.plan_codec import PlanDecoder, encode_plan
 from pilotfish.workers.plan_stream import PlanFollower, PlanServer
@@ -19,6 +23,7 @@ from plan_ends import PATIENCE_S, follow_all, hear, process
 from random_plans import random_plans
 
 EPOCH = 4
+RANK = AUTHORITY.issue("replica-0.3.1")
 StartServer = Callable[..., tuple[PlanServer, str]]
 
 
@@ -27,15 +32,24 @@ def start_server() -> Iterator[StartServer]:
     with ExitStack() as stack:
 
         def start(*followers: str, **options: int) -> tuple[PlanServer, str]:
-            server = PlanServer(epoch=EPOCH, followers=followers, **options)
+            server = PlanServer(epoch=EPOCH, followers=followers, identity=LEADER, **options)
             stack.callback(server.close, 1.0)
             return server, server.start(host="127.0.0.1")
 
         yield start
 
 
-def follower_of(address: str, name: str, *, epoch: int = EPOCH, timeout_s: float = PATIENCE_S, **options: int) -> PlanFollower:
-    return PlanFollower(address, epoch=epoch, follower=name, timeout_s=timeout_s, **options)
+def follower_of(
+    address: str,
+    name: str,
+    *,
+    epoch: int = EPOCH,
+    timeout_s: float = PATIENCE_S,
+    leader: str = LEADER_NAME,
+    identity: Identity = RANK,
+    **options: int,
+) -> PlanFollower:
+    return PlanFollower(address, epoch=epoch, follower=name, leader=leader, identity=identity, timeout_s=timeout_s, **options)
 
 
 def test_processes_receive_everything_and_then_the_end(start_server: StartServer) -> None:
@@ -43,7 +57,10 @@ def test_processes_receive_everything_and_then_the_end(start_server: StartServer
     messages = [rng.randbytes(rng.choice((1, 5000, rng.randrange(600_000)))) for _ in range(100)]
     server, address = start_server("rank 1", "rank 2")
     with ExitStack() as stack:
-        pipes = [stack.enter_context(process(follow_all, address, EPOCH, name))[1] for name in ("rank 1", "rank 2")]
+        pipes = [
+            stack.enter_context(process(follow_all, address, EPOCH, name, LEADER_NAME, RANK))[1]
+            for name in ("rank 1", "rank 2")
+        ]
         server.wait_for_followers(PATIENCE_S)
         for message in messages:
             server.send(message, PATIENCE_S)
@@ -104,7 +121,7 @@ def test_a_slow_follower_is_named_and_a_failed_send_reaches_nobody(start_server:
 
 def test_a_killed_follower_is_named(start_server: StartServer) -> None:
     server, address = start_server("rank 1")
-    with process(follow_all, address, EPOCH, "rank 1") as (child, pipe):
+    with process(follow_all, address, EPOCH, "rank 1", LEADER_NAME, RANK) as (child, pipe):
         assert hear(pipe) == "here"
         child.kill()
         child.join(PATIENCE_S)
@@ -138,9 +155,21 @@ def test_only_this_epochs_followers_are_taken_once_each(start_server: StartServe
         follower_of(address, "rank 1")
 
 
+def test_only_parts_of_the_cluster_are_taken_and_followed(start_server: StartServer) -> None:
+    _, address = start_server("rank 1")
+    stranger = Authority.create().issue("replica-0.3.1")
+    with pytest.raises(ChannelClosed, match="no part of this cluster"):
+        follower_of(address, "rank 1", identity=stranger)
+    with pytest.raises(ChannelClosed, match="stream of step plans broke"):
+        follower_of(address, "rank 1", identity=replace(stranger, authority=AUTHORITY.certificate))
+    with pytest.raises(ChannelClosed, match="no part of this cluster"):
+        follower_of(address, "rank 1", leader="replica-0.2.0")
+    follower_of(address, "rank 1").close()
+
+
 def test_a_leader_that_does_not_answer(start_server: StartServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(ChannelClosed, match=r"did not answer within 0\.2 s"):
             follower_of(f"127.0.0.1:{silent.getsockname()[1]}", "rank 1", timeout_s=0.2)
         with pytest.raises(InternalError, match="cannot listen"):
-            PlanServer(epoch=EPOCH, followers=[]).start(host="127.0.0.1", port=silent.getsockname()[1])
+            PlanServer(epoch=EPOCH, followers=[], identity=LEADER).start(host="127.0.0.1", port=silent.getsockname()[1])

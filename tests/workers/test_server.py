@@ -6,17 +6,20 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 import pytest
 from fake_engine import FakeEngine, expected_tokens
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from parts import AUTHORITY, CONTROLLER, LEADER, LEADER_NAME, open_channel
 from pilotfish.common.errors import Overloaded
 from pilotfish.common.requests import EngineRequest, FinishReason, SequenceOutput, TokenSampling
+from pilotfish.controller.authority import Authority
 from pilotfish.proto import worker_pb2, worker_pb2_grpc
 from pilotfish.proto.codec import request_to_proto, step_from_proto
+from pilotfish.proto.credentials import channel_credentials, channel_options, explain
 from pilotfish.workers.server import WorkerServer
 from pilotfish.workers.worker_service import ServerLimits
 
@@ -37,7 +40,7 @@ def start_worker() -> Iterator[StartWorker]:
     running: list[tuple[WorkerServer, FakeEngine]] = []
 
     def start(*, limits: ServerLimits | None = None, **engine_options: object) -> Worker:
-        server = WorkerServer(limits or ServerLimits(heartbeat_interval_s=0.05))
+        server = WorkerServer(limits or ServerLimits(heartbeat_interval_s=0.05), LEADER)
         engine = FakeEngine(server.on_step, **engine_options)  # type: ignore[arg-type]
         running.append((server, engine))
         return Worker(engine, server.start(engine, engine.info(epoch=3), host="127.0.0.1"))
@@ -96,7 +99,7 @@ class Session:
 async def session(
     worker: Worker, *, acked_step_id: int = 0, epoch: int = 3, controller_id: str = "c"
 ) -> AsyncIterator[Session]:
-    async with grpc.aio.insecure_channel(worker.address) as channel:
+    async with open_channel(worker.address) as channel:
         call = worker_pb2_grpc.WorkerStub(channel).Connect()
         made = Session(call)
         await made.send(attach=worker_pb2.Attach(epoch=epoch, acked_step_id=acked_step_id, controller_id=controller_id))
@@ -165,8 +168,33 @@ async def test_another_epoch_is_refused(start_worker: StartWorker) -> None:
     assert "epoch 3, not 2" in refused.value.details()
 
 
+@pytest.mark.parametrize("shown", ["nothing", "no certificate", "another cluster's", "another cluster's in this one's name"])
+async def test_who_is_no_part_of_the_cluster_is_refused(start_worker: StartWorker, shown: str) -> None:
+    stranger = Authority.create().issue("controller")
+    credentials = {
+        "nothing": None,
+        "no certificate": grpc.ssl_channel_credentials(AUTHORITY.certificate),
+        "another cluster's": channel_credentials(stranger),
+        "another cluster's in this one's name": channel_credentials(replace(stranger, authority=AUTHORITY.certificate)),
+    }[shown]
+    address, options = start_worker().address, channel_options(LEADER_NAME)
+    channel = grpc.aio.secure_channel(address, credentials, options) if credentials else grpc.aio.insecure_channel(address)
+    async with channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await worker_pb2_grpc.WorkerStub(channel).Snapshot(worker_pb2.SnapshotRequest(), timeout=10)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_worker_of_another_start_is_not_taken_for_this_one(start_worker: StartWorker) -> None:
+    options = channel_options("replica-0.4.0")
+    async with grpc.aio.secure_channel(start_worker().address, channel_credentials(CONTROLLER), options) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await worker_pb2_grpc.WorkerStub(channel).Snapshot(worker_pb2.SnapshotRequest(), timeout=10)
+    assert "no part of this cluster" in explain(refused.value.details())
+
+
 async def test_the_first_message_must_be_attach(start_worker: StartWorker) -> None:
-    async with grpc.aio.insecure_channel(start_worker().address) as channel:
+    async with open_channel(start_worker().address) as channel:
         call = worker_pb2_grpc.WorkerStub(channel).Connect()
         await call.write(worker_pb2.ControllerMessage(ack=worker_pb2.Ack(step_id=1)))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -192,7 +220,7 @@ async def _read_past_heartbeats(call: grpc.aio.StreamStreamCall) -> object:
 async def test_a_long_step_shows_in_heartbeats_and_health_and_delays_no_call(start_worker: StartWorker) -> None:
     worker = start_worker(stall_timeout_s=0.2)
     worker.engine.gate.clear()
-    async with grpc.aio.insecure_channel(worker.address) as channel, session(worker) as controller:
+    async with open_channel(worker.address) as channel, session(worker) as controller:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="pilotfish.v1.Worker")
         assert (await health.Check(request, timeout=5)).status == health_pb2.HealthCheckResponse.SERVING
@@ -285,7 +313,7 @@ async def test_what_the_engine_refuses_is_answered(start_worker: StartWorker) ->
 
 async def test_snapshot_has_requests_and_the_prefix_index(start_worker: StartWorker) -> None:
     worker = start_worker()
-    async with grpc.aio.insecure_channel(worker.address) as channel, session(worker) as controller:
+    async with open_channel(worker.address) as channel, session(worker) as controller:
         stub = worker_pb2_grpc.WorkerStub(channel)
         await controller.submit("a", prompt=list(range(40)), max_tokens=1)
         await controller.finish("a")
@@ -302,7 +330,7 @@ async def test_snapshot_has_requests_and_the_prefix_index(start_worker: StartWor
 async def test_drain_waits_for_the_running_and_refuses_the_new(start_worker: StartWorker) -> None:
     worker = start_worker()
     worker.engine.gate.clear()
-    async with grpc.aio.insecure_channel(worker.address) as channel, session(worker) as controller:
+    async with open_channel(worker.address) as channel, session(worker) as controller:
         stub = worker_pb2_grpc.WorkerStub(channel)
         await controller.submit("a", max_tokens=20)
         await eventually(lambda: len(worker.engine.submitted) == 1)
@@ -316,7 +344,7 @@ async def test_drain_waits_for_the_running_and_refuses_the_new(start_worker: Sta
 
 
 async def test_standard_health_and_reflection(start_worker: StartWorker) -> None:
-    async with grpc.aio.insecure_channel(start_worker().address) as channel:
+    async with open_channel(start_worker().address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
         answer = await anext(aiter(call))
@@ -325,10 +353,10 @@ async def test_standard_health_and_reflection(start_worker: StartWorker) -> None
 
 
 def test_stop_closes_the_port(start_worker: StartWorker) -> None:
-    server = WorkerServer(ServerLimits())
+    server = WorkerServer(ServerLimits(), LEADER)
     engine = FakeEngine(server.on_step)
     address = server.start(engine, engine.info(), host="127.0.0.1")
-    channel = grpc.insecure_channel(address)
+    channel = grpc.secure_channel(address, channel_credentials(CONTROLLER), options=channel_options(LEADER_NAME))
     grpc.channel_ready_future(channel).result(timeout=5)
     channel.close()
     engine.stop()

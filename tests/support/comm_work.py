@@ -1,0 +1,190 @@
+"""What ranks of a RankGroup do in tests: here, because new processes must be able to import it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import torch
+from pilotfish.common.errors import InternalError
+from pilotfish.kernels.all_reduce import all_reduce, all_reduce_norm, all_reduce_norm_ref, all_reduce_ref
+from pilotfish.kernels.rms_norm import TOLERANCE, rms_norm_ref
+from pilotfish.workers.comm import RankGroup
+from pilotfish.workers.peer_memory import CAPACITY_BYTES, check_all_came, exchange_descriptors
+
+EPS = 1e-6
+DTYPE = torch.bfloat16
+
+
+def collect(group: RankGroup, device: torch.device) -> dict[str, object]:
+    """One of each collective."""
+    rank, size = group.place.rank, group.place.size
+    x = torch.arange(4.0, device=device).view(2, 2)
+    answers: dict[str, object] = {"sum": group.all_reduce(x + rank).tolist()}
+    residual, weight = x * 2 - 1, torch.tensor([0.5, 2.0], device=device)
+    y, new_residual = group.parallel.sum_and_norm(x + rank, residual, weight, EPS)
+    parts = [x + other for other in range(size)]
+    expected_y, expected_residual = all_reduce_norm_ref(parts, residual, weight, EPS)
+    answers["norm_error"] = float(max((y - expected_y).abs().max(), (new_residual - expected_residual).abs().max()))
+    answers["gathered"] = group.all_gather(torch.tensor([[0.0], [10.0]], device=device) + rank).tolist()
+    answers["gathered_flat"] = group.all_gather(torch.full((2,), float(rank), device=device)).tolist()
+    told = torch.tensor([7.0 + rank], device=device)
+    group.broadcast(told)
+    answers["broadcast"] = told.tolist()
+    answers["least"] = group.agree_on_least(-rank)
+    return answers
+
+
+def exchange_pipes(group: RankGroup, device: torch.device) -> dict[str, str]:
+    """Each rank gives the others an end of a pipe; into those that it got it writes, and it reads what came out of its own."""
+    read_end, write_end = os.pipe()
+    rank, size = group.place.rank, group.place.size
+    received = exchange_descriptors(group.place, group, write_end)
+    os.close(write_end)
+    for other, descriptor in received.items():
+        os.write(descriptor, f"from {rank} to {other}\n".encode())
+        os.close(descriptor)
+    with os.fdopen(read_end) as pipe:  # ends when all have closed theirs
+        lines = pipe.read().splitlines()
+    assert len(lines) == size - 1
+    return {line.split()[1]: line for line in sorted(lines)}
+
+
+def exchange_with_a_rank_that_left(group: RankGroup, device: torch.device) -> str:
+    if group.place.rank == 0:
+        group.tell("descriptors-0", "/nonexistent/rank")
+        return ""
+    try:
+        exchange_descriptors(group.place, group, 0)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+# --- on GPUs
+
+
+def _random(seed: int, *shape: int, device: torch.device) -> torch.Tensor:
+    """The same on every rank."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    values[values.abs() < 0.02] = -0.0
+    return values.to(DTYPE).to(device)
+
+
+def check_sums(group: RankGroup, device: torch.device) -> list[str]:
+    """What is wrong with sums of many shapes, whatever way they take; small ones go through shared memory."""
+    problems = [] if group.peers is not None else ["no shared memory"]
+    size, rank = group.place.size, group.place.rank
+    for seed, rows in enumerate([1, 3, 128, 1, 257, 64, 8192, 2, 5, 0, 31]):
+        for hidden in (4096, 576, 2048):
+            torch.cuda._sleep(seed * 7919 * (rank + 1) % 200_000)  # cycles: now one rank is late, now the other
+            parts = [_random(seed * size + other, rows, hidden, device=device) for other in range(size)]
+            residual, weight = _random(100 + seed, rows, hidden, device=device), _random(200 + seed, hidden, device=device)
+            total = group.all_reduce(parts[rank].clone())
+            y, new_residual = group.parallel.sum_and_norm(parts[rank].clone(), residual, weight, EPS)
+            expected = all_reduce_ref(parts)
+            exact = torch.stack(parts).double().sum(0)
+            expected_y, expected_residual = rms_norm_ref(expected, weight, EPS, residual_TH=residual)
+            relative, absolute = TOLERANCE[DTYPE]
+            checks = {
+                "sum": torch.equal(total, expected),
+                "float64": torch.allclose(total.double(), exact, rtol=2.0**-8, atol=1e-6),
+                "residual": torch.equal(new_residual, expected_residual),
+                "norm": torch.allclose(y.float(), expected_y.float(), rtol=relative, atol=absolute),
+            }
+            problems += [f"{name} of {rows} x {hidden}" for name, is_right in checks.items() if not is_right]
+    group.check()
+    return problems
+
+
+def replay_often(group: RankGroup, device: torch.device, num_replays: int) -> tuple[float, int | None]:
+    """(the largest error, a missing rank) of a captured chain whose inputs change with each replay, the ranks out of step."""
+    size, rank = group.place.size, group.place.rank
+    assert group.peers is not None
+    shapes = [(1, 4096), (128, 4096), (5, 576), (1, 64), (300, 1024)]
+    inputs = [[_random(10 * i + other, *shape, device=device) for other in range(size)] for i, shape in enumerate(shapes)]
+    weights = [_random(90 + i, shape[1], device=device) for i, shape in enumerate(shapes)]
+    count, worst = torch.zeros(1, dtype=DTYPE, device=device), torch.zeros(1, device=device)
+
+    def chain() -> None:
+        count.add_(1).remainder_(128)  # so that last time's numbers would be wrong ones
+        for of_ranks, weight in zip(inputs, weights, strict=True):
+            parts = [part + count for part in of_ranks]
+            expected = all_reduce_ref(parts)
+            total = group.all_reduce(parts[rank].clone())
+            y, new_residual = group.all_reduce_norm(parts[rank], parts[0], weight, EPS)
+            expected_y, expected_residual = rms_norm_ref(expected, weight, EPS, residual_TH=parts[0])
+            error = (y - expected_y).abs().float() - 0.02 * expected_y.abs().float() - 0.01  # beyond the tolerance
+            differences = (total != expected).float().max(), (new_residual != expected_residual).float().max()
+            worst.copy_(torch.maximum(worst, torch.stack([*differences, error.max().clamp(min=0)]).max()))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        chain()
+    group.agree_on_least(0)
+    for replay in range(num_replays):
+        if replay % 3 == rank:
+            torch.cuda._sleep(replay * 7919 % 100_000)
+        graph.replay()
+        if replay % 50 == 0:
+            chain()  # launched one by one between replays
+    torch.cuda.synchronize()
+    return float(worst), group.peers.missing_rank
+
+
+def wait_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tuple[str, float]:
+    """(what the first rank says that waits for the others in vain, the seconds that it waited)."""
+    assert group.peers is not None
+    buffers = replace(group.peers, timeout_s=timeout_s)
+    x = torch.ones(4, 4096, dtype=DTYPE, device=device)
+    all_reduce(x, buffers)  # all come
+    torch.cuda.synchronize()
+    check_all_came(buffers)
+    group.agree_on_least(0)
+    if group.place.rank > 0:
+        return "", 0.0
+    start_s = time.monotonic()
+    for _ in range(100):
+        all_reduce_norm(x, x, x[0], EPS, buffers)
+    torch.cuda.synchronize()
+    waited_s = time.monotonic() - start_s
+    try:
+        check_all_came(buffers)
+    except InternalError as error:
+        return error.message, waited_s
+    return "no error", waited_s
+
+
+def capture_group_collectives(group: RankGroup, device: torch.device) -> list[str]:
+    """NCCL's in a graph, as decode steps have them."""
+    rank, size, rows = group.place.rank, group.place.size, CAPACITY_BYTES // 8192 + 1
+    x = torch.ones(rows, 4096, dtype=DTYPE, device=device)
+    logits, token = torch.zeros(4, 16, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+
+    def work() -> tuple[torch.Tensor, torch.Tensor]:
+        total, gathered = group.all_reduce(x * (rank + 1)), group.all_gather(logits + rank)
+        token.fill_(rank + 5)
+        group.broadcast(token)
+        return total, gathered
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        total, gathered = work()
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    checks = {
+        "sum": bool((total == size * (size + 1) / 2).all()),
+        "gather": gathered[0].tolist() == [float(other) for other in range(size) for _ in range(16)],
+        "broadcast": token.tolist() == [5] * 4,
+    }
+    return [name for name, is_right in checks.items() if not is_right]

@@ -1,0 +1,60 @@
+"""Recording work for the device as CUDA graphs.
+
+What a graph reads and writes lies where it lay at the recording. All graphs of a recorder share one memory pool: a result is
+valid until another of them is replayed, and whatever reads it is queued behind the replay, on the same stream.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Replayable(Protocol):
+    """A CUDA graph, or in tests of the CPU a function."""
+
+    def replay(self) -> None: ...
+
+
+class GraphRecorder:
+    """Records on the current device, on a stream of its own."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Runs the work as it is, which compiles its kernels. Nothing can be recorded that has not run before."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        gc.collect()  # a tensor that is freed during a recording would break it
+
+    def record(self, work: Callable[[], Result]) -> tuple[Replayable, Result]:
+        """(the graph, where the work's result will lie)."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        return graph, result
+
+    def release(self, result: torch.Tensor) -> torch.Tensor:
+        """The same contiguous result without a share in the life of its memory: the next recording may use that too."""
+        assert result.is_contiguous()
+        return torch.as_tensor(_Memory(result)).view(result.dtype).view(result.shape)
+
+
+class _Memory:
+    """A tensor's bytes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
