@@ -1,8 +1,8 @@
 """An engine in this process, driven with token ids alone: what `bench latency` and `bench throughput` time.
 
-Of several ranks the others are processes on the machine's other GPUs (workers/local_replica.py). Neither Ray nor a server takes
-part. Prompts are random, decoding is greedy and goes on to the asked length, and all requests of a run are submitted at once;
-where the engine holds no more, the rest follow as it frees places.
+Of several ranks the others are processes on the machine's other GPUs (workers/local_replica.py); data ranks get equally many
+of the requests. Neither Ray nor a server takes part. Prompts are random, decoding is greedy and goes on to the asked length,
+and all requests of a run are submitted at once; where the engine holds no more, the rest follow as it frees places.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ import queue
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
 
 from ..common.config import EngineConfig, ModelConfig, ParallelConfig
 from ..common.errors import InternalError, Overloaded
 from ..common.requests import EngineRequest, StepOutput, TokenSampling, WorkerInfo
-from ..workers.engine import Engine, SetUp
+from ..workers.engine import Engine
+
+if TYPE_CHECKING:
+    from ..workers.local_replica import LocalReplica
 
 # Steps carry the time at which they came, so that looking at them seldom costs no precision and disturbs the engine least.
 _POLL_INTERVAL_S = 0.02
@@ -50,16 +56,12 @@ class BenchEngine:
     """
 
     def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, parallel: ParallelConfig, *, seed: int) -> None:
-        self._steps: queue.SimpleQueue[tuple[float, StepOutput]] = queue.SimpleQueue()
-        self._engine = Engine(
-            model_config,
-            engine_config,
-            on_step=lambda step: self._steps.put((time.perf_counter(), step)),
-            set_up=_set_up_ranks(parallel) if parallel.tensor_parallel > 1 else None,
-        )
+        self._steps: queue.SimpleQueue[tuple[float, int, StepOutput]] = queue.SimpleQueue()
+        self._replica = _local_replica(parallel, self._on_step) if parallel.num_ranks > 1 else None
+        self._engine = Engine(model_config, engine_config, on_step=partial(self._on_step, 0), set_up=self._replica)
         self._random = random.Random(seed)
         self._num_requests = 0
-        self._num_preemptions = 0  # of the engine's life, as it counts them
+        self._num_preemptions = [0] * parallel.data_parallel  # of each engine's life, as it counts them
         self.info: WorkerInfo
 
     def __enter__(self) -> BenchEngine:
@@ -76,25 +78,27 @@ class BenchEngine:
     def run(self, num_prompts: int, *, input_len: int, output_len: int, keep_sequences: bool = False) -> EngineRun:
         """`num_prompts` new random prompts of `input_len` tokens, `output_len` tokens out of each."""
         requests = [self._request(input_len, output_len) for _ in range(num_prompts)]
-        pending = deque(requests)
+        engines: list[_Submits] = [self._engine, *(self._replica.leaders if self._replica is not None else ())]
+        pending = [deque(requests[number :: len(engines)]) for number in range(len(engines))]
         kept: list[StepOutput] = []
-        num_preemptions = self._num_preemptions
+        num_preemptions = sum(self._num_preemptions)
         token_times: list[tuple[float, int]] = []
         num_left = num_prompts
         start_s = time.perf_counter()
         while num_left:
-            self._submit(pending)
-            for now_s, step in self._wait():
+            for engine, waiting in zip(engines, pending, strict=True):
+                _submit(engine, waiting)
+            for now_s, number, step in self._wait():
                 if num_tokens := sum(len(sequence.token_ids) for sequence in step.sequences):
                     token_times.append((now_s - start_s, num_tokens))
                 if keep_sequences:
                     kept.append(step)
                 num_left -= _count_finished(step, output_len)
-                self._num_preemptions = step.load.num_preemptions
+                self._num_preemptions[number] = step.load.num_preemptions
         return EngineRun(
             elapsed_s=token_times[-1][0],  # a step without tokens may follow: it was under way when the last stop was seen
             num_output_tokens=sum(number for _, number in token_times),
-            num_preemptions=self._num_preemptions - num_preemptions,
+            num_preemptions=sum(self._num_preemptions) - num_preemptions,
             token_times=tuple(token_times),
             sequences=_sequences(requests, kept) if keep_sequences else (),
         )
@@ -107,17 +111,12 @@ class BenchEngine:
             sampling=TokenSampling(temperature=0.0, max_tokens=output_len, seed=0),
         )
 
-    def _submit(self, pending: deque[EngineRequest]) -> None:
-        """As many as the engine takes."""
-        while pending:
-            try:
-                self._engine.submit(pending[0])
-            except Overloaded:
-                return
-            pending.popleft()
+    def _on_step(self, number: int, step: StepOutput) -> None:
+        self._steps.put((time.perf_counter(), number, step))
 
-    def _wait(self) -> list[tuple[float, StepOutput]]:
-        """The steps since the last call, if there were any. Raises InternalError if the engine has failed."""
+    def _wait(self) -> list[tuple[float, int, StepOutput]]:
+        """(when it came, whose, the step): the steps since the last call, if there were any. Raises InternalError if the
+        engine has failed."""
         time.sleep(_POLL_INTERVAL_S)
         if self._steps.empty() and not (health := self._engine.health()).ok:
             raise InternalError(f"the engine is {health.phase}: {health.message}")
@@ -127,10 +126,24 @@ class BenchEngine:
         return steps
 
 
-def _set_up_ranks(parallel: ParallelConfig) -> SetUp:
+class _Submits(Protocol):
+    def submit(self, request: EngineRequest) -> None: ...
+
+
+def _local_replica(parallel: ParallelConfig, on_step: Callable[[int, StepOutput], None]) -> LocalReplica:
     from ..workers.local_replica import LocalReplica  # ranks need grpc, which one rank does without
 
-    return LocalReplica(parallel)
+    return LocalReplica(parallel, on_step=on_step)
+
+
+def _submit(engine: _Submits, waiting: deque[EngineRequest]) -> None:
+    """As many as the engine takes."""
+    while waiting:
+        try:
+            engine.submit(waiting[0])
+        except Overloaded:
+            return
+        waiting.popleft()
 
 
 def _count_finished(step: StepOutput, output_len: int) -> int:

@@ -32,7 +32,8 @@ class Roofline:
 
     Attributes:
         weight_bytes, kv_bytes: of one element of a weight matrix and of the KV cache.
-        num_ranks: devices that share the work.
+        num_ranks: devices that share the work, of one data rank.
+        num_data_ranks: each has its part of the sequences; all devices share the experts.
     """
 
     shape: ModelShape
@@ -40,6 +41,7 @@ class Roofline:
     weight_bytes: float
     kv_bytes: float
     num_ranks: int = 1
+    num_data_ranks: int = 1
 
     def experts_touched(self, num_tokens: int) -> float:
         """Expected number of distinct experts of one layer in a step of so many tokens; 0 for a dense model."""
@@ -49,20 +51,22 @@ class Roofline:
     def decode_step_s(self, batch: int, *, context: float) -> float:
         """One step of `batch` sequences that see `context` tokens each."""
         layers_read = self._layer_weights(self.experts_touched(batch))
-        flop = 2 * batch * (self._layer_weights(self._top_k) + self._head_weights)
-        kv_read = batch * self._kv_elements(context) * self.kv_bytes
+        batch_here = batch / self.num_data_ranks
+        flop = 2 * batch_here * (self._token_weights + self._head_weights)
+        kv_read = batch_here * self._kv_elements(context) * self.kv_bytes
         read_s = (layers_read + self._head_weights) * self.weight_bytes / self.machine.read_bytes_per_s
         return max(read_s, flop / self.machine.flop_per_s) + kv_read / self.machine.read_bytes_per_s
 
     def prefill_s(self, num_sequences: int, *, length: int) -> float:
         """The first token of so many sequences of `length` prompt tokens: matrix products and causal attention."""
-        num_tokens = num_sequences * length
-        layers_flop = 2 * num_tokens * self._layer_weights(self._top_k)
-        head_flop = 2 * num_sequences * self._head_weights
+        num_tokens = num_sequences / self.num_data_ranks * length
+        layers_flop = 2 * num_tokens * self._token_weights
+        head_flop = 2 * num_sequences / self.num_data_ranks * self._head_weights
         # A score and a weighted sum, two FLOP each, for every head, dimension and pair of positions.
         num_heads = self.shape.num_heads / self.num_ranks
         attention_flop = num_tokens * 4 * num_heads * self.shape.head_dim * self._seen_tokens((length + 1) / 2)
-        read = (self._layer_weights(self.experts_touched(num_tokens)) + self._head_weights) * self.weight_bytes
+        experts = self.experts_touched(num_sequences * length)
+        read = (self._layer_weights(experts) + self._head_weights) * self.weight_bytes
         flop_s = (layers_flop + head_flop + attention_flop) / self.machine.flop_per_s
         return max(flop_s, read / self.machine.read_bytes_per_s)
 
@@ -73,8 +77,10 @@ class Roofline:
         return self.prefill_s(num_sequences, length=input_len) + step_s * num_sequences * (output_len - 1) / batch
 
     @property
-    def _top_k(self) -> float:
-        return 0.0 if self.shape.moe is None else float(self.shape.moe.top_k)
+    def _token_weights(self) -> float:
+        """Elements of the layers that one device multiplies for one of its own tokens, or as many for others' tokens."""
+        top_k = 0.0 if self.shape.moe is None else float(self.shape.moe.top_k)
+        return self._layer_weights(top_k * self.num_data_ranks)
 
     @property
     def _head_weights(self) -> float:
@@ -92,7 +98,8 @@ class Roofline:
         dense_mlp = 3 * shape.hidden_size * shape.intermediate_size / num_ranks
         if moe is None:
             return attention + shape.num_layers * dense_mlp
-        sparse = shape.hidden_size * (moe.num_experts + 3 * moe.intermediate_size * num_experts / num_ranks)
+        experts_here = num_experts / (num_ranks * self.num_data_ranks)
+        sparse = shape.hidden_size * (moe.num_experts + 3 * moe.intermediate_size * experts_here)
         return attention + (shape.num_layers - len(moe.layers)) * dense_mlp + len(moe.layers) * sparse
 
     def _kv_elements(self, context: float) -> float:

@@ -48,7 +48,7 @@ def bench_session(args: argparse.Namespace, rows: Rows, *, max_num_seqs: int) ->
     model_config = ModelConfig(model=name, dtype=args.dtype, max_model_len=args.input_len + args.output_len)
     engine_config = _engine_config(args, max_num_seqs)
     parallel = parse(ParallelConfig, {**PARALLEL_DEFAULTS, **config_flags.section_values(args, "parallel")})
-    num_ranks = parallel.tensor_parallel
+    num_ranks = parallel.num_ranks
     rows.say(f"Starting {name}" + (f" on {num_ranks} ranks" if num_ranks > 1 else ""))
     with BenchEngine(model_config, engine_config, parallel, seed=args.seed) as engine:
         engine.run(1, input_len=args.input_len, output_len=1)
@@ -58,12 +58,13 @@ def bench_session(args: argparse.Namespace, rows: Rows, *, max_num_seqs: int) ->
             f"First token {start_s:.1f} s after the process began: {info.num_parameters / 1e6:.1f} M parameters on {where}, "
             f"KV cache of {info.num_blocks * info.block_size} tokens"
         )
-        roofline = _measure_roofline(info, num_ranks)
+        roofline = _measure_roofline(info, parallel)
         facts = {
             "model": name,
             "device": _device_name(info.device),
             "dtype": info.dtype,
-            "tensor_parallel": num_ranks,
+            "tensor_parallel": parallel.tensor_parallel,
+            "data_parallel": parallel.data_parallel,
             "expert_parallel": parallel.expert_parallel,
             "input_len": args.input_len,
             "output_len": args.output_len,
@@ -83,14 +84,15 @@ def _engine_config(args: argparse.Namespace, max_num_seqs: int) -> EngineConfig:
     return config
 
 
-def _measure_roofline(info: WorkerInfo, num_ranks: int) -> Roofline:
+def _measure_roofline(info: WorkerInfo, parallel: ParallelConfig) -> Roofline:
     dtype = getattr(torch, info.dtype)
     return Roofline(
         shape=_read_shape(info),
         machine=measure_machine(torch.device(info.device), dtype=dtype),
         weight_bytes=info.weight_bytes / info.num_parameters,
         kv_bytes=dtype.itemsize,
-        num_ranks=num_ranks,
+        num_ranks=parallel.tensor_parallel,
+        num_data_ranks=parallel.data_parallel,
     )
 
 

@@ -13,9 +13,11 @@ _WARMUP_TOKENS = 32
 
 
 def run(args: argparse.Namespace, rows: Rows) -> int:
-    with bench_session(args, rows, max_num_seqs=min(args.num_prompts, _MOST_SEQUENCES)) as session:
+    num_engines = args.data_parallel or 1
+    num_prompts = -(-args.num_prompts // num_engines)  # of the engine that gets most
+    with bench_session(args, rows, max_num_seqs=min(num_prompts, _MOST_SEQUENCES)) as session:
         engine = session.engine
-        concurrency = min(args.num_prompts, engine.info.max_num_seqs)
+        concurrency = min(args.num_prompts, engine.info.max_num_seqs * num_engines)
         rows.say(f"Warm-up with {concurrency} prompts")
         warmup_len = args.warmup_output_len or min(args.output_len, _WARMUP_TOKENS)
         engine.run(concurrency, input_len=args.input_len, output_len=warmup_len)

@@ -1,57 +1,56 @@
 """A replica whose ranks are processes of this machine, without Ray: an engine here leads, the processes started here follow.
 
 A LocalReplica is an Engine's `set_up`, and the runner that it sets up. Life cycle: on the engine's thread it starts a process
-a follower (rank r on GPU r, or all on the CPU), leads them (ranks.py), and ends them when the engine ends, when it cannot
-start, or when this process ends in whatever way. A follower that ends first ends the engine, with the follower's reason.
-
-Processes are spawned: a script that makes one needs `if __name__ == "__main__":`, as multiprocessing says.
+for each other rank (rank r on GPU r, or all on the CPU), leads those of its data rank (ranks.py), and ends all when the engine
+ends, when it cannot start, or when this process ends in whatever way. A rank that ends first ends the engine, with its reason.
+Where there are several data ranks, the engines that lead the others take requests through `leaders`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import signal
 import threading
 import time
-from dataclasses import dataclass
-from multiprocessing import connection, get_context
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import connection
 
 import torch
 
-from ..common import logs
 from ..common.config import EngineConfig, ModelConfig, ParallelConfig
-from ..common.errors import ConfigError, InternalError, PilotfishError
-from ..common.rank_place import LEADER, RankPlace
-from ..common.requests import ExpertBalance, WorkerInfo
+from ..common.errors import ConfigError, InternalError
+from ..common.rank_place import RankPlace
+from ..common.requests import ExpertBalance, StepOutput, WorkerInfo
 from ..scheduler.step_plan import StepPlan
 from .comm import RankGroup, Rendezvous
 from .cpu_threads import share_of_machine
+from .local_rank import LocalLeader, RankProcess
 from .model_runner import PendingStep
-from .ranks import Follower, LeadingRunner, lead
+from .ranks import LeadingRunner, lead
 from .runner_setup import choose_device
+from .step_agreement import StepAgreement
 
 _HOST = "127.0.0.1"
-_PROCESS_START_S = 120.0
 _PROCESS_END_S = 10.0
-_LAST_WORDS_S = 2.0
 _WATCH_INTERVAL_S = 0.2
-_HERE = "here"
 
 
 class LocalReplica:
-    """See the module. One for each Engine."""
+    """See the module. One for each Engine.
 
-    agreement = None  # one data rank
+    Args:
+        on_step: of the engines that lead other data ranks; (data rank, step), on a thread for each.
 
-    def __init__(self, parallel: ParallelConfig) -> None:
+    Attributes:
+        leaders: of data ranks 1 and on, once the engine has started.
+    """
+
+    def __init__(self, parallel: ParallelConfig, *, on_step: Callable[[int, StepOutput], None]) -> None:
+        self.leaders: list[LocalLeader] = []
+        self._on_step = on_step
         self._parallel = parallel
         self._failure = ""
         self._is_closing = False
-        self._followers: list[_FollowerProcess] = []
+        self._others: list[RankProcess] = []
         self._rendezvous: Rendezvous | None = None  # held open
         self._group: RankGroup | None = None
         self._runner: LeadingRunner | None = None
@@ -63,20 +62,20 @@ class LocalReplica:
             ConfigError: this machine has too few GPUs.
             PilotfishError: a rank cannot start, and why.
         """
-        size = self._parallel.tensor_parallel
+        size = self._parallel.num_ranks
         if choose_device(engine_config).type == "cpu":
             engine_config = share_of_machine(engine_config, size)
         elif torch.cuda.device_count() < size:
             raise ConfigError(
-                f"tensor_parallel {size} needs {size} GPUs; this machine has {torch.cuda.device_count()}: "
-                "lower it, or use device cpu"
+                f"tensor_parallel {self._parallel.tensor_parallel} x data_parallel {self._parallel.data_parallel} needs {size} "
+                f"GPUs; this machine has {torch.cuda.device_count()}: lower one, or use device cpu"
             )
         leader, *others = self._places()
         try:
-            self._followers = [_FollowerProcess.start(model_config, engine_config, place) for place in others]
-            for follower in self._followers:
-                follower.wait_until_here()
-            threading.Thread(target=self._watch, name="follower-watch", daemon=True).start()
+            self._others = [RankProcess.start(model_config, engine_config, place) for place in others]
+            for rank in self._others:
+                rank.wait_until_here()
+            threading.Thread(target=self._watch, name="rank-process-watch", daemon=True).start()
             self._runner, info = lead(model_config, engine_config, place=leader, on_join=self._join)
         except BaseException as error:
             reason = self._failure or self._last_words()  # the cause comes before the leader's complaint about it
@@ -84,7 +83,15 @@ class LocalReplica:
             if reason and isinstance(error, Exception):
                 raise InternalError(reason) from error
             raise
+        for rank in self._others:
+            if rank.place.is_leader:
+                self.leaders.append(LocalLeader(rank, partial(self._on_step, rank.place.data_rank)))
         return self, info
+
+    @property
+    def agreement(self) -> StepAgreement | None:
+        assert self._runner is not None
+        return self._runner.agreement
 
     @property
     def failure(self) -> str:
@@ -99,13 +106,13 @@ class LocalReplica:
         return self._runner.launch(plan)
 
     def close(self) -> None:
-        """Ends the followers. May be called again."""
+        """Ends the other ranks. May be called again."""
         self._is_closing = True
         if self._runner is not None:
             self._runner.close()
         deadline_s = time.monotonic() + (_PROCESS_END_S if self._runner is not None and not self._failure else 0)
-        for follower in self._followers:
-            follower.end(max(0.0, deadline_s - time.monotonic()))
+        for rank in self._others:
+            rank.end(max(0.0, deadline_s - time.monotonic()))
 
     def _join(self, group: RankGroup) -> None:
         self._group = group
@@ -115,8 +122,10 @@ class LocalReplica:
         self._rendezvous = Rendezvous(host=_HOST, timeout_s=timeout_s)
         return [
             RankPlace(
-                rank=rank,
+                rank=number % size,
                 size=size,
+                data_rank=number // size,
+                data_size=self._parallel.data_parallel,
                 epoch=0,
                 address=self._rendezvous.address,
                 host=_HOST,
@@ -124,88 +133,25 @@ class LocalReplica:
                 whole_experts=self._parallel.expert_parallel,
                 num_redundant_experts=self._parallel.redundant_experts,
                 rebalance_interval_steps=self._parallel.rebalance_interval_steps,
-                gpu=rank,
+                gpu=number,
             )
-            for rank in range(size)
+            for number in range(self._parallel.num_ranks)
         ]
 
     def _watch(self) -> None:
-        """Until a follower has ended or is stuck: then no other can go on."""
-        sentinels = [follower.process.sentinel for follower in self._followers]
+        """Until a rank has ended or is stuck: then no other can go on."""
+        sentinels = [rank.process.sentinel for rank in self._others]
         while not connection.wait(sentinels, _WATCH_INTERVAL_S) and not self.failure:
             pass
         if self._is_closing:
             return
         self._failure = self.failure or self._last_words()
-        for follower in self._followers:
-            follower.end(0)
+        for rank in self._others:
+            rank.end(0)
         if self._group is not None:
             self._group.abort()
 
     def _last_words(self) -> str:
-        """Why the first of the followers that have ended did; "" while all run."""
-        ended = [follower for follower in self._followers if connection.wait([follower.process.sentinel], 0)]
+        """Why the first of the ranks that have ended did; "" while all run."""
+        ended = [rank for rank in self._others if rank.has_ended]
         return ended[0].last_words() if ended else ""
-
-
-@dataclass(frozen=True, slots=True)
-class _FollowerProcess:
-    """A rank that is not the leader. It says _HERE when it joins the others and why it ends; it ends when `words` breaks."""
-
-    place: RankPlace
-    process: SpawnProcess
-    words: Connection
-
-    @classmethod
-    def start(cls, model_config: ModelConfig, engine_config: EngineConfig, place: RankPlace) -> _FollowerProcess:
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        arguments = (model_config, engine_config, place, theirs)
-        process = context.Process(target=_follow, args=arguments, name=f"pilotfish-rank-{place.rank}", daemon=True)
-        process.start()
-        theirs.close()  # so that ours ends with the process
-        return cls(place, process, ours)
-
-    def wait_until_here(self) -> None:
-        """Raises InternalError: it ended, or has not come in time."""
-        try:
-            if self.words.poll(_PROCESS_START_S) and self.words.recv() == _HERE:
-                return
-        except EOFError:
-            pass
-        raise InternalError(f"rank {self.place.rank} did not start within {_PROCESS_START_S:g} s, see what it says above")
-
-    def last_words(self) -> str:
-        """Of an ended process."""
-        self.process.join(_LAST_WORDS_S)
-        with contextlib.suppress(EOFError, OSError):
-            if self.words.poll():
-                return str(self.words.recv())
-        return f"rank {self.place.rank}'s process ended (exit code {self.process.exitcode})"
-
-    def end(self, timeout_s: float) -> None:
-        self.process.join(timeout_s)
-        self.process.kill()
-        self.process.join(_PROCESS_END_S)
-
-
-def _follow(model_config: ModelConfig, engine_config: EngineConfig, place: RankPlace, words: Connection) -> None:
-    """The whole life of a follower's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the leader too, which ends this process
-    logs.set_up(f"rank-{place.rank}", level=os.environ.get("PILOTFISH_LOG_LEVEL") or "WARNING")
-    assert place.rank != LEADER
-    words.send(_HERE)
-
-    def end(reason: str) -> None:
-        with contextlib.suppress(OSError):  # the leader may be gone
-            words.send(reason)
-        logging.shutdown()
-        os._exit(0)  # without waiting for a device that may be stuck
-
-    try:
-        Follower(model_config, engine_config, place, on_end=end).start()
-    except PilotfishError as error:
-        end(f"rank {place.rank} cannot start: {error.message}")
-    with contextlib.suppress(EOFError, OSError):
-        words.recv()  # nothing is ever sent: it breaks when the leader's process ends
-    end("the leader's process has ended")

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, *, redundant: int, interval: int) -> Steps:
         ModelConfig(model=f"dummy:{args.shape}", max_model_len=args.input_len + args.output_len + 16),
         EngineConfig(max_num_seqs=args.batch_size, prefix_caching=False),
         on_step=steps,
-        set_up=LocalReplica(parallel),
+        set_up=LocalReplica(parallel, on_step=lambda *_: None),  # there is one data rank
     )
     info = engine.start()
     try:

@@ -98,6 +98,18 @@ def test_ranks_are_processes_that_end_with_the_bench(shape: str, flags: list[str
     assert multiprocessing.active_children() == []
 
 
+def test_data_ranks_share_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "throughput", "--shape", "tiny-moe", "--num-prompts", "5", "--repeat", "1", *TINY]
+    assert cli.main([*argv, "--data-parallel", "2", "--expert-parallel"]) == 0
+    captured = capsys.readouterr()
+    row = json.loads(captured.out)
+    assert (row["tensor_parallel"], row["data_parallel"], row["max_num_seqs"]) == (1, 2, 3)
+    assert row["output_tok_s"] * row["elapsed_s"] == pytest.approx(5 * 6, rel=1e-4)
+    assert multiprocessing.active_children() == []
+    assert cli.main([*argv, "--data-parallel", "2"]) == 1
+    assert "data_parallel needs expert_parallel" in capsys.readouterr().err
+
+
 def test_each_rank_has_its_share_of_the_limit() -> None:
     one, two = h200_roofline("qwen3-8b"), replace(h200_roofline("qwen3-8b"), num_ranks=2)
     for batch in (1, 128):

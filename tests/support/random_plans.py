@@ -26,9 +26,11 @@ def random_plans(rng: random.Random, *, num_plans: int, num_slots: int = 12) -> 
         rows = [_random_row(rng, slot, request_id) for slot, request_id in running.items() if rng.random() < 0.9]
         rng.shuffle(rows)
         replaced = [BlockReplacement(rng.randrange(num_slots), rng.randrange(99), rng.randrange(INT32_MAX))] * rng.randrange(3)
+        rank_tokens = tuple(rng.randint(1, 9000) for _ in range(rng.choice((0, 0, 2, 5))))
         orders = _random_orders(rng) if rng.random() < 0.3 else None
-        tokens = tuple(rng.randint(1, 999) for _ in range(rng.choice((0, 2, 5))))
-        yield StepPlan(step_id, tuple(admitted), tuple(rows), released, tuple(replaced), orders, tokens, rng.random() < 0.5)
+        yield StepPlan(
+            step_id, tuple(admitted), tuple(rows), released, tuple(replaced), orders, rank_tokens, rng.random() < 0.5
+        )
 
 
 def _random_orders(rng: random.Random) -> ExpertOrders:

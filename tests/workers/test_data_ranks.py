@@ -13,14 +13,12 @@ from data_replica import data_replica, run_alone
 from pilotfish.common.errors import ModelNotFound
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.models.layers import expert_dispatch
-from pilotfish.models.local_ranks import run_ranks
 from pilotfish.models.store import resolve
-from pilotfish.workers.comm import Rendezvous
 from pilotfish.workers.engine import Engine, Phase
+from rank_group_run import run_on_ranks
 from transformers import MixtralConfig, MixtralForCausalLM
 from upcycled import upcycle
 
-TIMEOUT_S = 120
 LOUD = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "logprobs": 2, "logit_bias": {5: 1.0}}
 SAMPLING = [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 40}, LOUD]
 
@@ -67,18 +65,36 @@ def submit(engine: Engine, batch: Sequence[EngineRequest]) -> None:
         engine.submit(request)
 
 
-@pytest.mark.parametrize(("tensor_size", "data_size", "num_slots"), [(1, 2, 8), (1, 3, 7), (2, 2, 9)])
-def test_dispatchers_equal_all_experts_in_one_place(tensor_size: int, data_size: int, num_slots: int) -> None:
+def dispatch_steps(data_size: int) -> list[data_rank_work.Step]:
     """Ragged, one token each, ranks that keep no chosen expert, and more tokens than are gathered."""
     rank_tokens = [(5, 17, 1), (1, 1, 1), (300, 2, 40), (3, 257, 3)]
-    steps = [(tokens[:data_size], routing) for tokens in rank_tokens for routing in data_rank_work.ROUTING]
-    rendezvous = Rendezvous(host="127.0.0.1", timeout_s=60)
-    arguments = (rendezvous.address, tensor_size, num_slots, steps)
-    for number, errors in enumerate(
-        run_ranks(tensor_size * data_size, data_rank_work.dispatch, *arguments, timeout_s=TIMEOUT_S)
-    ):
+    return [(tokens[:data_size], routing) for tokens in rank_tokens for routing in data_rank_work.ROUTING]
+
+
+def check_dispatch(ranks: list[list[dict[str, float]]], steps: list[data_rank_work.Step], tolerance: float) -> None:
+    for number, errors in enumerate(ranks):
         for step, error in zip(steps, errors, strict=True):
-            assert max(error.values()) < 1e-4, (number, step, error)
+            assert max(error.values()) < tolerance, (number, step, error)
+
+
+@pytest.mark.parametrize(("tensor_size", "data_size", "num_slots"), [(1, 2, 8), (1, 3, 7), (2, 2, 9)])
+def test_dispatchers_equal_all_experts_in_one_place(tensor_size: int, data_size: int, num_slots: int) -> None:
+    steps = dispatch_steps(data_size)
+    arguments = (tensor_size, data_rank_work.dispatch, num_slots, steps)
+    check_dispatch(run_on_ranks(*arguments, device_type="cpu", data_size=data_size), steps, 1e-4)
+
+
+@pytest.mark.gpu2
+def test_dispatchers_equal_all_experts_in_one_place_on_gpus() -> None:
+    steps = dispatch_steps(2)
+    check_dispatch(run_on_ranks(1, data_rank_work.dispatch, 8, steps, device_type="cuda", data_size=2), steps, 0.06)
+
+
+@pytest.mark.gpu2
+@pytest.mark.parametrize("num_tokens", [1, 8, 96])
+def test_a_graph_of_a_dispatch_serves_other_tokens(num_tokens: int) -> None:
+    arguments = (1, data_rank_work.replay_a_dispatch, 8, num_tokens)
+    assert max(run_on_ranks(*arguments, device_type="cuda", data_size=2)) < 0.06
 
 
 @pytest.mark.parametrize(
