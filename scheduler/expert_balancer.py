@@ -96,61 +96,65 @@ class ExpertBalancer:
         self._layout, self._interval, self._limit, self._min_gain = layout, interval_steps, writes_per_step, min_gain
         self._slots = [list(slots) for _ in range(num_layers)]
         self._loads: list[list[float]] = [[0.0] * layout.num_logical for _ in range(num_layers)]
-        self._waiting: deque[int] = deque()  # layers of this round
+        self._waiting: deque[int] = deque()  # layers of this round that were not looked at
+        self._is_round = False
         self._layer, self._target = 0, self._slots[0]  # on its way, or there
-        self._max_loads: list[float] = []  # of each layer's fullest rank, by this round's loads
-        self._moved: list[int] = []  # layers of this round
-        self._round_start = 0  # num_writes then
+        self._found: list[float] = []  # of the layers that were looked at: the fullest rank's load before
+        self._expected: list[float] = []  # and after
+        self._num_layers = self._num_writes_before = 0  # of this round that move; self.num_writes at its start
 
     def orders(self, step_id: int) -> ExpertOrders | None:
         """What the step does with experts, None if nothing."""
-        if self._slots[self._layer] == self._target and self._waiting:
-            self._start_layer(self._waiting.popleft())
+        if self._is_there and self._waiting:
+            self._look_at(self._waiting.popleft())
         writes: tuple[SlotWrite, ...] = ()
-        if self._slots[self._layer] != self._target:
+        if not self._is_there:
             now = self._slots[self._layer]
             writes = next_writes(now, self._target, slots_per_rank=self._layout.slots_per_rank, limit=self._limit)
             self._slots[self._layer] = after_writes(now, writes)
             self.num_writes += len(writes)
-        if self._moved and not self._waiting and self._slots[self._layer] == self._target:
+        if self._is_round and self._is_there and not self._waiting:
             self._end_round(step_id)
         reads_loads = step_id % self._interval == 0
         return ExpertOrders(reads_loads, self._layer, writes) if reads_loads or writes else None
 
     def observe(self, loads: Sequence[Sequence[float]]) -> None:
         """Takes [layers][experts] tokens since the reading before. A round that is under way goes on with what it knows."""
-        if self._waiting or self._slots[self._layer] != self._target or not any(map(any, loads)):
+        if self._is_round or not any(map(any, loads)):
             return
         self._loads = [
             [_DECAY * old + new for old, new in zip(*layer, strict=True)] for layer in zip(self._loads, loads, strict=True)
         ]
-        self._max_loads = [self._max_load(layer, slots) for layer, slots in enumerate(self._slots)]
-        self.measured = self._balance()
         self._waiting.extend(range(len(self._slots)))
-        self._moved, self._round_start = [], self.num_writes
+        self._is_round, self._found, self._expected = True, [], []
+        self._num_layers, self._num_writes_before = 0, self.num_writes
 
-    def _start_layer(self, layer: int) -> None:
-        loads, old = [self._loads[layer]], ExpertPlacement.of(self._layout, [self._slots[layer]])
-        new, _ = rebalance_experts(loads, old)
-        max_load = self._max_load(layer, new.physical_to_logical[0])
+    @property
+    def _is_there(self) -> bool:
+        return self._slots[self._layer] == self._target
+
+    def _look_at(self, layer: int) -> None:
+        loads, old = self._loads[layer], ExpertPlacement.of(self._layout, [self._slots[layer]])
+        new, _ = rebalance_experts([loads], old)
+        found, expected = (max(placement.rank_loads(0, loads)) for placement in (old, new))
         self._layer, self._target = layer, self._slots[layer]
-        if max_load < self._max_loads[layer] * (1 - self._min_gain):
+        if expected < found * (1 - self._min_gain):
             self._target = list(new.physical_to_logical[0])
-            self._max_loads[layer] = max_load
-            self._moved.append(layer)
+            self._num_layers += 1
+        self._found.append(found)
+        self._expected.append(expected if self._target is not self._slots[layer] else found)
 
     def _end_round(self, step_id: int) -> None:
-        self.last = Rebalance(
-            step_id=step_id,
-            measured=self.measured,
-            expected=self._balance(),
-            num_layers=len(self._moved),
-            num_writes=self.num_writes - self._round_start,
-        )
-        self._moved = []
+        self._is_round = False
+        self.measured = self._balance(self._found)
+        if self._num_layers:
+            self.last = Rebalance(
+                step_id=step_id,
+                measured=self.measured,
+                expected=self._balance(self._expected),
+                num_layers=self._num_layers,
+                num_writes=self.num_writes - self._num_writes_before,
+            )
 
-    def _max_load(self, layer: int, slots: Sequence[int]) -> float:
-        return max(ExpertPlacement.of(self._layout, [slots]).rank_loads(0, self._loads[layer]))
-
-    def _balance(self) -> float:
-        return sum(self._max_loads) * self._layout.num_ranks / sum(map(sum, self._loads))
+    def _balance(self, max_loads: Sequence[float]) -> float:
+        return sum(max_loads) * self._layout.num_ranks / sum(map(sum, self._loads))
