@@ -13,7 +13,10 @@ import triton
 from . import tuning
 from .grouped_tiles import GroupedConfig
 from .moe_gemv import GemvConfig
-from .streaming_experts import StreamingConfig, serves
+from .streaming_experts import StreamingConfig
+from .streaming_experts import serves as streaming_serves
+from .tall_experts import TallConfig
+from .tall_experts import serves as tall_serves
 
 MAX_GEMV_TOKENS = 4
 
@@ -32,8 +35,13 @@ class MoeSizes:
         return self.num_experts, self.num_choices, self.hidden, self.intermediate
 
 
-MoeConfig = GemvConfig | GroupedConfig | StreamingConfig
-KERNELS: dict[str, type[MoeConfig]] = {"gemv": GemvConfig, "grouped": GroupedConfig, "streaming": StreamingConfig}
+MoeConfig = GemvConfig | GroupedConfig | StreamingConfig | TallConfig
+KERNELS: dict[str, type[MoeConfig]] = {
+    "gemv": GemvConfig,
+    "grouped": GroupedConfig,
+    "streaming": StreamingConfig,
+    "tall": TallConfig,
+}
 
 
 def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor, weight_EUK: torch.Tensor) -> MoeConfig:
@@ -41,11 +49,16 @@ def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor, weight_EUK: torch.T
     if x.device.type == "cuda":  # the interpreter has no table
         measured = tuning.lookup(op, x.dtype, sizes.key, sizes.num_tokens, x.device)
         config = None if measured is None else parse_config(measured)
-        if isinstance(config, StreamingConfig) and not serves(config, weight_EUK, x.dtype, gated=op == "moe_gate_up"):
-            config = None
-        if config is not None:
+        if config is not None and _serves(config, weight_EUK, x.dtype, gated=op == "moe_gate_up"):
             return config
     return rule(op, sizes, element_size=x.element_size())
+
+
+def _serves(config: MoeConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> bool:
+    """Whether a kernel of CUDA C++ can run here; those of Triton can everywhere."""
+    if isinstance(config, StreamingConfig):
+        return streaming_serves(config, weight_EUK, dtype, gated=gated)
+    return not isinstance(config, TallConfig) or tall_serves(config, weight_EUK, dtype, gated=gated)
 
 
 def rule(op: str, sizes: MoeSizes, *, element_size: int) -> MoeConfig:

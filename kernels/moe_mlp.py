@@ -5,8 +5,8 @@
 
 A choice whose expert id is negative contributes nothing (it belongs to another rank). On CUDA few tokens are served by two
 matrix-vector kernels (moe_gemv.py). The pairs of more are sorted by expert (moe_sort.py), go through two grouped GEMMs
-(grouped_gemm.py) or their twins for few pairs an expert (streaming_experts.py), whose weighted terms are rounded to the dtype
-of x, and are summed. moe_config.py chooses for each of the two products.
+(grouped_gemm.py) or their twins for few pairs an expert (streaming_experts.py) and for many (tall_experts.py), whose weighted
+terms are rounded to the dtype of x, and are summed. moe_config.py chooses for each of the two products.
 
 T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, U = 2 F (gate in the first half).
 """
@@ -25,6 +25,7 @@ from .moe_config import MoeConfig, MoeSizes, choose_config
 from .moe_gemv import GemvConfig, down_gemv, gated_gemv
 from .moe_sort import sort_pairs
 from .streaming_experts import Routing, streaming_experts
+from .tall_experts import TallConfig, tall_experts
 
 Order = tuple[torch.Tensor, torch.Tensor]  # of sort_pairs
 # Largest |out - reference| for inputs of order one, weights of order 1 / sqrt(fan-in): (relative, absolute).
@@ -176,6 +177,11 @@ def run_gate_up(
     if isinstance(config, GroupedConfig):
         return gated_grouped_gemm(x_TH, gate_up_weight_EUH, *order, activation, config=config, sorted_rows=sorted_rows)
     h_PF = x_TH.new_empty(experts_TC.numel(), gate_up_weight_EUH.shape[1] // 2)
+    if isinstance(config, TallConfig):
+        tall_experts(
+            x_TH, gate_up_weight_EUH, None, h_PF, *order, activation=activation, config=config, sorted_rows=sorted_rows
+        )
+        return h_PF
     nearly_all_are_chosen = experts_TC.numel() >= 2 * gate_up_weight_EUH.shape[0]
     streaming_experts(
         x_TH,
@@ -216,6 +222,9 @@ def run_down(
         )
         return _combine(y_PH, experts_TC)
     y_PH = h_PF.new_empty(h_PF.shape[0], down_weight_EHF.shape[1])
+    if isinstance(config, TallConfig):
+        tall_experts(h_PF, down_weight_EHF, weights_TC, y_PH, *order, activation=None, config=config, sorted_rows=sorted_rows)
+        return _combine(y_PH, experts_TC)
     streaming_experts(
         h_PF,
         down_weight_EHF,

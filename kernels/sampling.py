@@ -5,7 +5,8 @@
 
 g is Gumbel noise, so that the argmax is a draw from softmax(kept logits / temperature); temperature 0 is the plain argmax.
 The noise belongs to (seed, position, token id) alone: the draw does not depend on the batch or on the device (but for
-rounding, where two scores tie within float32), and a shard of the vocabulary can run its own part of the race.
+rounding, where two scores tie within float32), and a shard of the vocabulary can run its own part of the race
+(sharded_sampling.py).
 Of equal scores the lowest id wins.
 
 S rows, V vocabulary, M slots: the parameters lie in tables by slot. Source: Gumbel 1954; Maddison et al. 2014, "A* Sampling".
@@ -111,14 +112,17 @@ def _draw_ref(
 ) -> torch.Tensor:
     threshold_S = keep_threshold_ref(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S)
     uniform_SV = philox_uniform_ref(seeds_S, positions_S, logits_SV.shape[1])
-    # log1p keeps the small exponentials exact, and these win the race.
-    gumbel_SV = -torch.log(-torch.log1p(-uniform_SV))
-    scores_SV = logits_SV + temperature_S.unsqueeze(1) * gumbel_SV
+    scores_SV = logits_SV + temperature_S.unsqueeze(1) * gumbel_ref(uniform_SV)
     return scores_SV.masked_fill(logits_SV < threshold_S.unsqueeze(1), float("-inf")).argmax(-1)
 
 
+def gumbel_ref(uniform_SV: torch.Tensor) -> torch.Tensor:
+    """-log(-log(1 - u)); log1p keeps the small exponentials exact, and these win the race."""
+    return -torch.log(-torch.log1p(-uniform_SV))
+
+
 @triton.jit
-def _gumbel(uniform):
+def gumbel(uniform):
     """-log(-log(1 - u)); small exponentials win the race, so below 2^-7 their series keeps what 1 - u would round away."""
     series = uniform * (1.0 + uniform * (0.5 + uniform * (0.3333333333333333 + uniform * 0.25)))
     exponential = tl.where(uniform < 0.0078125, series, -tl.log(1.0 - uniform))
@@ -164,7 +168,7 @@ def _summarize_kernel(
     filtered = is_filtered(temperature, top_k, top_p, tl.load(min_ps + slot))
     if (temperature > 0) & (not filtered):
         uniform = uniform_block(tl.load(seeds + slot), tl.load(positions + row), chunk * CHUNK, CHUNK)
-        scores += temperature * _gumbel(uniform)
+        scores += temperature * gumbel(uniform)
     best = tl.max(scores, axis=0)
     out = row * tl.num_programs(1) + chunk
     tl.store(chunk_scores + out, best)
@@ -188,7 +192,7 @@ def _race(values, tokens, num_values, has_tokens, threshold, temperature, seed, 
         logits = tl.load(values + token, token < num_values, other=-float("inf"))
         if has_tokens:
             token = tl.load(tokens + token, token < num_values, other=0)
-        scores = logits + temperature * _gumbel(uniform_at(seed, position, token))
+        scores = logits + temperature * gumbel(uniform_at(seed, position, token))
         better = (logits >= threshold) & (scores > best)
         best, winner = tl.where(better, scores, best), tl.where(better, token, winner)
     return tl.min(tl.where(best == tl.max(best, axis=0), winner, vocab - 1), axis=0)

@@ -149,20 +149,28 @@ def serves(config: StreamingConfig, weight_EUK: torch.Tensor, dtype: torch.dtype
 
 def unfit_reason(config: StreamingConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> str | None:
     """Why the kernel cannot run with this config on this weight and x of this dtype, or None. Compiles at the first call."""
-    num_experts, weight_rows, num_inputs = weight_EUK.shape
-    reason = _unfit_config(config)
+    reason = _unfit_config(config) or unfit_weight(weight_EUK, dtype, gated=gated, max_experts=MAX_EXPERTS, multiple_of=4)
     if reason is not None:
         return reason
-    if num_experts > MAX_EXPERTS or num_inputs % STEP_INPUTS or (weight_rows // (2 if gated else 1)) % 4:
-        return f"weights {tuple(weight_EUK.shape)}: at most {MAX_EXPERTS} experts, inputs by {STEP_INPUTS}, outputs by 4"
+    is_loaded = _load(config, weight_EUK, gated=gated) is not None
+    return None if is_loaded else f"it cannot be compiled: {loader.unavailable_reason()}"
+
+
+def unfit_weight(
+    weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool, max_experts: int, multiple_of: int
+) -> str | None:
+    """Why a CUDA C++ kernel of experts cannot read this weight with x of this dtype, or None. `multiple_of`: of the outputs."""
+    num_experts, weight_rows, num_inputs = weight_EUK.shape
+    if num_experts > max_experts or num_inputs % STEP_INPUTS or (weight_rows // (2 if gated else 1)) % multiple_of:
+        shape = tuple(weight_EUK.shape)
+        return f"weights {shape}: at most {max_experts} experts, inputs by {STEP_INPUTS}, outputs by {multiple_of}"
     if weight_EUK.dtype not in (torch.bfloat16, torch.float16) or dtype != weight_EUK.dtype:
         return f"x is {dtype}, the weight {weight_EUK.dtype}: both must be bfloat16 or both float16"
     if not weight_EUK.is_contiguous() or weight_EUK.data_ptr() % 16:
         return f"the weight (strides {weight_EUK.stride()}) must be contiguous and begin at a multiple of 16 bytes"
     if not loader.can_run_on(weight_EUK.device):
         return f"it is for compute capability {'.'.join(map(str, loader.CAPABILITY))}, the weight is on {weight_EUK.device}"
-    is_loaded = _load(config, weight_EUK, gated=gated) is not None
-    return None if is_loaded else f"it cannot be compiled: {loader.unavailable_reason()}"
+    return None
 
 
 @cache

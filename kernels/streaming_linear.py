@@ -2,12 +2,13 @@
 
 It is the twin of skinny_linear's kernels: y = x @ weight.T + bias, plain or with a gated activation, with the same roundings,
 for 16-bit numbers and up to 128 rows. A CTA owns `tile_n` rows of the weight (gated: half of them gates, half ups) and copies
-them through `num_stages` stages of 64 inputs each; `split_k` CTAs, one cluster, share the inputs of a tile and add their sums
-in a fixed order. With an early start the stages are full of weight before the kernel waits for the one before it.
+them through `num_stages` stages of 64 inputs each, x through `x_stages`; `split_k` CTAs, one cluster, share the inputs of a
+tile and add their sums in a fixed order. With an early start the stages are full of weight before the kernel waits for the one
+before it.
 
 M rows, K inputs, N outputs (rows of the weight). A config (kernels/tuning.py) is
-    {"kernel": "streaming", "tile_n": 64 | 128 | 192 | 256, "split_k": 1..8, "num_stages", "early_start", "twin"}
-where "twin" is the config of what serves the layer where this kernel cannot run.
+    {"kernel": "streaming", "tile_n": 64 | 128 | 192 | 256, "split_k": 1..8, "num_stages", "x_stages", "early_start", "twin"}
+where "twin" is the config of what serves the layer where this kernel cannot run, and without "x_stages" there are num_stages.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ TILES = (64, 128, 192, 256)
 MAX_SPLITS = 8  # CTAs of a cluster that every GPU takes
 MAX_STAGES = 32
 STEP_INPUTS = 64  # of a stage: 128 bytes of each row
+MIN_BESIDE_SUMS = 4  # stages of the weight; with fewer the sums had better take the stages' place
 SOURCE = "streaming_linear"
 
 
@@ -49,6 +51,8 @@ class Plan:
     extra_steps: int
     units_each: int
     num_stages: int
+    x_stages: int
+    reuses_stages: bool  # the sums take the place of the stages
     shared_bytes: int
 
 
@@ -77,6 +81,8 @@ def launch_streaming(
             ctypes.c_int(plan.extra_steps),
             ctypes.c_int(plan.units_each),
             ctypes.c_int(plan.num_stages),
+            ctypes.c_int(plan.x_stages),
+            ctypes.c_int(plan.reuses_stages),
             ctypes.c_int(ACTIVATIONS.index(activation) if activation else 0),
             ctypes.c_int(y.dtype == torch.float32),
         ),
@@ -117,11 +123,13 @@ def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gate
 def unfit_sizes(config: Config, num_rows: int, num_inputs: int, *, gated: bool = False) -> str | None:
     """Why the config does not suit these sizes, or None."""
     tile_n, split_k, num_stages = config["tile_n"], config["split_k"], config["num_stages"]
+    x_stages = config.get("x_stages", num_stages)
     limits = (
         (0 < num_rows <= MAX_STREAMING_ROWS, f"{num_rows} rows, it takes 1 to {MAX_STREAMING_ROWS}"),
         (tile_n in TILES, f"tile_n {tile_n} is not one of {TILES}"),
         (1 <= split_k <= MAX_SPLITS, f"split_k {split_k} is not 1 to {MAX_SPLITS}"),
         (2 <= num_stages <= MAX_STAGES, f"num_stages {num_stages} is not 2 to {MAX_STAGES}"),
+        (2 <= x_stages <= MAX_STAGES, f"x_stages {x_stages} is not 2 to {MAX_STAGES}"),
         (split_k <= triton.cdiv(num_inputs, STEP_INPUTS), f"{num_inputs} inputs are too few to split by {split_k}"),
     )
     for is_kept, reason in limits:
@@ -134,45 +142,73 @@ def unfit_sizes(config: Config, num_rows: int, num_inputs: int, *, gated: bool =
 
 
 @cache
-def _plan(tile_n: int, split_k: int, num_stages: int, num_rows: int, num_outputs: int, num_inputs: int, gated: bool) -> Plan:
+def _plan(
+    tile_n: int,
+    split_k: int,
+    num_stages: int,
+    x_stages: int | None,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    gated: bool,
+) -> Plan:
     rows = max(triton.next_power_of_2(num_rows), 8)
     outputs = tile_n // 2 if gated else tile_n
     steps_each, extra_steps = divmod(triton.cdiv(num_inputs, STEP_INPUTS), split_k)
-    units_each = triton.cdiv(outputs // 8, split_k)
-    num_stages = min(num_stages, steps_each + (extra_steps > 0))
-    stages = num_stages * stage_bytes(tile_n, rows)
-    sums = split_k * rows * (units_each * 8 * (2 if gated else 1) + 4) * 4
+    most_steps = steps_each + (extra_steps > 0)
+    weight_stages, x_stages_used = min(num_stages, most_steps), min(x_stages or num_stages, most_steps)
+    stages = weight_stages * row_bytes(tile_n) + x_stages_used * row_bytes(rows)
+    sums = sums_bytes(tile_n, split_k, rows, gated=gated)
+    is_crowded = x_stages is None or split_k == 1 or 1024 + stages + sums > loader.MAX_SHARED_BYTES
+    reuses_stages = rows >= 64 and is_crowded
     return Plan(
         macros=(("ROWS", rows), ("TILE", tile_n), ("GATED", int(gated))),
         rows=rows,
         outputs=outputs,
         num_splits=split_k,
         num_tiles=triton.cdiv(num_outputs, outputs),
-        num_threads=tile_n // 64 * 128 + 32,
+        num_threads=tile_n // 64 * 128 + 64,
         steps_each=steps_each,
         extra_steps=extra_steps,
-        units_each=units_each,
-        num_stages=num_stages,
-        shared_bytes=1024 + (max(stages, sums) if rows >= 64 else stages + sums),
+        units_each=_units_each(outputs, split_k),
+        num_stages=weight_stages,
+        x_stages=x_stages_used,
+        reuses_stages=reuses_stages,
+        shared_bytes=1024 + (max(stages, sums) if reuses_stages else stages + sums),
     )
 
 
 def plan_launch(config: Config, num_rows: int, num_outputs: int, num_inputs: int, gated: bool) -> Plan:
     """`num_outputs` are those of y. The stages are no more than there are steps."""
-    return _plan(config["tile_n"], config["split_k"], config["num_stages"], num_rows, num_outputs, num_inputs, gated)
+    tile_n, split_k, num_stages = config["tile_n"], config["split_k"], config["num_stages"]
+    return _plan(tile_n, split_k, num_stages, config.get("x_stages"), num_rows, num_outputs, num_inputs, gated)
 
 
-def stage_bytes(tile_n: int, rows: int) -> int:
-    """Shared memory of a stage: `tile_n` rows of the weight and `rows` of x."""
-    return (tile_n + rows) * STEP_INPUTS * 2
+def row_bytes(num_rows: int) -> int:
+    """Shared memory of so many rows of a stage."""
+    return num_rows * STEP_INPUTS * 2
 
 
-def stages_within(shared_bytes: int, tile_n: int, split_k: int, num_rows: int, *, gated: bool) -> int:
-    """How many stages fit into so much shared memory, 2 at least."""
-    plan = _plan(tile_n, split_k, 1, num_rows, 1, STEP_INPUTS * split_k, gated)
-    size = stage_bytes(tile_n, plan.rows)
-    sums = 0 if plan.rows >= 64 else plan.shared_bytes - 1024 - size
-    return min(max((shared_bytes - 1024 - sums) // size, 2), MAX_STAGES)
+def sums_bytes(tile_n: int, split_k: int, rows: int, *, gated: bool) -> int:
+    """Shared memory of the sums that a CTA gets from all of its cluster, for `rows` rows of x."""
+    units_each = _units_each(tile_n // 2 if gated else tile_n, split_k)
+    return split_k * rows * (units_each * 8 * (2 if gated else 1) + 4) * 4
+
+
+def stages_within(
+    shared_bytes: int, tile_n: int, split_k: int, num_rows: int, *, gated: bool, x_stages: int | None = None
+) -> int:
+    """How many stages of the weight fit into so much shared memory, 2 at least; with as many of x, or `x_stages`."""
+    rows = max(triton.next_power_of_2(num_rows), 8)
+    room = shared_bytes - 1024 - (x_stages or 0) * row_bytes(rows)
+    size = row_bytes(tile_n if x_stages else tile_n + rows)
+    beside_sums = (room - sums_bytes(tile_n, split_k, rows, gated=gated)) // size
+    can_reuse = rows >= 64 and (x_stages is None or split_k == 1 or beside_sums < MIN_BESIDE_SUMS)
+    return min(max(room // size if can_reuse else beside_sums, 2), MAX_STAGES)
+
+
+def _units_each(outputs: int, split_k: int) -> int:
+    return triton.cdiv(outputs // 8, split_k)
 
 
 def split_steps(plan: Plan) -> list[range]:

@@ -2,6 +2,7 @@
 
     python -m pilotfish.kernels.tune --shapes qwen3-8b,qwen3-0.6b --nk 6144x4096 --rows 1,8,32
     python -m pilotfish.kernels.tune --shapes qwen3-8b --tensor-parallel 2
+    python -m pilotfish.kernels.tune --kernels streaming,tall        # a new kernel against what the table has
 
 Prints one JSON row for each op, shape and number of rows, and keeps it at once. Every candidate's result is compared with the
 baseline's before it is timed: a wrong one is left out and named on stderr, and the exit status is 1. What this GPU has too
@@ -15,7 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from triton.runtime.errors import OutOfResources
 from .graph_timing import time_in_graph
 from .tune_linear import ROWS, SHAPES, LinearCase, linear_cases
 from .tune_moe import MOE_ROWS, MoeCase, moe_cases
-from .tuning import Config, Entry, row_bucket, save_entries, table_path
+from .tuning import Config, Entry, load_entries, row_bucket, save_entries, table_path
 
 # A candidate must save this share of the baseline's time: less is noise, and another way to round.
 WORTHWHILE = 0.02
@@ -52,10 +53,18 @@ class Case(Protocol):
 
     @property
     def baseline(self) -> Config: ...
+    @property
+    def keeps_twin(self) -> bool:
+        """Whether a config of CUDA C++ names the next best, for where that cannot be compiled. Otherwise a rule serves."""
+        ...
+
     def candidates(self) -> list[Config]: ...
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:
         """Calls that rotate through weights beyond L2; with `num_weights` one call on so few."""
         ...
+
+
+Job = tuple[Case, list[Config]]  # and what to compare it with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +75,14 @@ class Measured:
     faults: list[str]
 
 
-def measure(case: Case) -> Measured:
-    """Compares the candidates of a case, which are in bfloat16, with its baseline."""
+def measure(case: Case, configs: Sequence[Config] | None = None) -> Measured:
+    """Compares configs, by default the candidates of the case, which are in bfloat16, with its baseline."""
     expected = case.calls(case.baseline, num_weights=1)[0]().float()
     baseline_us = time_in_graph(case.calls(case.baseline))
     best_us, best = baseline_us * (1 - WORTHWHILE), None
     twin_us, twin = best_us, case.baseline  # for where CUDA C++ cannot be compiled
     faults = []
-    for config in case.candidates():
+    for config in case.candidates() if configs is None else configs:
         y = _run_once(case, config)
         if y is None:
             continue
@@ -86,7 +95,7 @@ def measure(case: Case) -> Measured:
             best_us, best = time_us, config
         if time_us < twin_us and config["kernel"] != "streaming":
             twin_us, twin = time_us, config
-    if best is not None and best["kernel"] == "streaming":
+    if best is not None and best["kernel"] == "streaming" and case.keeps_twin:
         best = {**best, "twin": twin}
     entry = Entry(
         op=case.op,
@@ -100,20 +109,34 @@ def measure(case: Case) -> Measured:
     return Measured(entry=entry, faults=faults)
 
 
-def compile_all(cases: Sequence[Case], *, num_processes: int) -> None:
-    """Runs every candidate once in other processes, so that this one finds it in the cache.
+def configs_to_try(case: Case, kernels: Sequence[str] | None, known: Iterable[Entry]) -> list[Config]:
+    """The candidates of a case; with `kernels` only theirs, beside what the known entries have for it."""
+    if kernels is None:
+        return case.candidates()
+    kept: list[Config] = []
+    for entry in known:
+        if (entry.op, entry.sizes, entry.num_rows) == (case.op, case.sizes, row_bucket(case.num_rows)):
+            kept += [{name: value for name, value in entry.config.items() if name != "twin"}]
+            kept += [entry.config["twin"]] if "twin" in entry.config else []
+    configs = kept + [config for config in case.candidates() if config["kernel"] in kernels]
+    baseline = case.baseline
+    return [config for i, config in enumerate(configs) if config != baseline and config not in configs[:i]]
+
+
+def compile_all(jobs: Sequence[Job], *, num_processes: int) -> None:
+    """Runs every config once in other processes, so that this one finds it in the cache.
 
     One that cannot be compiled raises when it is measured, in this process.
     """
-    jobs = [(case, config) for case in cases for config in case.candidates()]
-    share = 1 + len(jobs) // (4 * num_processes)
+    runs = [(case, config) for case, configs in jobs for config in configs]
+    share = 1 + len(runs) // (4 * num_processes)
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for start in range(0, len(jobs), share):
-            pool.submit(_run_all, jobs[start : start + share])
+        for start in range(0, len(runs), share):
+            pool.submit(_run_all, runs[start : start + share])
 
 
-def _run_all(jobs: Sequence[tuple[Case, Config]]) -> None:
-    for case, config in jobs:
+def _run_all(runs: Sequence[tuple[Case, Config]]) -> None:
+    for case, config in runs:
         _run_once(case, config)
 
 
@@ -198,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_arguments(parser)
     parser.add_argument("--layers", type=parse_layers, default=list(LAYERS), help=f"kinds of layers, of {','.join(LAYERS)}")
+    parser.add_argument("--kernels", type=lambda text: text.split(","), help="only these; the table's choices stay candidates")
     parser.add_argument("--out", type=Path, help="the table to write; by default this GPU's in the package")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="that compile")
     args = parser.parse_args(argv)
@@ -205,12 +229,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no CUDA device: a table is measured on the GPU it is for")
     gpu_name = torch.cuda.get_device_name()
     cases = [case for name in args.layers for case in LAYERS[name](args)]
+    path = args.out or table_path(gpu_name)
+    known = load_entries(path)
+    jobs = [(case, configs_to_try(case, args.kernels, known)) for case in cases]
+    jobs = [(case, configs) for case, configs in jobs if configs]
     measured_on = {"gpu": gpu_name, "torch": torch.__version__, "triton": triton.__version__}
-    compile_all(cases, num_processes=args.processes)
+    compile_all(jobs, num_processes=args.processes)
     is_right = True
-    for case in cases:
-        measured = measure(case)
-        save_entries(args.out or table_path(gpu_name), [measured.entry], measured_on=measured_on)
+    for case, configs in jobs:
+        measured = measure(case, configs)
+        save_entries(path, [measured.entry], measured_on=measured_on)
         print(describe(case, measured.entry), flush=True)
         for fault in measured.faults:
             print(fault, file=sys.stderr)

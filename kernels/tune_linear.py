@@ -62,10 +62,24 @@ SHAPES: dict[str, list[Layer]] = {
         Layer("linear", 128, 2048, ""),
         Layer("linear_float32", 151936, 2048),
     ],
+    # of each of two ranks that share every layer
+    "qwen3-8b-tp2": [
+        ("linear", 3072, 4096),
+        ("linear", 4096, 2048),
+        ("gated_linear", 12288, 4096),
+        ("linear", 4096, 6144),
+        ("linear_float32", 75968, 4096),
+    ],
+    "qwen3-30b-a3b-tp2": [
+        ("linear", 2560, 2048),
+        ("linear", 2048, 2048),
+        ("linear_float32", 75968, 2048),
+    ],
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 MULTIPROCESSORS = 132  # of an H100 or H200
 TARGET_PROGRAMS = 2 * MULTIPROCESSORS
+MIN_ROWS_FOR_X_STAGES = 16  # with fewer a stage of x is small beside one of the weight
 HALF_SHARED_BYTES, WHOLE_SHARED_BYTES = 114_000, 228_000  # two CTAs on a multiprocessor, or one
 
 
@@ -85,6 +99,10 @@ class LinearCase:
     def baseline(self) -> Config:
         """What serves the op where no kernel of skinny_linear does."""
         return {"kernel": "unfused" if self.op == "gated_linear" else "cublas"}
+
+    @property
+    def keeps_twin(self) -> bool:
+        return True
 
     def candidates(self) -> list[Config]:
         """The configs to compare with the baseline, each also with an early start where the GPU has it."""
@@ -166,10 +184,11 @@ def _skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: 
 
 
 def streaming_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> list[Config]:
-    """At most six: tiles and splits whose CTAs fill the multiprocessors once or twice; of many tiles, tiles of three sizes.
+    """Tiles and splits whose CTAs fill the multiprocessors once or twice; of many tiles, tiles of three sizes.
 
     What counts is the bytes in flight, less whether every multiprocessor has as many: two CTAs of half the shared memory, or
-    one and room for the next kernel to start early in, or one with all of it. num_outputs: rows of the weight.
+    one and room for the next kernel to start early in, or one with all of it. Where x has many rows, also few stages of it and
+    more of the weight. num_outputs: rows of the weight.
     """
     if triton.cdiv(num_outputs, TILES[-1]) > TARGET_PROGRAMS:
         chosen = [(tile_n, 1, HALF_SHARED_BYTES) for tile_n in (64, 128, 256)] + [(128, 1, 2 * HALF_SHARED_BYTES // 3)]
@@ -179,20 +198,22 @@ def streaming_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated
         once = _fullest(choices, MULTIPROCESSORS, 0.85)
         twice = [choice for choice in _fullest(choices, TARGET_PROGRAMS, 0.7) if choice not in once[:3]]
         chosen = [(*choice, HALF_SHARED_BYTES) for choice in once[:3] + twice[:2]] + [(*once[0], WHOLE_SHARED_BYTES)]
-    configs = [
-        {
-            "kernel": "streaming",
-            "tile_n": tile_n,
-            "split_k": split_k,
-            "num_stages": min(
-                stages_within(shared_bytes, tile_n, split_k, num_rows, gated=gated),
-                max(triton.cdiv(triton.cdiv(num_inputs, STEP_INPUTS), split_k), 2),
-            ),
-            "early_start": True,
-        }
-        for tile_n, split_k, shared_bytes in chosen
-    ]
+    configs = [_streaming_config(*choice, None, num_inputs, num_rows, gated=gated) for choice in chosen]
+    if num_rows >= MIN_ROWS_FOR_X_STAGES:
+        tiles = dict.fromkeys([(tile_n, split_k) for tile_n, split_k, _ in chosen] + [(TILES[0], 1)])  # nothing to exchange
+        deep = [(*tile, WHOLE_SHARED_BYTES, x_stages) for tile in tiles for x_stages in (3, 5)]
+        configs += [_streaming_config(*choice, num_inputs, num_rows, gated=gated) for choice in deep]
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
+
+
+def _streaming_config(
+    tile_n: int, split_k: int, shared_bytes: int, x_stages: int | None, num_inputs: int, num_rows: int, *, gated: bool
+) -> Config:
+    """With as many stages as `shared_bytes` hold, but no more than there are steps."""
+    most_steps = max(triton.cdiv(triton.cdiv(num_inputs, STEP_INPUTS), split_k), 2)
+    num_stages = stages_within(shared_bytes, tile_n, split_k, num_rows, gated=gated, x_stages=x_stages)
+    config = {"kernel": "streaming", "tile_n": tile_n, "split_k": split_k, "num_stages": min(num_stages, most_steps)}
+    return config | ({} if x_stages is None else {"x_stages": min(x_stages, most_steps)}) | {"early_start": True}
 
 
 def _fullest(choices: list[tuple[int, int, int]], places: int, share: float) -> list[tuple[int, int]]:

@@ -18,10 +18,11 @@ from .moe_gemv import GemvConfig
 from .moe_mlp import run_down, run_gate_up
 from .moe_sort import sort_pairs
 from .streaming_experts import StreamingConfig
+from .tall_experts import TallConfig
 from .tuning import Config
 
 # (experts, choices, hidden, intermediate) of a model's sparse layers on one GPU.
-MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
+MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768), "qwen3-30b-a3b-tp2": (128, 8, 2048, 384)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
 MAX_GEMV_ROWS = 16  # beyond, two tokens share an expert too often
@@ -69,6 +70,9 @@ SHORT_TILES = {
 }
 # (tile, rows, num_stages, programs): as many programs as fit an H200 at once.
 STREAMING_TILES = [(64, 16, 6, 396), (128, 8, 6, 264), (256, 16, 6, 132)]
+# (most_pairs, num_stages) of the tall kernel of CUDA C++, for averages from MIN_TALL_PAIRS an expert.
+TALL_STREAMS = [(192, 3), (160, 3), (128, 3), (96, 4)]
+MIN_TALL_PAIRS = 48
 GEMV_TILES = {
     "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
     "moe_down": [(1, 256, 4), (2, 256, 4), (2, 256, 8), (4, 256, 8), (4, 256, 16), (8, 256, 16)],
@@ -112,6 +116,10 @@ class MoeCase:
     @property
     def baseline(self) -> Config:
         return table_config(rule(self.op, self.moe, element_size=2))
+
+    @property
+    def keeps_twin(self) -> bool:
+        return False
 
     def candidates(self) -> list[Config]:
         return [table_config(config) for config in self._configs()]
@@ -175,6 +183,9 @@ class MoeCase:
         if 1 < moe.num_tokens <= MAX_STREAMING_ROWS and _is_on_hopper():
             for tile, rows, num_stages, programs in STREAMING_TILES:
                 yield StreamingConfig(tile=tile, rows=rows, num_stages=num_stages, programs=programs)
+        if average >= MIN_TALL_PAIRS and _is_on_hopper():
+            for most_pairs, num_stages in TALL_STREAMS:
+                yield TallConfig(most_pairs=most_pairs, num_stages=num_stages)
         if average >= 16:
             for block_m, block_n, block_k, num_warps, num_stages, tma, persistent in TALL_TILES[self.op]:
                 if average >= 64 if block_m == 128 else average < 256:

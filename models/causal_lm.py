@@ -32,6 +32,7 @@ class CausalLM(torch.nn.Module):
     Attributes:
         config: the whole model's shape.
         data: the data ranks, where there are several.
+        vocab: this rank's share of the vocabulary.
         num_kv_heads: kv heads of this rank: what its KV cache holds.
         device, dtype: where it computes, and the dtype of activations (weights may be stored in another).
         num_parameters, weight_bytes: of this rank.
@@ -55,6 +56,7 @@ class CausalLM(torch.nn.Module):
             checkpoint_names=checkpoint_names,
             placement=placement,
         )
+        self.vocab = self.embedding.vocab
         rotary = RotaryTable(shape.rotary, shape.max_position, device=placement.device)
         self.decoder_layers = [
             _build_layer(shape, spec, layer, rotary=rotary, checkpoint_names=checkpoint_names, placement=placement)
@@ -85,7 +87,15 @@ class CausalLM(torch.nn.Module):
 
     def compute_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """logits [R, V] float32, the whole vocabulary on every rank."""
-        return self.embedding.logits(hidden_RH)
+        return self.gather_logits(self.compute_own_logits(hidden_RH))
+
+    def compute_own_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """logits float32 of this rank's share of the vocabulary (`vocab`)."""
+        return self.embedding.own_logits(hidden_RH)
+
+    def gather_logits(self, own_logits: torch.Tensor) -> torch.Tensor:
+        """logits [R, V] of every rank's `compute_own_logits`."""
+        return self.embedding.gather_logits(own_logits)
 
     def weight_sources(self) -> Iterator[WeightSource]:
         """Every checkpoint tensor that this rank needs, in the model's order."""

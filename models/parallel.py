@@ -161,9 +161,17 @@ class Parallel:
         return Share(start * unit, stop * unit, num_heads * unit)
 
     def vocab_share(self, vocab_size: int) -> Share:
-        """Equal parts rounded up; the last ranks may own less."""
-        part = -(-vocab_size // self.size)
-        return Share(min(self.rank * part, vocab_size), min((self.rank + 1) * part, vocab_size), vocab_size)
+        """Equal parts, rounded up to a multiple of four as the sampler's random numbers come; the last rank may own less.
+
+        ModelLoadError where it would own nothing.
+        """
+        part = self._vocab_part(vocab_size)
+        if (self.size - 1) * part >= vocab_size:
+            raise ModelLoadError(f"a vocabulary of {vocab_size} tokens cannot be split over {self.size} ranks")
+        return Share(self.rank * part, min((self.rank + 1) * part, vocab_size), vocab_size)
+
+    def _vocab_part(self, vocab_size: int) -> int:
+        return vocab_size if self.size == 1 else -(-vocab_size // (4 * self.size)) * 4
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's x."""
@@ -181,7 +189,7 @@ class Parallel:
         """Joins the vocabulary shares of all ranks: [R, vocab_size] on every rank, rows contiguous, equal to the bit."""
         if self.all_gather is None:
             return x_RV
-        part = -(-vocab_size // self.size)
+        part = self._vocab_part(vocab_size)
         if x_RV.shape[1] < part:
             x_RV = torch.nn.functional.pad(x_RV, (0, part - x_RV.shape[1]))
         return self.all_gather(x_RV)[:, :vocab_size]

@@ -28,7 +28,7 @@ from ..kernels.rms_norm import rms_norm
 from ..models.parallel import Parallel
 from ..scheduler.expert_balancer import first_slots
 from .data_group import DataGroup, StepExchange, finish
-from .peer_memory import Way, check_all_came, choose_way, open_peer_buffers
+from .peer_memory import CAPACITY_BYTES, Way, check_all_came, choose_way, open_peer_buffers
 
 
 class Rendezvous:
@@ -93,8 +93,8 @@ class RankGroup:
         self.peers: PeerBuffers | None = None
 
     @classmethod
-    def join(cls, place: RankPlace, device: torch.device) -> RankGroup:
-        """Waits for all ranks.
+    def join(cls, place: RankPlace, device: torch.device, *, peer_capacity_bytes: int = CAPACITY_BYTES) -> RankGroup:
+        """Waits for all ranks. `peer_capacity_bytes`: the largest message of their shared memory.
 
         Raises:
             InternalError: they have not all come within the timeout.
@@ -120,7 +120,9 @@ class RankGroup:
             joined = cls(place, store, group, device, data=data, steps=steps, everyone=everyone)
             joined.agree_on_least(place.number)  # the first collectives connect them
             if device.type == "cuda" and place.size > 1:
-                joined.peers = open_peer_buffers(place, joined, device, agree_on_least=joined.agree_on_least)
+                joined.peers = open_peer_buffers(
+                    place, joined, device, agree_on_least=joined.agree_on_least, capacity_bytes=peer_capacity_bytes
+                )
         except (RuntimeError, ValueError) as error:
             raise InternalError(
                 f"rank {place.number} of {place.num_ranks} found no group of all ranks at {place.address} within "
@@ -182,8 +184,7 @@ class RankGroup:
 
     def broadcast(self, x: torch.Tensor) -> None:
         """x becomes the leader's."""
-        if self._group is None:
-            return
+        assert self._group is not None
         options = dist.BroadcastOptions()
         options.rootRank = LEADER
         options.asyncOp = False

@@ -1,9 +1,10 @@
 """CUDA graphs of decode steps: one for each of a ladder of batch sizes, replayed instead of launched kernel by kernel.
 
 A step of n rows that compute one token each runs in the smallest captured size that holds them; the rows behind them are
-padding, which reads and writes a slot and a page of its own. Data ranks replay the size that holds the rows of the one that
-has the most, since their experts meet in it. Two graphs a size: the forward pass up to the logits, and the plain draw. Rows
-with rules or log probabilities are drawn outside, from the first graph's logits.
+padding, which reads and writes a slot and a page of its own. Two graphs a size: the forward pass up to this rank's logits, and
+the draw that most steps want (Sampler.draw_simple). Other steps are drawn outside, from the first graph's logits. All ranks
+capture the same sizes in the same order, with their collectives, and take the same way at each step; data ranks replay the size
+that holds the rows of the one that has the most, since their experts meet in it.
 
 What a graph reads lies where it lay at the capture: the columns of the step (copied in before each replay), the state of the
 slots, the sampling tables and the KV cache. All sizes share one memory pool, so the logits of a replay are valid until the
@@ -54,26 +55,26 @@ class DecodeStep:
         self.columns.copy_(torch.from_numpy(batch_state.decode_columns((), size)))
 
     def forward(self) -> tuple[torch.Tensor, DrawRows]:
-        """logits [size, V] float32, and the rows as the draw wants them."""
+        """This rank's logits [size, V] float32, and the rows as the draw wants them."""
         batch, rows = self._batch_state.compose_decode(self.columns, self._kv_cache)
         if (data := self._model.data) is not None:
             batch = replace(batch, rank_tokens=(len(rows.slots_R),) * data.size, fixed_shapes=True)
-        return self._model.compute_logits(self._model.forward(batch)), rows
+        return self._model.compute_own_logits(self._model.forward(batch)), rows
 
-    def draw(self, logits_SV: torch.Tensor, rows: DrawRows) -> Sampled:
-        """The plain draw, and the tokens written behind their sequences."""
-        sampled = self._sampler.draw_plain(logits_SV, rows)
+    def draw(self, own_logits_SV: torch.Tensor, rows: DrawRows) -> Sampled:
+        """The simple draw, and the tokens written behind their sequences."""
+        sampled = self._sampler.draw_simple(own_logits_SV, rows)
         self._batch_state.append_tokens(rows, sampled.tokens_R)
         return sampled
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGraph:
-    """A captured DecodeStep: set `columns`, replay `forward`, read `logits_SV`; replay `draw`, read `sampled`."""
+    """A captured DecodeStep: set `columns`, replay `forward`, read `own_logits_SV`; replay `draw`, read `sampled`."""
 
     columns: torch.Tensor
     forward: Replayable
-    logits_SV: torch.Tensor
+    own_logits_SV: torch.Tensor
     rows: DrawRows
     draw: Replayable
     sampled: Sampled
@@ -105,6 +106,6 @@ def record_decode_graphs(steps: Sequence[DecodeStep], recorder: GraphRecorder) -
 
 def _record(step: DecodeStep, recorder: GraphRecorder) -> DecodeGraph:
     recorder.warm_up(lambda: step.draw(*step.forward()))
-    forward, (logits_SV, rows) = recorder.record(step.forward)
-    draw, sampled = recorder.record(lambda: step.draw(logits_SV, rows))
-    return DecodeGraph(step.columns, forward, recorder.release(logits_SV), rows, draw, sampled)
+    forward, (own_logits_SV, rows) = recorder.record(step.forward)
+    draw, sampled = recorder.record(lambda: step.draw(own_logits_SV, rows))
+    return DecodeGraph(step.columns, forward, recorder.release(own_logits_SV), rows, draw, sampled)

@@ -133,7 +133,7 @@ class ModelRunner:
             num_blocks=kv_cache.num_blocks,
             device=device,
         )
-        self._sampler = Sampler(self._batch_state, vocab_size=model.config.vocab_size, group=group)
+        self._sampler = Sampler(self._batch_state, vocab=model.vocab, group=group)
         self._group = group
         self._isolates_failures = group is None  # what fails on one rank alone cannot run again on all
         self._decode_graphs, self._chunk_graphs = DecodeGraphs({}), ChunkGraphs({})
@@ -277,8 +277,12 @@ class ModelRunner:
         if not len(sampling.host_slots_R):
             return None
         with stopwatch.measure("sample"):
-            logits_RV = self.model.compute_logits(hidden_RH)
-            sampled = self._sampler.draw(logits_RV, sampling)
+            own_logits_RV = self.model.compute_own_logits(hidden_RH)
+            if self._sampler.is_simple(sampling.host_slots_R):
+                self._sampler.upload()
+                sampled = self._sampler.draw_simple(own_logits_RV, sampling.on_device)
+            else:
+                sampled = self._sampler.draw(self.model.gather_logits(own_logits_RV), sampling)
             self._batch_state.append_tokens(sampling.on_device, sampled.tokens_R)
         return sampled
 
@@ -289,13 +293,13 @@ class ModelRunner:
         with stopwatch.measure("forward"):
             graph.forward.replay()
         with stopwatch.measure("sample"):
-            if self._sampler.is_plain(slots_R):
+            if self._sampler.is_simple(slots_R):
                 self._sampler.upload()
                 graph.draw.replay()
                 return graph.sampled.first(len(rows))
             on_device = graph.rows.first(len(rows))
             sampling = SamplingRows(slots_R, output_positions_R, positions_R + 1, on_device)
-            sampled = self._sampler.draw(graph.logits_SV[: len(rows)], sampling)
+            sampled = self._sampler.draw(self.model.gather_logits(graph.own_logits_SV[: len(rows)]), sampling)
             self._batch_state.append_tokens(on_device, sampled.tokens_R)
         return sampled
 

@@ -74,7 +74,8 @@ def open_peer_buffers(
     """
     reason = _unfit_reason(place, words, device)
     if not agree_on_least(reason is None):
-        return _without(place, reason)
+        _say_why_not(place, reason)
+        return None
     addresses: tuple[int, ...] = ()
     state = torch.zeros(4, dtype=torch.int32, device=device)
     try:
@@ -83,7 +84,8 @@ def open_peer_buffers(
         reason = f"{type(error).__name__}: {error}"
     # Nobody writes into a buffer before all have been filled, nor counts before there is a zero.
     if not agree_on_least(reason is None):
-        return _without(place, reason)
+        _say_why_not(place, reason)
+        return None
     return PeerBuffers(
         rank=place.rank,
         addresses=addresses,
@@ -94,7 +96,7 @@ def open_peer_buffers(
     )
 
 
-def _without(place: RankPlace, reason: str | None) -> None:
+def _say_why_not(place: RankPlace, reason: str | None) -> None:
     if reason is not None:
         logger.warning("rank %d has no memory in common with its peers, NCCL sums small messages too: %s", place.rank, reason)
 

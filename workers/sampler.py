@@ -1,6 +1,8 @@
 """Draws the next token of every row that samples, each by its own sequence's parameters.
 
-Of several ranks the leader alone draws, and the others are told.
+Of several ranks each has the logits of its share of the vocabulary. Where no row has a rule, a filter or log probabilities the
+draw is a race that each rank runs over its own share (sharded_sampling.py). Else all logits are brought together, the leader
+alone draws, and the others are told. All ranks know of every slot which way it wants.
 
 The parameters of a sequence are written into its slot when it is admitted. In the common case a step costs one
 `sample`; rules (bias, penalties, bad words, min_tokens) and log probabilities run only when a row of
@@ -20,6 +22,8 @@ import torch
 from ..common.requests import TokenLogprob
 from ..kernels.logprobs import gather_logprobs
 from ..kernels.sampling import sample
+from ..kernels.sharded_sampling import pick_winner, race_shard
+from ..models.parallel import Share
 from ..scheduler.step_plan import AdmittedSequence
 from .batch_state import BatchState, DrawRows, SamplingRows
 from .comm import RankGroup
@@ -83,16 +87,19 @@ class SampledLogprobs:
 class Sampler:
     """The sampling parameters of all slots, and the draw."""
 
-    def __init__(self, batch_state: BatchState, *, vocab_size: int, group: RankGroup | None = None) -> None:
-        self._group = group
+    def __init__(self, batch_state: BatchState, *, vocab: Share, group: RankGroup | None = None) -> None:
+        self._vocab = vocab
+        # A single tensor rank has the whole vocabulary.
+        self._group = group if group is not None and group.place.size > 1 else None
         self._is_follower = group is not None and not group.place.is_leader
         num_slots, self._to_device, self._fill = len(batch_state.token_ids_MC), batch_state.to_device, batch_state.fill
         token_ids_MC = batch_state.token_ids_MC
         self._floats_3M = np.zeros((3, num_slots), dtype=np.float32)  # temperature, top_p, min_p
         self._top_k_M = np.zeros(num_slots, dtype=np.int32)
         self._seeds_M = np.zeros(num_slots, dtype=np.int64)
+        self._has_filter_M = np.zeros(num_slots, dtype=bool)
         self._num_logprobs_M = np.full(num_slots, _NO_LOGPROBS, dtype=np.int64)
-        self._penalties = PenaltyRule(self._to_device, token_ids_MC, vocab_size)
+        self._penalties = PenaltyRule(self._to_device, token_ids_MC, vocab.total)
         self._rules: tuple[LogitRule, ...] = (  # in the order they apply
             LogitBiasRule(self._to_device),
             self._penalties,
@@ -107,33 +114,43 @@ class Sampler:
 
     def admit(self, sequence: AdmittedSequence) -> None:
         """Writes the sequence's parameters into its slot; the batch state must have its tokens already."""
-        if self._is_follower:
-            return
         slot, sampling = sequence.slot, sequence.request.sampling
         self._floats_3M[:, slot] = sampling.temperature, sampling.top_p, sampling.min_p
         self._top_k_M[slot] = sampling.top_k
         self._seeds_M[slot] = sampling.seed
+        is_random = sampling.temperature > 0
+        self._has_filter_M[slot] = is_random and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
         self._num_logprobs_M[slot] = _NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
         for index, rule in enumerate(self._rules):
             if rule.wants(sampling):
-                rule.admit(sequence)
                 self._rule_on[index, slot] = True
+                if not self._is_follower:
+                    rule.admit(sequence)
         self._is_stale = True
 
     def release(self, slot: int) -> None:
         """Forgets what rules keep for the slot."""
         for index in np.flatnonzero(self._rule_on[:, slot]).tolist():
-            self._rules[index].release(slot)
+            if not self._is_follower:
+                self._rules[index].release(slot)
         self._rule_on[:, slot] = False
 
-    def is_plain(self, slots: np.ndarray) -> bool:
-        """Whether sequences in these slots need `draw_plain` alone: no rule and no log probabilities."""
-        return bool((self._num_logprobs_M[slots] == _NO_LOGPROBS).all()) and not self._rule_on[:, slots].any()
+    def is_simple(self, slots: np.ndarray) -> bool:
+        """Whether `draw_simple` serves sequences in these slots: no rule and no log probabilities, of ranks no filter too."""
+        if (self._num_logprobs_M[slots] != _NO_LOGPROBS).any() or self._rule_on[:, slots].any():
+            return False
+        return self._group is None or not self._has_filter_M[slots].any()
 
     def draw(self, logits_RV: torch.Tensor, rows: SamplingRows) -> Sampled:
-        """One token a row. `logits_RV` are float32 and are changed in place."""
+        """One token a row of float32 logits over the whole vocabulary, which are changed in place."""
         if self._is_follower:
-            return self.draw_plain(logits_RV, rows.on_device)
+            return self._hear_tokens(rows.on_device)
+        sampled = self._draw_here(logits_RV, rows)
+        if self._group is not None:
+            self._group.broadcast(sampled.tokens_R)
+        return sampled
+
+    def _draw_here(self, logits_RV: torch.Tensor, rows: SamplingRows) -> Sampled:
         self.upload()
         num_logprobs_R = self._num_logprobs_M[rows.host_slots_R]
         wanting_N = np.flatnonzero(num_logprobs_R != _NO_LOGPROBS)
@@ -146,7 +163,7 @@ class Sampler:
             for rule, on_R in zip(self._rules, rules_on_KR, strict=True):
                 if on_R.any():
                     rule.apply(logits_RV, rows, np.flatnonzero(on_R))
-        sampled = self.draw_plain(logits_RV, rows.on_device)
+        sampled = self._draw_plain(logits_RV, rows.on_device)
         if has_rules and rules_on_KR[_PENALTIES].any():
             self._penalties.record(rows, sampled.tokens_R)
         if not len(wanting_N):
@@ -162,13 +179,26 @@ class Sampler:
                 self._fill(tensor, table)
             self._is_stale = False
 
-    def draw_plain(self, logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
-        """The draw alone, by uploaded parameters. Nothing in it depends on the host, so that a CUDA graph can hold it."""
-        if self._is_follower:
-            assert self._group is not None
-            tokens_R = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
-            self._group.broadcast(tokens_R)
-            return Sampled(tokens_R, torch.zeros_like(tokens_R, dtype=torch.float32), None)
+    def draw_simple(self, own_logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
+        """The draw alone, by uploaded parameters, from this rank's share of the logits.
+
+        Nothing in it depends on the host, so that a CUDA graph can hold it.
+        """
+        if self._group is None:
+            return self._draw_plain(own_logits_RV, rows)
+        floats_3M, _, seeds_M = self._on_device
+        entries_3R = race_shard(
+            own_logits_RV,
+            temperature_M=floats_3M[0],
+            seeds_M=seeds_M,
+            slots_S=rows.slots_R,
+            positions_S=rows.output_positions_R,
+            first_token=self._vocab.start,
+        )
+        entries_N3R = self._group.all_gather(entries_3R.flatten()).view(-1, *entries_3R.shape)
+        return Sampled(*pick_winner(entries_N3R), None)
+
+    def _draw_plain(self, logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
         floats_3M, top_k_M, seeds_M = self._on_device
         tokens_R, drawn_logits_R = sample(
             logits_RV,
@@ -180,6 +210,11 @@ class Sampler:
             slots_S=rows.slots_R,
             positions_S=rows.output_positions_R,
         )
-        if self._group is not None:
-            self._group.broadcast(tokens_R)
         return Sampled(tokens_R, drawn_logits_R, None)
+
+    def _hear_tokens(self, rows: DrawRows) -> Sampled:
+        """What the leader draws."""
+        assert self._group is not None
+        tokens_R = torch.empty_like(rows.slots_R)
+        self._group.broadcast(tokens_R)
+        return Sampled(tokens_R, torch.zeros_like(tokens_R, dtype=torch.float32), None)

@@ -49,6 +49,7 @@ _SIGNATURES = {
     "pilotfish_moe_mlp_f32": "pi" + "pii" + "pii" + "ppp" + "iiiiii" + "i",
     "pilotfish_moe_mlp_bf16": "pi" + "pii" + "pii" + "ppp" + "iiiiii" + "i",
     "pilotfish_sample": "pi" + "pppppp" + "p" + "ii" + "i",
+    "pilotfish_race": "pi" + "ppp" + "pp" + "iii" + "i",
     "pilotfish_apply_penalties": "pi" + "pi" + "pi" + "pppp" + "ii" + "i",
     "pilotfish_gather_logprobs": "pi" + "p" + "pppp" + "iii" + "i",
 }

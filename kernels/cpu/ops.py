@@ -13,7 +13,7 @@ import torch
 
 from . import library
 from .library import kernels
-from .sampling_ops import apply_penalties, gather_logprobs, sample
+from .sampling_ops import apply_penalties, gather_logprobs, race, sample
 from .threads import num_threads
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "linear",
     "moe_mlp",
     "paged_attention",
+    "race",
     "rms_norm",
     "route_tokens",
     "sample",
@@ -47,6 +48,7 @@ _TWINS: dict[str, set[tuple[torch.dtype, ...]]] = {
     "route_tokens": {(_F32,)},
     "moe_mlp": {(_F32, dtype, dtype) for dtype in _WEIGHTS},
     "sample": {(_F32,)},
+    "race_shard": {(_F32,)},
     "apply_penalties": {(_F32,)},
     "gather_logprobs": {(_F32, torch.int64)},
 }

@@ -22,8 +22,8 @@ struct Best {
   }
 };
 
-// The largest logit's token, the lowest of equals.
-int64_t greedy(const float* logits, int64_t size) {
+// The largest logit and its token, the lowest of equals.
+Best greedy(const float* logits, int64_t size) {
   Vector largest = broadcast(-std::numeric_limits<float>::infinity());
   IntVector tokens = {}, current = {};
   for (int lane = 0; lane < kLanes; ++lane) current[lane] = lane;
@@ -40,7 +40,7 @@ int64_t greedy(const float* logits, int64_t size) {
     best.offer(largest[lane], tokens[lane]);
   }
   for (; i < size; ++i) best.offer(logits[i], i);
-  return best.token;
+  return best;
 }
 
 Vector gumbel(Vector u) { return -log(-log1p(-u)); }
@@ -58,7 +58,8 @@ void load_block(const float* logits, int64_t count, Vector* block) {
   }
 }
 
-int64_t race(const float* logits, int64_t size, float temperature, float threshold, const Philox& philox) {
+// The logits are of the tokens from first_token on, a multiple of 4; the best one's token is counted from there.
+Best race(const float* logits, int64_t size, float temperature, float threshold, const Philox& philox, int64_t first_token) {
   Best best;
   for (int64_t first = 0; first < size; first += kBlock) {
     Vector block[4], u[4];
@@ -66,7 +67,7 @@ int64_t race(const float* logits, int64_t size, float temperature, float thresho
     const float hope = best.score - temperature * kLargestNoise;
     const Vector largest = max(max(block[0], block[1]), max(block[2], block[3]));
     if (!any((largest > hope) & (largest >= threshold))) continue;
-    philox.uniforms(first, u);
+    philox.uniforms(first_token + first, u);
     for (int i = 0; i < 4; ++i) {
       const Vector scores = block[i] + gumbel(u[i]) * temperature;
       const Vector kept = select(block[i] >= threshold, scores, broadcast(-std::numeric_limits<float>::infinity()));
@@ -74,7 +75,7 @@ int64_t race(const float* logits, int64_t size, float temperature, float thresho
       for (int lane = 0; lane < kLanes; ++lane) best.offer(kept[lane], first + i * kLanes + lane);
     }
   }
-  return best.token;
+  return best;
 }
 
 }  // namespace
@@ -88,11 +89,28 @@ pilotfish_sample(const float* logits, int64_t row_stride, const float* temperatu
   share_out(num_rows, threads_for(num_rows * size, kElementsPerThread, num_threads), [=](int64_t row) {
     const float* row_logits = logits + row * row_stride;
     if (temperature[row] <= 0) {
-      tokens[row] = greedy(row_logits, size);
+      tokens[row] = greedy(row_logits, size).token;
       return;
     }
     const float threshold = keep_threshold(row_logits, size, {temperature[row], top_k[row], top_p[row], min_p[row]});
     const Philox philox = {static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(positions[row])};
-    tokens[row] = race(row_logits, size, temperature[row], threshold, philox);
+    tokens[row] = race(row_logits, size, temperature[row], threshold, philox, 0).token;
+  });
+}
+
+// The same without filters over a shard of the vocabulary; tokens count from its first one.
+EXPORT(void)
+pilotfish_race(const float* logits, int64_t row_stride, const float* temperature, const int64_t* seeds,
+               const int64_t* positions, float* scores, int64_t* tokens, int64_t num_rows, int64_t size,
+               int64_t first_token, int64_t num_threads) {
+  using namespace pilotfish;
+  share_out(num_rows, threads_for(num_rows * size, kElementsPerThread, num_threads), [=](int64_t row) {
+    const float* row_logits = logits + row * row_stride;
+    const float no_threshold = -std::numeric_limits<float>::infinity();
+    const Philox philox = {static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(positions[row])};
+    const Best best = temperature[row] <= 0
+                          ? greedy(row_logits, size)
+                          : race(row_logits, size, temperature[row], no_threshold, philox, first_token);
+    scores[row] = best.score, tokens[row] = best.token;
   });
 }

@@ -33,6 +33,32 @@ def sample(
     return tokens_S
 
 
+def race(
+    logits_SV: torch.Tensor,
+    *,
+    temperature_S: torch.Tensor,
+    seeds_S: torch.Tensor,
+    positions_S: torch.Tensor,
+    first_token: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores_S, tokens_S counted from first_token)."""
+    num_rows, vocab = logits_SV.shape
+    parameters = [x.contiguous() for x in (temperature_S, seeds_S, positions_S)]
+    scores_S, tokens_S = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+    kernels().pilotfish_race(
+        logits_SV.data_ptr(),
+        logits_SV.stride(0),
+        *(x.data_ptr() for x in parameters),
+        scores_S.data_ptr(),
+        tokens_S.data_ptr(),
+        num_rows,
+        vocab,
+        first_token,
+        num_threads(),
+    )
+    return scores_S, tokens_S
+
+
 def apply_penalties(
     logits_SV: torch.Tensor,
     *,

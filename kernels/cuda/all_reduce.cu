@@ -129,9 +129,10 @@ struct Call {
   const Buffers& buffers;
   State* state;
   u32* host_failed;
-  u32 rank, total_units, chunk_units, capacity_units, generation;
+  u32 rank, total_units, chunk_units, capacity_units;
   u64 limit_ns;
-  bool has_failed;
+  u32 generation = 0;
+  bool has_failed = false;
   // Of this thread, once it has waited for a while.
   u64 end_ns = 0;
   u32 polls = 0;
@@ -182,10 +183,10 @@ struct Call {
     return round_all(sum);
   }
 
-  // As add_parts, of a chunk of rank `owner`; the owner sends the sum to all.
-  __device__ __forceinline__ Unit add_parts_in_two_shots(u32 unit, const Unit* x, u32 owner) {
+  // As add_parts, of a chunk of rank `owner`, which sends the sum to all.
+  __device__ __forceinline__ Unit add_parts_in_two_shots(u32 unit, const Unit& own, u32 owner) {
     if (owner != rank) return wait_for(look(unit, owner), unit, owner);
-    const Unit sum = without_minus_zeros(add_parts(unit, without_minus_zeros(x[unit])));
+    const Unit sum = without_minus_zeros(add_parts(unit, own));
     if (!has_failed) send_to_others(unit, sum);
     return sum;
   }
@@ -205,16 +206,30 @@ __device__ __forceinline__ void for_units(const Call& call, u32 chunk, What what
   }
 }
 
-__device__ __forceinline__ void send_own(const Call& call, const Unit* x) {
+// What this rank adds. The CTA's first chunk is loaded before the state is there.
+struct Own {
+  const Unit* x;
+  Unit first[UNITS];
+
+  __device__ __forceinline__ Own(const Call& call, const Unit* x) : x(x) {
+    for_units(call, blockIdx.x, [&](int i, u32 unit) { first[i] = x[unit]; });
+  }
+
+  __device__ __forceinline__ Unit get(u32 chunk, int i, u32 unit) const {
+    return without_minus_zeros(chunk == blockIdx.x ? first[i] : x[unit]);
+  }
+};
+
+__device__ __forceinline__ void send_own(const Call& call, const Own& own) {
   for (u32 chunk = blockIdx.x; chunk < num_chunks(call); chunk += gridDim.x) {
     const u32 owner = chunk % RANKS;
     if (TWO_SHOT && owner == call.rank) continue;
-    for_units(call, chunk, [&](int, u32 unit) {
-      const Unit own = without_minus_zeros(x[unit]);
+    for_units(call, chunk, [&](int i, u32 unit) {
+      const Unit part = own.get(chunk, i, unit);
       if (TWO_SHOT) {
-        send(call.slot(owner, call.generation, call.rank) + unit, own);
+        send(call.slot(owner, call.generation, call.rank) + unit, part);
       } else {
-        call.send_to_others(unit, own);
+        call.send_to_others(unit, part);
       }
     });
   }
@@ -277,10 +292,12 @@ all_reduce(const __grid_constant__ Buffers buffers, const Unit* x, Unit* y, cons
   }
   wait_for_previous();
 
+  Call call{buffers, state, host_failed, rank, total_units, chunk_units, capacity_units, limit_ns};
+  const Own own(call, x);
   const State seen = load_state(state);
-  Call call{buffers,        state,           host_failed, rank,    total_units, chunk_units,
-            capacity_units, seen.generation, limit_ns,    seen.failed != 0};
-  if (!call.has_failed) send_own(call, x);
+  call.generation = seen.generation;
+  call.has_failed = seen.failed != 0;
+  if (!call.has_failed) send_own(call, own);
   clear_previous(call, seen.used_units);
   const u32 num_before = arrive(call);
 
@@ -291,8 +308,8 @@ all_reduce(const __grid_constant__ Buffers buffers, const Unit* x, Unit* y, cons
     for_units(call, chunk, [&](int i, u32 unit) {
       Unit rest;
       if (NORM) rest = residual[unit];  // on its way while this thread waits
-      const Unit sum = TWO_SHOT ? call.add_parts_in_two_shots(unit, x, chunk % RANKS)
-                                : call.add_parts(unit, without_minus_zeros(x[unit]));
+      const Unit part = own.get(chunk, i, unit);
+      const Unit sum = TWO_SHOT ? call.add_parts_in_two_shots(unit, part, chunk % RANKS) : call.add_parts(unit, part);
       if (NORM) {
         Wide wide = widen(sum);
         add(wide, widen(rest));

@@ -31,7 +31,7 @@ from .driver import check, driver, ensure_context
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
-HEADERS = ("device.cuh", "streaming.cuh")  # what sources may include
+HEADERS = ("device.cuh", "hopper.cuh", "streaming.cuh")  # what a source may include
 CAPABILITY = (9, 0)
 MAX_SHARED_BYTES = 223 * 1024  # dynamic; a CTA may have 227 KiB together with its static ones
 INSTALL_HINT = (
@@ -140,7 +140,7 @@ def build(source: str, macros: Macros, path: Path) -> None:
 
 
 def compile_source(code: bytes, name: str, options: Sequence[str]) -> bytes:
-    """The cubin. BuildError with the compiler's own words where there is none."""
+    """The cubin of code that may include HEADERS. BuildError with the compiler's own words where there is none."""
     nvrtc = _import_nvrtc()
     words = [option.encode() for option in options]
     headers, names = [(SOURCE_DIR / header).read_bytes() for header in HEADERS], [header.encode() for header in HEADERS]
@@ -160,29 +160,36 @@ def compile_source(code: bytes, name: str, options: Sequence[str]) -> bytes:
     return cubin
 
 
-@functools.lru_cache(maxsize=8192)
 def tensor_map(address: int, dtype: torch.dtype, shape: tuple[int, int], row_stride: int, box: tuple[int, int]) -> TensorMap:
-    """That of a matrix [rows, columns] of 16-bit numbers at `address`, read in boxes of `box`, of 128 bytes a row, swizzled.
+    """That of a matrix [rows, columns] of 16-bit numbers at `address`, read in boxes of `box`; see `tensor_map_of`."""
+    return tensor_map_of(address, dtype, shape, (row_stride,), box)
 
-    `row_stride` in numbers; the address and the rows lie at multiples of 16 bytes. Outside of the matrix zeros are read.
-    The map follows from the arguments alone, so one is kept for each.
+
+@functools.lru_cache(maxsize=8192)
+def tensor_map_of(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> TensorMap:
+    """That of a tensor of two to five dimensions of 16-bit numbers, read in boxes of `box`, of 128 bytes a row, swizzled.
+
+    `strides` in numbers, of all dimensions but the last; the address and the strides are multiples of 16 bytes. Outside of the
+    tensor zeros are read. The map follows from the arguments alone, so one is kept for each.
     """
-    target = TensorMap()
+    target, rank = TensorMap(), len(shape)
     status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(target.address),
         ctypes.c_int(_DATA_TYPES[dtype]),
-        ctypes.c_uint32(2),
+        ctypes.c_uint32(rank),
         ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(shape[1], shape[0]),
-        (ctypes.c_uint64 * 1)(row_stride * dtype.itemsize),
-        (ctypes.c_uint32 * 2)(box[1], box[0]),
-        (ctypes.c_uint32 * 2)(1, 1),
+        (ctypes.c_uint64 * rank)(*reversed(shape)),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * dtype.itemsize for stride in reversed(strides))),
+        (ctypes.c_uint32 * rank)(*reversed(box)),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         ctypes.c_int(_NO_INTERLEAVE),
         ctypes.c_int(_SWIZZLE_128_BYTES),
         ctypes.c_int(_PROMOTE_TO_256_BYTES),
         ctypes.c_int(_FILL_WITH_ZEROS),
     )
-    check(status, f"cuTensorMapEncodeTiled of {shape} {dtype}, stride {row_stride}, box {box}")
+    check(status, f"cuTensorMapEncodeTiled of {shape} {dtype}, strides {strides}, box {box}")
     return target
 
 

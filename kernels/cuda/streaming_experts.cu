@@ -16,6 +16,8 @@
 
 #include "streaming.cuh"
 
+constexpr int THREADS = CONSUMERS + 32;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
 constexpr int PITCH = TILE + 4;  // floats between the sums of two pairs: lanes keep off each other's banks
 constexpr int MAX_EXPERTS = 512;
 constexpr int ROWS_A_LANE = ROWS / 4;  // of x, whose 8 chunks of 16 bytes are copied by 8 lanes
@@ -26,26 +28,6 @@ enum Routing { UNKNOWN = 0, ROUTING_BEFORE = 1, ASSUME_ALL = 2 };
 struct Item {
   int first_output, first_place, num_pairs;
 };
-
-// Past L1, which need not have seen what another kernel wrote.
-__device__ __forceinline__ int load_from_l2(const int* source) {
-  int value;
-  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
-  return value;
-}
-
-// Asynchronous copy of 16 bytes to shared memory, or of 16 zeros.
-__device__ __forceinline__ void copy_chunk(u32 target, const void* source, bool is_there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(is_there ? 16 : 0) : "memory");
-}
-
-// One arrival at the barrier when all copies of this thread so far are there.
-__device__ __forceinline__ void arrive_when_copied(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// What copy_chunk wrote is read by tensor cores.
-__device__ __forceinline__ void show_copies_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 streaming_experts(const __grid_constant__ TensorMap weight_map, const u16* x, const float* scales, u16* y, const int* pairs,
@@ -122,8 +104,8 @@ streaming_experts(const __grid_constant__ TensorMap weight_map, const u16* x, co
     return max((item.num_pairs + ROWS - 1) / ROWS, is_first && prefilled > 0 ? 1 : 0);
   };
 
-  int stage = 0, parity = 0;
   if (warp == GROUPS * 4) {
+    Place place;
     int ahead = prefilled;  // steps whose weight is on its way
     int count = 0;          // steps so far
     for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
@@ -134,30 +116,30 @@ streaming_experts(const __grid_constant__ TensorMap weight_map, const u16* x, co
         bool is_there[ROWS_A_LANE];
 #pragma unroll
         for (int i = 0; i < ROWS_A_LANE; ++i) {
-          const int place = pass * ROWS + i * 4 + lane / 8;
-          is_there[i] = place < item.num_pairs;
+          const int own = pass * ROWS + i * 4 + lane / 8;
+          is_there[i] = own < item.num_pairs;
           int row = 0;
           if (is_there[i]) {
-            row = item.first_place + place;
+            row = item.first_place + own;
             if (GATED || !sorted_rows) row = load_from_l2(pairs + row) / pairs_per_row;
           }
           source[i] = x + static_cast<long long>(row) * stride_x + lane % 8 * 8;
         }
         for (int step = 0; step < steps; ++step, ++count) {
-          if (count >= num_stages) wait(empty + 8 * stage, parity ^ 1);
+          if (count >= num_stages) wait(empty + 8 * place.stage, place.parity ^ 1);
           if (ahead > 0) {
             --ahead;
           } else if (lane == 0) {
-            load_weight(stage, index, step, policy);
+            load_weight(place.stage, index, step, policy);
           }
-          const u32 target = stages + stage * STAGE_BYTES + WEIGHT_BYTES;
+          const u32 target = stages + place.stage * STAGE_BYTES + WEIGHT_BYTES;
 #pragma unroll
           for (int i = 0; i < ROWS_A_LANE; ++i) {
             const int row = i * 4 + lane / 8;
             copy_chunk(target + row * STEP_BYTES + ((lane % 8) ^ (row & 7)) * 16, source[i] + step * STEP_INPUTS, is_there[i]);
           }
-          arrive_when_copied(full + 8 * stage);
-          if (++stage == num_stages) stage = 0, parity ^= 1;
+          arrive_when_copied(full + 8 * place.stage);
+          place.advance(num_stages);
         }
       }
     }
@@ -165,33 +147,24 @@ streaming_experts(const __grid_constant__ TensorMap weight_map, const u16* x, co
     return;
   }
 
-  const u32 group_weight = stages + warp / 4 * 64 * STEP_BYTES;
+  Place filled, released;
+  const auto acquire = [&]() {
+    wait(full + 8 * filled.stage, filled.parity);
+    show_copies_to_tensor_cores();
+    const u32 weight = stages + filled.stage * STAGE_BYTES;
+    filled.advance(num_stages);
+    return Operands{matrix_descriptor(weight + warp / 4 * 64 * STEP_BYTES), matrix_descriptor(weight + WEIGHT_BYTES)};
+  };
+  const auto release = [&]() {
+    if (lane == 0) arrive(empty + 8 * released.stage);
+    released.advance(num_stages);
+  };
   for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
     const Item item = find_item(index);
     const int passes = num_passes(item, index == static_cast<int>(blockIdx.x));
     for (int pass = 0; pass < passes; ++pass) {
-      float sums[SUMS];
-#pragma unroll
-      for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-      int previous = 0;
-      for (int step = 0; step < steps; ++step) {
-        wait(full + 8 * stage, parity);
-        show_copies_to_tensor_cores();
-        const u64 weight = matrix_descriptor(group_weight + stage * STAGE_BYTES);
-        const u64 rows = matrix_descriptor(stages + stage * STAGE_BYTES + WEIGHT_BYTES);
-        start_multiplying();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) multiply(sums, weight + 2 * k, rows + 2 * k);  // 16 numbers are 32 bytes: 2 units
-        commit_products();
-        wait_for_products<1>();
-        if (step > 0 && lane == 0) arrive(empty + 8 * previous);
-        previous = stage;
-        if (++stage == num_stages) stage = 0, parity ^= 1;
-      }
-      wait_for_products<0>();
-#pragma unroll
-      for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sums[i])::"memory");  // no sum is read before the wait
-      if (lane == 0) arrive(empty + 8 * previous);
+      float sums[1][SUMS];
+      multiply_steps<ROWS>(sums, steps, acquire, release);
 
       const int here = min(item.num_pairs - pass * ROWS, ROWS);  // pairs of this pass; none of an item copied in vain
       // After gather_four a lane has rows [row, row + 4) of the tile, of pair 8 i + 2 (lane % 4) + (lane / 4) % 2.
@@ -200,7 +173,7 @@ streaming_experts(const __grid_constant__ TensorMap weight_map, const u16* x, co
       synchronize_consumers();  // the sums of the pass before have been read
 #pragma unroll
       for (int i = 0; i < ROWS / 8; ++i) {
-        if (8 * i < here) keep(target + 4 * 8 * i * PITCH, gather_four(sums + 4 * i, lane));
+        if (8 * i < here) keep(target + 4 * 8 * i * PITCH, gather_four(sums[0] + 4 * i, lane));
       }
       synchronize_consumers();
       for (int four = threadIdx.x; four < here * (OUTPUTS / 4); four += CONSUMERS) {
@@ -211,10 +184,7 @@ streaming_experts(const __grid_constant__ TensorMap weight_map, const u16* x, co
         Four result = load(parts + 4 * (m * PITCH + own));
         if (GATED) {
           const Four up = load(parts + 4 * (m * PITCH + OUTPUTS + own));
-          for (int i = 0; i < 4; ++i) {
-            const float gate = widen_input(round_input(result.value[i]));
-            result.value[i] = activate(gate, widen_input(round_input(up.value[i])), activation);
-          }
+          result = activate_four(result, up, activation);
         } else {
           const float scale = scales[pair];
           for (int i = 0; i < 4; ++i) result.value[i] *= scale;

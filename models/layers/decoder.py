@@ -39,8 +39,7 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None, batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(this rank's addend, residual): the next layer's norm adds them. Before the first layer there is no residual: x is
-        whole."""
+        """(this rank's addend, residual): the next norm adds them. Before the first layer there is no residual: x is whole."""
         x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
         x_TH = self.attention.forward(x_TH, batch)
         x_TH, residual_TH = self.post_attention_norm.add_and_norm(x_TH, residual_TH)

@@ -45,9 +45,12 @@ class Embedding(torch.nn.Module):
         """x [T, H] of the compute dtype."""
         return embedding(token_ids_T, self.weight, dtype=self.compute_dtype)
 
-    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+    def own_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """float32 [R, V]."""
+        return linear(hidden_RH, self.head_weight, out_dtype=torch.float32)
+
+    def gather_logits(self, logits_RV: torch.Tensor) -> torch.Tensor:
         """float32 [R, whole vocabulary], on every rank."""
-        logits_RV = linear(hidden_RH, self.head_weight, out_dtype=torch.float32)
         return self.parallel.gather_vocab(logits_RV, self.vocab.total)
 
     def weight_sources(self) -> Iterator[WeightSource]:

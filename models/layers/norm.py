@@ -24,8 +24,7 @@ class RmsNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add_and_norm(self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(s), s), where s is the residual and every rank's addend x; without a residual s is x itself, whole on each
-        rank."""
+        """(norm(s), s), where s is the residual and every rank's addend x; without a residual s is x, whole on each rank."""
         if residual_TH is None:
             return rms_norm(x_TH, self.weight, self.eps), x_TH
         return self.parallel.sum_and_norm(x_TH, residual_TH, self.weight, self.eps)

@@ -30,13 +30,14 @@ GPU_ROWS = (1, 2, 5, 8, 16, 31, 64, 100, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def config_of(tile_n=64, split_k=1, num_stages=3, early_start=True):
+def config_of(tile_n=64, split_k=1, num_stages=3, early_start=True, **more):
     return {
         "kernel": "streaming",
         "tile_n": tile_n,
         "split_k": split_k,
         "num_stages": num_stages,
         "early_start": early_start,
+        **more,
     }
 
 
@@ -134,6 +135,19 @@ def test_on_a_gpu_any_number_of_stages_is_right(num_stages):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [5, 32, 64, 128])
+@pytest.mark.parametrize("split_k", [1, 2, 4])
+@pytest.mark.parametrize(("num_stages", "x_stages"), [(2, 3), (3, 2), (8, 3), (12, 5)])
+def test_on_a_gpu_the_stages_of_x_are_any_number_too(num_stages, x_stages, split_k, num_rows):
+    """With sums beside the stages, and, where they are too many, in their place."""
+    for tile_n in (64, 128, 192):
+        config = config_of(tile_n, split_k, num_stages, x_stages=x_stages)
+        if unfit_sizes(config, num_rows, 4104) is None:
+            assert_linear_is_right(num_rows, LONG, torch.bfloat16, config)
+            assert_gated_linear_is_right(num_rows, RAGGED, torch.bfloat16, config)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_x_may_lie_anywhere():
     x, weight, bias = make(5, RAGGED, torch.bfloat16)
     expected = run(x, weight, bias, config_of())
@@ -159,7 +173,11 @@ def test_on_a_gpu_the_same_bits_again_and_whatever_the_other_rows_hold(split_k, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [config_of(64, 4, 8), config_of(128, 2, 6), config_of(192, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [config_of(64, 4, 8), config_of(128, 2, 6), config_of(192, 1, 4), config_of(64, 2, 12, x_stages=3)],
+    ids=str,
+)
 @pytest.mark.parametrize("num_rows", [2, 64])
 def test_on_a_gpu_a_chain_in_a_cuda_graph_equals_the_same_calls_one_by_one(config, num_rows):
     """An early start must wait for what it reads, and for the readers of the memory that it writes."""
@@ -237,6 +255,20 @@ def test_there_are_no_more_stages_than_steps():
     assert plan_launch(config_of(num_stages=20, split_k=3), 8, 64, 640, False).num_stages == 4
 
 
+def test_sums_lie_beside_the_stages_where_there_is_room():
+    """Of many rows only where few stages of x leave it, and where there is somebody to send them."""
+    for num_rows, config, reuses in (
+        (32, config_of(64, 2, 8), False),
+        (128, config_of(64, 2, 8), True),
+        (128, config_of(64, 2, 17, x_stages=3), False),
+        (128, config_of(192, 4, 7, x_stages=3), True),
+        (128, config_of(64, 1, 8, x_stages=3), True),
+    ):
+        plan = plan_launch(config, num_rows, 4096, 4096, False)
+        assert plan.reuses_stages == reuses
+        assert plan.shared_bytes <= loader.MAX_SHARED_BYTES
+
+
 @pytest.mark.parametrize(
     ("changes", "num_rows", "num_inputs", "reason"),
     [
@@ -247,6 +279,7 @@ def test_there_are_no_more_stages_than_steps():
         ({"split_k": 4}, 8, 192, "too few to split by 4"),
         ({}, 8, 0, "too few"),
         ({"num_stages": 1}, 8, 4096, "num_stages 1"),
+        ({"x_stages": 1}, 8, 4096, "x_stages 1"),
         ({"num_stages": 30}, 8, 4096, "bytes of shared memory"),
     ],
 )
@@ -272,7 +305,7 @@ def test_the_configs_to_try_are_few_and_fit():
             for num_rows in ROWS[1:]:
                 gated = op == "gated_linear"
                 configs = streaming_configs(num_outputs, num_inputs, num_rows, gated=gated)
-                assert 0 < len(configs) <= 6
+                assert 0 < len(configs) <= (18 if num_rows >= 16 else 6)
                 assert len({tuple(config.items()) for config in configs}) == len(configs)
                 for config in configs:
                     assert unfit_sizes(config, num_rows, num_inputs, gated=gated) is None

@@ -6,10 +6,10 @@ import pytest
 import torch
 from pilotfish.kernels import tune
 from pilotfish.kernels.skinny_linear import MAX_SKINNY_ROWS, fits
-from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, measure
+from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, configs_to_try, measure
 from pilotfish.kernels.tune_linear import ROWS, SHAPES, LinearCase, linear_cases
 from pilotfish.kernels.tune_moe import moe_cases
-from pilotfish.kernels.tuning import load_entries
+from pilotfish.kernels.tuning import Entry, load_entries
 from triton.runtime.errors import OutOfResources
 
 SHARED_MEMORY_BYTES = 227 * 1024  # what a program may have on an H100 or H200
@@ -18,7 +18,7 @@ SHARED_MEMORY_BYTES = 227 * 1024  # what a program may have on an H100 or H200
 class Scripted:
     """A case on the CPU whose configs name the time they take and the error they make."""
 
-    op, sizes, num_rows, read_bytes = "linear", (4, 2), 3, 16
+    op, sizes, num_rows, read_bytes, keeps_twin = "linear", (4, 2), 3, 16, True
 
     def __init__(self, *configs):
         self.baseline = {"kernel": "cublas", "time_us": 10.0, "error": 0.0}
@@ -61,6 +61,28 @@ def test_a_wrong_result_is_named_and_never_kept(error):
     assert measured.entry.time_us == 8.0
     assert len(measured.faults) == 1
     assert "is off by" in measured.faults[0]
+
+
+STREAMING = {"kernel": "streaming", "time_us": 5.0, "error": 0.0}
+
+
+def test_a_streaming_config_names_its_twin_where_the_op_looks_for_one():
+    case = Scripted()
+    slower = {"kernel": "gemv", "time_us": 7.0, "error": 0.0}
+    assert measure(case, [STREAMING, slower]).entry.config == {**STREAMING, "twin": slower}
+    case.keeps_twin = False
+    assert measure(case, [STREAMING, slower]).entry.config == STREAMING
+
+
+def test_of_some_kernels_only_beside_what_the_table_has():
+    case, twin = Scripted((7.0, 0.0), (8.0, 0.0)), {"kernel": "skinny", "time_us": 9.0, "error": 0.0}
+    known = [
+        Entry(op="linear", dtype="bfloat16", sizes=(4, 2), num_rows=rows, config={**STREAMING, "twin": twin}) for rows in (2, 4)
+    ]
+    assert configs_to_try(case, ["streaming"], known) == [STREAMING, twin]
+    assert configs_to_try(case, ["gemv"], known) == [STREAMING, twin, *case.candidates()]
+    assert configs_to_try(case, ["tall"], []) == []
+    assert configs_to_try(case, None, known) == case.candidates()
 
 
 def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():

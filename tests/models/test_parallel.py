@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from pilotfish.common.errors import ModelLoadError
+from pilotfish.kernels.all_reduce import all_reduce_norm_ref
 from pilotfish.models.build import check_ranks, load_model
-from pilotfish.models.check import CheckRow, choose_prompts, compare, run_reference
+from pilotfish.models.check import choose_prompts, compare, run_reference
+from pilotfish.models.paged_sequences import PagedSequences
 from pilotfish.models.parallel import Parallel, Share
 from transformers import PreTrainedModel
 
@@ -26,21 +28,41 @@ class ThreadGroup:
         self.size = size
         self.barrier = threading.Barrier(size, timeout=TIMEOUT_S)
         self.values: list[torch.Tensor] = [torch.empty(0)] * size
+        self.num_calls, self.num_fused = [0] * size, [0] * size
 
-    def parallel(self, rank: int) -> Parallel:
-        def exchange(x: torch.Tensor, join: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+    def parallel(self, rank: int, *, fused: bool = False) -> Parallel:
+        def exchange(x: torch.Tensor, join: Callable[[list[torch.Tensor]], Any]) -> Any:
+            self.num_calls[rank] += 1
             self.values[rank] = x
             self.barrier.wait()
             result = join(self.values)
             self.barrier.wait()
             return result
 
+        def all_reduce_norm(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            self.num_fused[rank] += 1
+            return exchange(x, lambda values: all_reduce_norm_ref(values, *args))
+
         return Parallel(
             rank=rank,
             size=self.size,
             all_reduce=lambda x: exchange(x, lambda values: torch.stack(values).sum(0)),
             all_gather=lambda x: exchange(x, lambda values: torch.cat(values, dim=-1)),
+            all_reduce_norm=all_reduce_norm if fused else None,
         )
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What work(rank) returned on each rank."""
+
+        def run_rank(rank: int) -> Any:
+            try:
+                return work(rank)
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(run_rank, range(self.size), timeout=TIMEOUT_S))
 
 
 @pytest.mark.parametrize(
@@ -66,17 +88,29 @@ def test_ranks_agree_with_transformers(
     untouched = save_checkpoint(tmp_path, architecture, **config)
     references = [run_reference(untouched, prompt) for prompt in choose_prompts(load_model(tmp_path, device="cpu"), seed=0)]
     group = ThreadGroup(size)
+    for rows in group.run(lambda rank: compare(load_model(tmp_path, device="cpu", parallel=group.parallel(rank)), references)):
+        assert all(row.ok for row in rows), rows
 
-    def run_rank(rank: int) -> list[CheckRow]:
-        try:
-            return compare(load_model(tmp_path, device="cpu", parallel=group.parallel(rank)), references)
-        except BaseException:
-            group.barrier.abort()
-            raise
 
-    with ThreadPoolExecutor(size) as pool:
-        for rows in pool.map(run_rank, range(size), timeout=TIMEOUT_S):
-            assert all(row.ok for row in rows), rows
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM"])
+def test_every_sum_but_the_embedding_s_is_one_op_with_its_norm(
+    architecture: str, tmp_path: Path, save_checkpoint: Callable[..., PreTrainedModel]
+) -> None:
+    save_checkpoint(tmp_path, architecture)
+
+    def decode(rank: int, group: ThreadGroup, *, fused: bool) -> tuple[torch.Tensor, int]:
+        model = load_model(tmp_path, device="cpu", parallel=group.parallel(rank, fused=fused))
+        paged = PagedSequences(model, num_sequences=1, max_len=8)
+        return torch.cat([paged.extend({0: tokens})[0] for tokens in ([3, 1, 4, 1], [5])]), model.config.num_layers
+
+    apart, together = ThreadGroup(2), ThreadGroup(2)
+    expected = apart.run(lambda rank: decode(rank, apart, fused=False))
+    answers = together.run(lambda rank: decode(rank, together, fused=True))
+    assert together.num_calls == apart.num_calls
+    for rank, ((logits, num_layers), (fused_logits, _)) in enumerate(zip(expected, answers, strict=True)):
+        assert together.num_fused[rank] == 2 * (2 * num_layers)  # two steps
+        assert together.num_calls[rank] - together.num_fused[rank] == 2 * 2  # embedding and logits
+        torch.testing.assert_close(fused_logits, logits, rtol=1e-5, atol=1e-5)
 
 
 def heads(num_heads: int, num_kv_heads: int, size: int) -> list[tuple[range, range]]:
@@ -144,9 +178,15 @@ def test_fewer_kv_heads_than_ranks_are_repeated() -> None:
     assert shares == [Share(start, start + 10, 30) for start in (0, 0, 10, 10, 20, 20)]
 
 
+def test_a_vocabulary_smaller_than_its_ranks_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match="a vocabulary of 12 tokens cannot be split over 4 ranks"):
+        ThreadGroup(4).parallel(0).vocab_share(12)
+
+
 def test_vocabulary_is_covered_once() -> None:
-    for size, vocab_size in ((3, 131), (4, 5), (2, 8)):
+    for size, vocab_size in ((3, 131), (4, 13), (2, 8), (1, 5)):
         shares = [ThreadGroup(size).parallel(rank).vocab_share(vocab_size) for rank in range(size)]
+        assert all(share.start % 4 == 0 for share in shares)
         assert [index for share in shares for index in range(share.start, share.stop)] == list(range(vocab_size))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +12,16 @@ from pathlib import Path
 import data_rank_work
 import pytest
 import torch
-from data_replica import data_replica, run_alone
+from data_replica import Told, data_replica, run_alone
+from pilotfish.common.config import ModelConfig, ParallelConfig
 from pilotfish.common.errors import ModelNotFound
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.models.layers import expert_dispatch
 from pilotfish.models.store import resolve
 from pilotfish.workers.engine import Engine, Phase
+from pilotfish.workers.local_replica import LocalReplica
 from rank_group_run import run_on_ranks
+from rank_process import ENGINE
 from transformers import MixtralConfig, MixtralForCausalLM
 from upcycled import upcycle
 
@@ -132,6 +138,25 @@ def test_an_idle_replica_answers_soon_and_stops(tiny_moe: Path) -> None:
             told[rank].wait(num_ended=num_ended + 1)
         engines[0].stop()
         assert wait_for_failure(engines[1]) == "data rank 0 of this replica was stopped, and the others with it"
+
+
+@pytest.mark.parametrize(("end", "what"), [(signal.SIGKILL, "ended"), (signal.SIGSTOP, "rank 1 on 127.0.0.1 has been silent")])
+def test_a_data_rank_that_dies_or_stands_still_ends_all(tiny_moe: Path, end: signal.Signals, what: str) -> None:
+    """An idle one too: the experts of both are needed for the requests of either."""
+    told = Told()
+    replica = LocalReplica(ParallelConfig(data_parallel=2, expert_parallel=True), on_step=lambda rank, step: None)
+    engine = Engine(ModelConfig(model=str(tiny_moe)), ENGINE, on_step=told, set_up=replica)
+    engine.start()
+    try:
+        submit(engine, requests(0, 3, max_tokens=400))
+        told.wait(num_tokens=10)
+        time.sleep(1)  # for a first beat
+        (other,) = multiprocessing.active_children()
+        os.kill(other.pid or 0, end)
+        assert what in wait_for_failure(engine)
+    finally:
+        engine.stop()
+    assert multiprocessing.active_children() == []
 
 
 def wait_for_failure(engine: Engine) -> str:

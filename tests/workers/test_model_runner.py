@@ -24,8 +24,8 @@ class Wrapped:
         self._before(batch)
         return self._model.forward(batch)
 
-    def compute_logits(self, hidden_RH):
-        return self._after(self._model.compute_logits(hidden_RH))
+    def compute_own_logits(self, hidden_RH):
+        return self._after(self._model.compute_own_logits(hidden_RH))
 
 
 @pytest.fixture(params=[1, 2], ids=["plain", "overlapped"])

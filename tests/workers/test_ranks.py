@@ -19,25 +19,29 @@ from rank_process import ENGINE, Collected, places, replica
 
 LOUD = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "logprobs": 2, "logit_bias": {5: 1.0}}
 SAMPLING = [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 40}, LOUD, {"temperature": 0.0}]
+PLAIN = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 5.0}]  # no filter, no rule
+# The draws of a step go both ways in turn: the loud one ends first.
+MIXED = [*PLAIN[:3], {**LOUD, "max_tokens": 5}]
 
 
-def submit(engine: Engine, *, max_tokens: int = 12) -> None:
-    for index, sampling in enumerate(SAMPLING):
-        settings = TokenSampling(**sampling, max_tokens=max_tokens, seed=index)
+def submit(engine: Engine, *, max_tokens: int = 12, samplings: list[dict] = SAMPLING) -> None:
+    for index, sampling in enumerate(samplings):
+        settings = TokenSampling(**{"max_tokens": max_tokens, **sampling}, seed=index)
         engine.submit(EngineRequest(request_id=f"r{index}", prompt_token_ids=tuple(range(index, 30)), sampling=settings))
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_say_what_one_engine_says(tiny_llama: Path, size: int) -> None:
-    """3 ranks over 2 kv heads: two of them share one."""
+@pytest.mark.parametrize("samplings", [SAMPLING, PLAIN, MIXED], ids=["loud", "plain", "mixed"])
+def test_ranks_say_what_one_engine_says(tiny_llama: Path, size: int, samplings: list[dict]) -> None:
+    """3 ranks over 2 kv heads: two of them share one. What is plain is drawn by a race of all ranks, the rest by the leader."""
     alone = Collected()
     engine = Engine(ModelConfig(model=str(tiny_llama)), ENGINE, on_step=alone)
     engine.start()
-    submit(engine)
+    submit(engine, samplings=samplings)
     alone.wait_for_ends(len(SAMPLING))
     engine.stop()
     with replica(tiny_llama, size) as (leader, collected, followers):
-        submit(leader)
+        submit(leader, samplings=samplings)
         collected.wait_for_ends(len(SAMPLING))
         leader.stop()
         assert collected.tokens == alone.tokens

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pilotfish.common.requests import EngineRequest, TokenSampling
+from pilotfish.models.parallel import whole
 from pilotfish.scheduler.step_plan import AdmittedSequence
 from pilotfish.workers.batch_state import BatchState, DrawRows, SamplingRows
 from pilotfish.workers.sampler import Sampler
@@ -24,7 +25,7 @@ class Bench:
         self.state = BatchState(
             max_num_seqs=num_slots, max_model_len=64, block_size=16, num_blocks=64, device=torch.device("cpu")
         )
-        self.sampler = Sampler(self.state, vocab_size=VOCAB)
+        self.sampler = Sampler(self.state, vocab=whole(VOCAB))
 
     def admit(self, slot: int, sampling: TokenSampling, prompt: list[int], outputs: list[int]) -> None:
         request = EngineRequest(request_id=str(slot), prompt_token_ids=tuple(prompt), sampling=sampling)

@@ -1,0 +1,169 @@
+"""Sums over the ranks of this machine, by size and way: `python benchmarks/gpu/bench_all_reduce.py`.
+
+A process a GPU (--ranks). One JSON row a size, from rank 0: microseconds a call, the median of replays of a CUDA graph of many
+calls one behind the other, of
+
+    nccl             NCCL's all-reduce
+    torch_one_shot   torch.ops.symm_mem.one_shot_all_reduce, up to --torch-max-bytes
+    one_shot         kernels/all_reduce.py
+    two_shot         the same in two trips, with more than two ranks or --two-shot
+    one_shot_norm    with the residual and the norm in the same kernel
+    sum_then_norm    one_shot, then kernels/rms_norm.py
+    nccl_then_norm   NCCL's all-reduce, then kernels/rms_norm.py
+    norm             kernels/rms_norm.py alone
+
+Rows are --hidden numbers of bfloat16. `wrong` names what differs from NCCL's sum (must be empty). The largest size at which
+one_shot is the quickest belongs into workers/peer_memory.py (MAX_ONE_SHOT_SENT_BYTES, CAPACITY_BYTES). NVLink multicast stays
+off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+import torch.distributed as dist
+from pilotfish.common.rank_place import RankPlace
+from pilotfish.kernels.all_reduce import PeerBuffers, all_reduce, all_reduce_norm
+from pilotfish.kernels.rms_norm import rms_norm
+from pilotfish.workers.comm import RankGroup, Rendezvous
+
+HOST, TIMEOUT_S, MAX_RUN_S, EPS, REPLAYS = "127.0.0.1", 60.0, 560.0, 1e-6, 15
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+Call = Callable[[], object]
+
+
+def graph_microseconds(group: RankGroup, run: Call, *, num_calls: int) -> float:
+    """All ranks together. The graph is captured once and replayed REPLAYS times."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(num_calls):
+            run()
+    graph.replay()
+    group.agree_on_least(0)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    for event in events:
+        event.record()
+        graph.replay()
+    torch.cuda.synchronize()
+    replays_ms = [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
+    return statistics.median(replays_ms[1:]) * 1e3 / num_calls
+
+
+def torch_one_shot(x: torch.Tensor) -> Call:
+    """torch's own, on a copy of x in its symmetric memory."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    name = dist.group.WORLD.group_name
+    shared = symmetric_memory.empty(x.numel(), dtype=x.dtype, device=x.device)
+    symmetric_memory.rendezvous(shared, name)
+    shared.copy_(x.view(-1))
+    torch.cuda.synchronize()
+    return lambda: torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", name)
+
+
+def ways(group: RankGroup, peers: PeerBuffers, x: torch.Tensor, options: argparse.Namespace) -> dict[str, Call]:
+    residual, weight = torch.randn_like(x), torch.randn_like(x[0])
+    by_nccl = RankGroup(group.place, group._store, group._group, x.device)  # without shared memory
+    total = x.clone()
+    calls: dict[str, Call] = {"nccl": lambda: by_nccl.all_reduce(total)}
+    if x.nbytes <= options.torch_max_bytes:
+        calls["torch_one_shot"] = torch_one_shot(x)
+    calls["one_shot"] = lambda: all_reduce(x, peers)
+    if options.two_shot or options.ranks > 2:
+        calls["two_shot"] = lambda: all_reduce(x, peers, two_shot=True)
+        calls["two_shot_norm"] = lambda: all_reduce_norm(x, residual, weight, EPS, peers, two_shot=True)
+    calls["one_shot_norm"] = lambda: all_reduce_norm(x, residual, weight, EPS, peers)
+    calls["sum_then_norm"] = lambda: rms_norm(all_reduce(x, peers), weight, EPS, residual_TH=residual)
+    calls["nccl_then_norm"] = lambda: rms_norm(by_nccl.all_reduce(total), weight, EPS, residual_TH=residual)
+    calls["norm"] = lambda: rms_norm(x, weight, EPS, residual_TH=residual)
+    return calls
+
+
+def find_wrong(peers: PeerBuffers, x: torch.Tensor) -> list[str]:
+    expected = x.clone()
+    dist.all_reduce(expected)
+    residual, weight = torch.zeros_like(x), torch.ones_like(x[0])
+    sums = {
+        "one_shot": all_reduce(x, peers),
+        "two_shot": all_reduce(x, peers, two_shot=True),
+        "one_shot_norm": all_reduce_norm(x, residual, weight, EPS, peers)[1],
+    }
+    torch.cuda.synchronize()
+    wrong = [name for name, total in sums.items() if not torch.allclose(total, expected, rtol=2.0**-7, atol=1e-2)]
+    return wrong if peers.missing_rank is None else [*wrong, f"rank {peers.missing_rank} is missing"]
+
+
+def measure(group: RankGroup, peers: PeerBuffers, device: torch.device, num_bytes: int, options: argparse.Namespace) -> None:
+    rows = num_bytes // (2 * options.hidden)
+    x = torch.randn(rows, options.hidden, dtype=torch.bfloat16, device=device)
+    wrong = find_wrong(peers, x)
+    num_calls = 64 if num_bytes <= 1 << 20 else 8
+    timed = {
+        name: round(graph_microseconds(group, call, num_calls=num_calls), 2)
+        for name, call in ways(group, peers, x, options).items()
+    }
+    if group.place.rank == 0:
+        print(json.dumps({"bytes": num_bytes, "rows": rows, **timed, "wrong": wrong}), flush=True)
+
+
+@torch.inference_mode()
+def run_rank(place: RankPlace, options: argparse.Namespace) -> None:
+    os.environ.update(NO_MULTICAST)
+    device = torch.device("cuda", place.rank)
+    torch.cuda.set_device(device)
+    torch.manual_seed(place.rank)
+    host, _, port = place.address.rpartition(":")
+    store = dist.PrefixStore("torch", dist.TCPStore(host, int(port), is_master=False))
+    dist.init_process_group("nccl", store=store, rank=place.rank, world_size=place.size, device_id=device)
+    group = RankGroup.join(place, device, peer_capacity_bytes=max(options.sizes))
+    if group.peers is None:
+        raise SystemExit("these ranks cannot share memory; the log above says why")
+    for num_bytes in options.sizes:
+        measure(group, group.peers, device, num_bytes, options)
+    group.agree_on_least(0)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[8192 << shift for shift in range(14)], help="bytes of a message"
+    )
+    parser.add_argument("--torch-max-bytes", type=int, default=1 << 22)
+    parser.add_argument("--two-shot", action="store_true", help="time two shots with two ranks too")
+    options = parser.parse_args()
+    rendezvous = Rendezvous(host=HOST, timeout_s=TIMEOUT_S)
+    shared = {"size": options.ranks, "epoch": 1, "address": rendezvous.address, "host": HOST, "timeout_s": TIMEOUT_S}
+    start = partial(get_context("spawn").Process, target=run_rank)
+    processes = [start(args=(RankPlace(rank=rank, **shared), options)) for rank in range(options.ranks)]
+    for process in processes:
+        process.start()
+    try:
+        end_s = time.monotonic() + MAX_RUN_S
+        while any(process.is_alive() for process in processes):
+            processes[0].join(0.5)
+            if any(process.exitcode for process in processes) or time.monotonic() > end_s:
+                raise SystemExit(f"the ranks ended with {[process.exitcode for process in processes]}; None: still running")
+    finally:
+        for process in processes:
+            process.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# compute-sanitizer over every CUDA C++ kernel on small shapes, about 90 seconds on an H200; exit 0 where nothing was found.
+#   benchmarks/gpu/sanitize.sh [tool...]      memcheck, racecheck and synccheck by default
+# Torch's cache of memory is off and allocations are padded, so that a byte beyond a tensor is seen.
+set -uo pipefail
+cd "$(dirname "$0")"
+command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit" >&2; exit 2; }
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+tools=("$@")
+[ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck synccheck)
+python3 sanitized_kernels.py streaming_linear streaming_experts tall_experts || exit 1  # compiled, and right without it
+status=0
+for tool in "${tools[@]}"; do
+  padding=()
+  [ "$tool" != memcheck ] || padding=(--padding 256)
+  for kernel in streaming_linear streaming_experts tall_experts; do
+    echo "== $tool of $kernel"
+    timeout 120 compute-sanitizer --tool "$tool" "${padding[@]}" --error-exitcode 1 --kernel-regex "kns=$kernel" \
+      python3 sanitized_kernels.py "$kernel" || status=1
+  done
+done
+exit $status

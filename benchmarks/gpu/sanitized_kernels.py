@@ -1,0 +1,92 @@
+"""What sanitize.sh watches: each CUDA C++ kernel named, on small ragged shapes, against its reference.
+
+    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts
+
+Every way through a kernel once: sums split and not, beside the stages and in their place, gated and not, rows in order and not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from pilotfish.kernels.gated_linear import gated_linear_ref
+from pilotfish.kernels.linear import linear_ref
+from pilotfish.kernels.moe_mlp import moe_mlp_ref, run_experts
+from pilotfish.kernels.skinny_linear import skinny_linear
+from pilotfish.kernels.streaming_experts import StreamingConfig
+from pilotfish.kernels.tall_experts import TallConfig, tall_linear
+
+ALLOWED_ERROR = 1e-2  # of norms
+Pair = tuple[str, torch.Tensor, torch.Tensor]  # what it is, the result, the reference's
+
+
+def streaming_linear() -> Iterator[Pair]:
+    """Inputs and outputs that fill neither steps nor tiles."""
+    weight, bias = random(330, 1000, scale=0.03), random(330, scale=1.0)
+    for num_rows, (tile_n, split_k, num_stages, x_stages) in product(
+        (5, 128), ((64, 1, 3, None), (64, 4, 3, None), (64, 2, 6, 2), (128, 2, 3, 3))
+    ):
+        x = random(num_rows, 1000, scale=1.0)
+        config = {"kernel": "streaming", "tile_n": tile_n, "split_k": split_k, "num_stages": num_stages, "early_start": True}
+        config |= {} if x_stages is None else {"x_stages": x_stages}
+        name = f"{num_rows} rows, {config}"
+        yield name, skinny_linear(x, weight, bias, config, out_dtype=torch.bfloat16), linear_ref(x, weight, bias)
+        y = skinny_linear(x, weight, bias, config, out_dtype=torch.bfloat16, activation="silu")
+        yield f"gated, {name}", y, gated_linear_ref(x, weight, bias, activation="silu")
+
+
+def streaming_experts() -> Iterator[Pair]:
+    for num_tokens, programs in ((3, 3), (40, 132)):
+        yield expert_layer(num_tokens, StreamingConfig(tile=64, rows=16, num_stages=3, programs=programs))
+
+
+def tall_experts() -> Iterator[Pair]:
+    """Both products of a layer, rows that are gathered and rows in order, and a dense layer."""
+    for most_pairs in (96, 192):
+        config = TallConfig(most_pairs=most_pairs, num_stages=3)
+        yield expert_layer(200, config)
+        x, weight = random(100, 128, scale=1.0), random(1040, 128, scale=0.09)
+        y = tall_linear(x, weight, activation="silu", config=config)
+        yield f"gated, {config}", y, gated_linear_ref(x, weight, activation="silu")
+
+
+def expert_layer(num_tokens: int, config: StreamingConfig | TallConfig) -> Pair:
+    """Six experts, of which one token's choice belongs to another rank."""
+    x, gate_up, down = random(num_tokens, 256, scale=1.0), random(6, 384, 256, scale=0.06), random(6, 256, 192, scale=0.07)
+    weights, experts = torch.rand(num_tokens, 6, device="cuda").topk(2)
+    experts = experts.int()
+    experts[0, 1] = -1
+    arguments = (x, gate_up, down, weights, experts, "silu")
+    return f"{num_tokens} tokens, {config}", run_experts(*arguments, gate_up=config, down=config), moe_mlp_ref(*arguments)
+
+
+def random(*shape: int, scale: float) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").mul_(scale).bfloat16()
+
+
+KERNELS: dict[str, Callable[[], Iterator[Pair]]] = {
+    "streaming_linear": streaming_linear,
+    "streaming_experts": streaming_experts,
+    "tall_experts": tall_experts,
+}
+
+
+def main(names: list[str]) -> int:
+    torch.manual_seed(0)
+    num_wrong = 0
+    for name in names:
+        for what, y, expected in KERNELS[name]():
+            error = ((y.float() - expected.float()).norm() / expected.float().norm()).item()
+            if not error < ALLOWED_ERROR:
+                print(f"{name}: {what} is off by {error:.1e}, relative", file=sys.stderr)
+                num_wrong += 1
+    torch.cuda.synchronize()
+    print(f"{', '.join(names)}: {num_wrong} wrong")
+    return 1 if num_wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
