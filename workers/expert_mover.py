@@ -64,6 +64,8 @@ class ExpertMover:
         if orders.writes:
             self._write(self._layers[orders.layer].slot_weights, orders.writes)
             layer_map = self._maps[orders.layer]
+            # On a GPU the table is copied from the host: a kernel that starts early (dependent_launch.py) does not pass a copy,
+            # so none reads weights before they are written.
             layer_map.place(layer_map.after(orders.writes))
         return loads_LE
 

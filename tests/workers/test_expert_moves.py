@@ -55,6 +55,17 @@ def test_text_stays_as_it_is_while_experts_move(tiny_mixtral: Path, size: int, n
     assert first.expected < 0.95 * next(balance.measured for balance in seen if balance.measured)
 
 
+def test_what_is_measured_makes_ranks_more_even(tiny_mixtral: Path) -> None:
+    """The routers prefer experts that begin on one rank."""
+    options = {"whole_experts": True, "num_redundant_experts": 4, "rebalance_interval_steps": 20}
+    with replica(tiny_mixtral, 2, **options) as (leader, collected, _):
+        submit(leader, requests(0, 8, max_tokens=90))
+        collected.wait_for_ends(8)
+    first, *_, last = (balance for balance in balances(collected) if balance.measured)
+    assert first.last_step_id > 0
+    assert last.measured - 1 < (first.measured - 1) / 2
+
+
 @pytest.mark.parametrize(("data_size", "tensor_size", "in_flight"), [(2, 1, 2), (2, 2, 1)])
 def test_data_ranks_move_experts_together(tiny_mixtral: Path, data_size: int, tensor_size: int, in_flight: int) -> None:
     """The loads are those of all data ranks, and all follow the orders of the first, whatever each has to do itself."""
