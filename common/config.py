@@ -140,9 +140,8 @@ class ParallelConfig:
 
     Attributes:
         tensor_parallel: ranks that share every layer of a replica, a GPU each (or a process on CPUs).
-        data_parallel: that many times as many ranks make a replica: groups of tensor_parallel ranks, each with requests and a
-        KV
-            cache of its own, which share nothing but the experts of sparse layers. Needs expert_parallel.
+        data_parallel: that many times as many ranks make a replica, in groups of tensor_parallel. Each group has requests and a
+            KV cache of its own; they share nothing but the experts of sparse layers. Needs expert_parallel.
         expert_parallel: each rank keeps whole experts of sparse layers, not a slice of each of them.
         redundant_experts: slots of each sparse layer for second copies of the experts that get the most tokens.
         rebalance_interval_steps: after so many steps experts are moved and copied by the tokens they got, if that evens out the

@@ -74,7 +74,7 @@ class CausalLM(torch.nn.Module):
         """hidden [R, H] behind the final norm. Stores the batch's keys and values in its caches."""
         if self.data is not None:
             num_tokens = len(batch.token_ids_T)
-            self.data.begin(batch.rank_tokens, num_tokens=num_tokens, fixed_shapes=batch.fixed_shapes)
+            self.data.begin(batch.rank_tokens, num_tokens=num_tokens, is_padding_T=batch.is_padding_T)
         x_TH = self.embedding.embed(batch.token_ids_T)
         residual_TH: torch.Tensor | None = None
         for layer in self.decoder_layers:

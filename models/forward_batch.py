@@ -31,7 +31,8 @@ class ForwardBatch:
         kv_caches: a layer's (keys, values), each [num_blocks, L, kv heads of this rank, head_dim]. With latent attention both
             are the same tensor.
         rank_tokens: T on each data rank, where there are several (parallel.py).
-        fixed_shapes: with several data ranks: nothing may wait for the device, since a CUDA graph may be captured.
+        is_padding_T: with several data ranks: bool, where a CUDA graph may be captured, so that nothing may wait for the
+        device.
     """
 
     token_ids_T: torch.Tensor
@@ -45,4 +46,4 @@ class ForwardBatch:
     logits_rows_R: torch.Tensor | None
     kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
     rank_tokens: tuple[int, ...] = ()
-    fixed_shapes: bool = False
+    is_padding_T: torch.Tensor | None = None

@@ -61,7 +61,8 @@ class DataParallel:
         exchange_rows: (x [S, H], rows sent to each rank, rows received from each) -> [R, H]. x lies in the order of the ranks
             that its rows go to, the result in the order of those they come from.
         rank_tokens: of every data rank in the step that is computed: set by `begin`, for all layers alike.
-        fixed_shapes: of that step: it may be captured in a CUDA graph, so nothing in it may wait for the device.
+        is_padding_T: of that step: bool, the tokens that need no experts, where it may be captured in a CUDA graph: its shapes
+            are fixed and nothing in it may wait for the device. None of other steps.
     """
 
     rank: int
@@ -70,13 +71,13 @@ class DataParallel:
     reduce_scatter_rows: Callable[[torch.Tensor], torch.Tensor]
     exchange_rows: Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
     rank_tokens: tuple[int, ...] = ()
-    fixed_shapes: bool = False
+    is_padding_T: torch.Tensor | None = None
 
-    def begin(self, rank_tokens: tuple[int, ...], *, num_tokens: int, fixed_shapes: bool) -> None:
+    def begin(self, rank_tokens: tuple[int, ...], *, num_tokens: int, is_padding_T: torch.Tensor | None = None) -> None:
         """A forward pass starts, here with `num_tokens`. ValueError where that is not what the ranks have agreed on."""
         if len(rank_tokens) != self.size or rank_tokens[self.rank] != num_tokens:
             raise ValueError(f"{num_tokens} tokens on data rank {self.rank} of {self.size}, which agreed on {rank_tokens}")
-        self.rank_tokens, self.fixed_shapes = rank_tokens, fixed_shapes
+        self.rank_tokens, self.is_padding_T = rank_tokens, is_padding_T
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

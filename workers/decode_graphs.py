@@ -58,7 +58,8 @@ class DecodeStep:
         """This rank's logits [size, V] float32, and the rows as the draw wants them."""
         batch, rows = self._batch_state.compose_decode(self.columns, self._kv_cache)
         if (data := self._model.data) is not None:
-            batch = replace(batch, rank_tokens=(len(rows.slots_R),) * data.size, fixed_shapes=True)
+            is_padding_S = rows.slots_R == self._batch_state.padding_slot
+            batch = replace(batch, rank_tokens=(self.size,) * data.size, is_padding_T=is_padding_S)
         return self._model.compute_own_logits(self._model.forward(batch)), rows
 
     def draw(self, own_logits_SV: torch.Tensor, rows: DrawRows) -> Sampled:

@@ -50,7 +50,7 @@ class Layer:
     def measure(self, rank_tokens: Sequence[int]) -> dict[str, float]:
         """Microseconds a call."""
         num_tokens = rank_tokens[self.data.rank]
-        self.data.begin(tuple(rank_tokens), num_tokens=num_tokens, fixed_shapes=False)
+        self.data.begin(tuple(rank_tokens), num_tokens=num_tokens)
         calls = [self.tokens(num_tokens) for _ in range(NUM_CALLS)]
         gather, all_to_all = self.dispatcher._gather, self.dispatcher._all_to_all
         own = [(x, weights, slots % self.slots.size) for x, weights, slots in calls]

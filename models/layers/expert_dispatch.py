@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from ...kernels.own_experts import own_experts
+from ...kernels.token_rows import pack_rows, unpack_rows
 from ..parallel import DataParallel, Parallel, Share
 
 # experts(x_TH, weights_TC, slots_TC) -> out_TH: the weighted sum of each token's choices among this rank's slots.
@@ -39,7 +40,10 @@ class LocalDispatcher:
         self._slots = slots
 
     def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
-        return experts(x_TH, weights_TC, own_slots(slots_TC, self._slots))
+        mine = self._slots
+        if mine.size < mine.total:
+            slots_TC = own_experts(slots_TC, first=mine.start, num_own=mine.size)
+        return experts(x_TH, weights_TC, slots_TC)
 
 
 class GatherDispatcher:
@@ -52,14 +56,12 @@ class GatherDispatcher:
         self._slots, self._data = slots, data
 
     def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
-        num_tokens = len(x_TH)
-        if (missing := max(self._data.rank_tokens) - num_tokens) > 0:
-            x_TH, weights_TC = (torch.nn.functional.pad(rows, (0, 0, 0, missing)) for rows in (x_TH, weights_TC))
-            slots_TC = torch.nn.functional.pad(slots_TC, (0, 0, 0, missing), value=-1)
-        rows = self._data.all_gather_rows(_pack(x_TH, weights_TC, slots_TC))
-        x_RH, weights_RC, slots_RC = _unpack(rows, x_TH, weights_TC)
-        out_RH = experts(x_RH, weights_RC, own_slots(slots_RC, self._slots))
-        return self._data.reduce_scatter_rows(out_RH)[:num_tokens]
+        data, mine = self._data, self._slots
+        num_tokens, num_choices = slots_TC.shape
+        rows_NW = pack_rows(x_TH, weights_TC, slots_TC, num_rows=max(data.rank_tokens), is_padding_T=data.is_padding_T)
+        rows_RW = data.all_gather_rows(rows_NW)
+        out_RH = experts(*unpack_rows(rows_RW, x_TH, num_choices, first=mine.start, num_own=mine.size))
+        return data.reduce_scatter_rows(out_RH)[:num_tokens]
 
 
 class AllToAllDispatcher:
@@ -74,17 +76,18 @@ class AllToAllDispatcher:
         self._slots, self._data, self._owners = slots, data, owners
 
     def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
-        num_ranks = self._data.size
+        data, mine, num_ranks = self._data, self._slots, self._data.size
         goes_TD = torch.zeros(len(x_TH), num_ranks + 1, dtype=torch.bool, device=x_TH.device)
         goes_TD = goes_TD.scatter_(1, self._owners[slots_TC.long()], True)[:, :num_ranks]
         counts_D1 = goes_TD.sum(0).unsqueeze(1)
         ones = [1] * num_ranks
-        sent, received = torch.cat([counts_D1, self._data.exchange_rows(counts_D1, ones, ones)], dim=1).T.tolist()
+        sent, received = torch.cat([counts_D1, data.exchange_rows(counts_D1, ones, ones)], dim=1).T.tolist()
         places_TD = _places(goes_TD, num_sent=sum(sent))
-        rows = _pack(x_TH, weights_TC, slots_TC)[_tokens(places_TD, num_sent=sum(sent))]
-        x_RH, weights_RC, slots_RC = _unpack(self._data.exchange_rows(rows, sent, received), x_TH, weights_TC)
-        out_RH = experts(x_RH, weights_RC, own_slots(slots_RC, self._slots)) if len(x_RH) else x_RH
-        parts_SH = torch.nn.functional.pad(self._data.exchange_rows(out_RH, received, sent), (0, 0, 0, 1))
+        rows_TW = pack_rows(x_TH, weights_TC, slots_TC, num_rows=len(x_TH))
+        rows_RW = data.exchange_rows(rows_TW[_tokens(places_TD, num_sent=sum(sent))], sent, received)
+        came = unpack_rows(rows_RW, x_TH, slots_TC.shape[1], first=mine.start, num_own=mine.size)
+        out_RH = experts(*came) if len(rows_RW) else x_TH[:0]
+        parts_SH = torch.nn.functional.pad(data.exchange_rows(out_RH, received, sent), (0, 0, 0, 1))
         out_TH = torch.zeros_like(x_TH, dtype=torch.float32)
         for rank in range(num_ranks):  # in one order, so that runs repeat bit by bit
             out_TH += parts_SH[places_TD[:, rank]]
@@ -98,7 +101,8 @@ class DataDispatcher:
         self._gather, self._all_to_all, self._data = gather, all_to_all, data
 
     def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
-        is_small = self._data.fixed_shapes or max(self._data.rank_tokens) <= MAX_GATHERED_TOKENS
+        is_fixed = self._data.is_padding_T is not None
+        is_small = is_fixed or max(self._data.rank_tokens) <= MAX_GATHERED_TOKENS
         dispatcher = self._gather if is_small else self._all_to_all
         return dispatcher.run(x_TH, weights_TC, slots_TC, experts)
 
@@ -112,29 +116,6 @@ def choose_dispatcher(parallel: Parallel, slots: Share, *, device: torch.device)
     for rank in range(data.size):
         owners[parallel.expert_share(slots.total, rank).range] = rank
     return DataDispatcher(GatherDispatcher(slots, data), AllToAllDispatcher(slots, data, owners.to(device)), data)
-
-
-def own_slots(slots_TC: torch.Tensor, mine: Share) -> torch.Tensor:
-    """This rank's slots numbered from 0, -1 for those of others: int32 [T, C]."""
-    return slots_TC if mine.size == mine.total else own_experts(slots_TC, first=mine.start, num_own=mine.size)
-
-
-def _pack(x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> torch.Tensor:
-    """One int32 row a token, which one collective moves: its activations, weights and slots, and what fills 16 bytes up."""
-    parts = [x_TH.view(torch.int32), weights_TC.view(torch.int32), slots_TC]
-    num_columns = sum(part.shape[1] for part in parts)
-    parts.append(slots_TC.new_zeros(len(x_TH), -num_columns % 4))
-    return torch.cat(parts, dim=1)
-
-
-def _unpack(
-    rows: torch.Tensor, x_TH: torch.Tensor, weights_TC: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x, weights, slots) of rows that were packed as these were. Rows of x lie apart, the others are contiguous."""
-    hidden, num_choices = x_TH.view(torch.int32).shape[1], weights_TC.shape[1]
-    x_RH = rows[:, :hidden].view(x_TH.dtype)
-    weights_RC, slots_RC = rows[:, hidden : hidden + 2 * num_choices].split(num_choices, dim=1)
-    return x_RH, weights_RC.view(torch.float32).contiguous(), slots_RC.contiguous()
 
 
 def _places(goes_TD: torch.Tensor, *, num_sent: int) -> torch.Tensor:

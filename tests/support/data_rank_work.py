@@ -69,7 +69,7 @@ def dispatch(group: RankGroup, device: torch.device, num_slots: int, steps: Sequ
     layer, errors = SparseLayer(parallel, num_slots, device), []
     for number, (rank_tokens, routing) in enumerate(steps):
         num_tokens = rank_tokens[parallel.data.rank]
-        parallel.data.begin(tuple(rank_tokens), num_tokens=num_tokens, fixed_shapes=False)
+        parallel.data.begin(tuple(rank_tokens), num_tokens=num_tokens)
         tokens = layer.tokens(num_tokens, routing, seed=100 * number + parallel.data.rank)  # tensor ranks have the same
         outs = {name: parallel.sum(way.run(*tokens, layer.experts)) for name, way in layer.ways.items()}
         want = layer.in_one_place(*tokens)
@@ -83,7 +83,8 @@ def replay_a_dispatch(group: RankGroup, device: torch.device, num_slots: int, nu
     parallel = group.parallel
     assert parallel.data is not None
     layer = SparseLayer(parallel, num_slots, device)
-    parallel.data.begin((num_tokens,) * parallel.data.size, num_tokens=num_tokens, fixed_shapes=True)
+    is_padding = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+    parallel.data.begin((num_tokens,) * parallel.data.size, num_tokens=num_tokens, is_padding_T=is_padding)
     tokens = layer.tokens(num_tokens, "random", seed=parallel.data.rank)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
