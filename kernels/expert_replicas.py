@@ -1,7 +1,7 @@
 """Sends each choice of an expert to one of the slots that hold a copy of it, and counts what experts get.
 
-    slot[t, c] = copies[e, 1 + (t + first_turn) mod copies[e, 0]]   with e = experts[t, c]; -1 where e is negative
-    loads[e]  += 1 for each choice of e
+    slot[t, c] = copies[e, 1 + (t + first_turn) mod copies[e, 0]]   with e = experts[t, c]; -1 where e is negative or t padding
+    loads[e]  += 1 for each of these choices of e but those of padding
 
 So the copies of an expert take turns by row: all ranks that see the same rows agree without a word, and a row's tokens go
 the same way however often it runs. Ranks with few rows of their own begin at turns of their own. The table is read where it
@@ -19,12 +19,17 @@ from .dispatch import choose_backend
 
 
 def choose_replicas(
-    experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor, *, first_turn: int = 0
+    experts_TC: torch.Tensor,
+    copies_EN: torch.Tensor,
+    loads_E: torch.Tensor,
+    *,
+    first_turn: int = 0,
+    is_padding_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Slots int32 [T, C]; adds to `loads` int64.
 
     `experts` int32 below E (not checked on the device), `copies` int32: in each row their number, from 1, then their slots.
-    ValueError where shapes or dtypes do not fit.
+    `is_padding` bool; None where there is none. ValueError where shapes or dtypes do not fit.
     """
     num_experts = copies_EN.shape[0]
     if experts_TC.dim() != 2 or copies_EN.dim() != 2 or copies_EN.shape[1] < 2 or loads_E.shape != (num_experts,):
@@ -39,15 +44,24 @@ def choose_replicas(
         )
     if not all(x.is_contiguous() for x in (experts_TC, copies_EN, loads_E)):
         raise ValueError("choose_replicas: experts, copies and loads must be contiguous")
+    if is_padding_T is not None and (is_padding_T.dtype != torch.bool or is_padding_T.shape != experts_TC.shape[:1]):
+        raise ValueError(f"choose_replicas: is_padding {tuple(is_padding_T.shape)} {is_padding_T.dtype} must be bool [T]")
     if choose_backend("choose_replicas", experts_TC, copies_EN, loads_E) == "triton":
-        return _choose_replicas_triton(experts_TC, copies_EN, loads_E, first_turn=first_turn)
-    return choose_replicas_ref(experts_TC, copies_EN, loads_E, first_turn=first_turn)
+        return _choose_replicas_triton(experts_TC, copies_EN, loads_E, first_turn=first_turn, is_padding_T=is_padding_T)
+    return choose_replicas_ref(experts_TC, copies_EN, loads_E, first_turn=first_turn, is_padding_T=is_padding_T)
 
 
 def choose_replicas_ref(
-    experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor, *, first_turn: int = 0
+    experts_TC: torch.Tensor,
+    copies_EN: torch.Tensor,
+    loads_E: torch.Tensor,
+    *,
+    first_turn: int = 0,
+    is_padding_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     is_chosen_TC = experts_TC >= 0
+    if is_padding_T is not None:
+        is_chosen_TC &= ~is_padding_T[:, None]
     ids_TC = experts_TC.long().clamp(min=0)
     loads_E.scatter_add_(0, ids_TC.flatten(), is_chosen_TC.flatten().to(loads_E.dtype))
     row_T1 = torch.arange(experts_TC.shape[0], device=experts_TC.device)[:, None]
@@ -61,10 +75,12 @@ def _choose_replicas_kernel(
     copies,
     loads,
     slots,
+    is_padding,
     num_pairs,
     first_turn,
     NUM_CHOICES: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     EARLY_START: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -73,17 +89,25 @@ def _choose_replicas_kernel(
     wait_for_previous(EARLY_START)
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < num_pairs
+    token = pair // NUM_CHOICES
     expert = tl.load(experts + pair, inside, other=-1)
     is_chosen = expert >= 0
+    if HAS_PADDING:
+        is_chosen &= tl.load(is_padding + token, inside, other=1) == 0
     row = copies + expert.to(tl.int64) * NUM_COLUMNS
     num_copies = tl.load(row, is_chosen, other=1)
-    slot = tl.load(row + 1 + (pair // NUM_CHOICES + first_turn) % num_copies, is_chosen, other=-1)
+    slot = tl.load(row + 1 + (token + first_turn) % num_copies, is_chosen, other=-1)
     tl.store(slots + pair, slot, inside)
     tl.atomic_add(loads + expert, tl.full([BLOCK], 1, tl.int64), is_chosen, sem="relaxed")
 
 
 def _choose_replicas_triton(
-    experts_TC: torch.Tensor, copies_EN: torch.Tensor, loads_E: torch.Tensor, *, first_turn: int = 0
+    experts_TC: torch.Tensor,
+    copies_EN: torch.Tensor,
+    loads_E: torch.Tensor,
+    *,
+    first_turn: int = 0,
+    is_padding_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     slots_TC, num_pairs = torch.empty_like(experts_TC), experts_TC.numel()
     if num_pairs > 0:
@@ -93,10 +117,12 @@ def _choose_replicas_triton(
             copies_EN,
             loads_E,
             slots_TC,
+            experts_TC if is_padding_T is None else is_padding_T.view(torch.int8),
             num_pairs,
             first_turn,
             NUM_CHOICES=experts_TC.shape[1],
             NUM_COLUMNS=copies_EN.shape[1],
+            HAS_PADDING=is_padding_T is not None,
             BLOCK=block,
             num_warps=min(block // 32, 4),
             **launch_options(experts_TC.device),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ...kernels.expert_replicas import choose_replicas
-from ..parallel import Parallel, Share
+from ..parallel import DataParallel, Parallel, Share
 
 
 class ExpertMap:
@@ -38,13 +38,19 @@ class MovableExpertMap(ExpertMap):
 
     Attributes:
         copies_EN: as `choose_replicas` wants them.
-        loads_E: int64, tokens that chose each expert since it was last zeroed. Rows of padding are computed, so they count.
+        loads_E: int64, tokens that chose each expert since it was last zeroed. Padding counts where it is computed.
     """
 
-    def __init__(self, num_experts: int, experts_of_slots: Sequence[int], *, first_turn: int = 0, device: torch.device) -> None:
-        """`first_turn` as for `choose_replicas`: tensor ranks must have the same, data ranks need not."""
+    def __init__(
+        self,
+        num_experts: int,
+        experts_of_slots: Sequence[int],
+        *,
+        data: DataParallel | None = None,
+        device: torch.device,
+    ) -> None:
         super().__init__(num_experts)
-        self._first_turn = first_turn
+        self._data = data
         self.num_slots = len(experts_of_slots)
         self.loads_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
         num_columns = 1 + 1 + self.num_slots - num_experts  # all other experts have one copy at least
@@ -52,7 +58,11 @@ class MovableExpertMap(ExpertMap):
         self.place(experts_of_slots)
 
     def slots(self, experts_TC: torch.Tensor) -> torch.Tensor:
-        return choose_replicas(experts_TC, self.copies_EN, self.loads_E, first_turn=self._first_turn)
+        data = self._data
+        if data is None:
+            return choose_replicas(experts_TC, self.copies_EN, self.loads_E)
+        # Each data rank begins at a turn of its own: few tokens each are not all for the first copies.
+        return choose_replicas(experts_TC, self.copies_EN, self.loads_E, first_turn=data.rank, is_padding_T=data.is_padding_T)
 
     def experts_in(self, slots: Share) -> Sequence[int]:
         return self._experts_of_slots[slots.range]
@@ -86,5 +96,4 @@ class MovableExpertMap(ExpertMap):
 def build_map(num_experts: int, parallel: Parallel, *, device: torch.device) -> ExpertMap:
     if parallel.first_slots is None:
         return ExpertMap(num_experts)
-    first_turn = 0 if parallel.data is None else parallel.data.rank
-    return MovableExpertMap(num_experts, parallel.first_slots(num_experts), first_turn=first_turn, device=device)
+    return MovableExpertMap(num_experts, parallel.first_slots(num_experts), data=parallel.data, device=device)

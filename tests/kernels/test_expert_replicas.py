@@ -32,6 +32,19 @@ def test_kernel_equals_reference(device, case):
     assert torch.equal(torch.where(slots < 0, -1, slots // most), experts)
 
 
+def test_padding_goes_nowhere_and_is_not_counted(device):
+    experts = torch.randint(0, 8, (9, 2), dtype=torch.int32, device=device)
+    is_padding = torch.arange(9, device=device) % 3 == 1
+    table = random_table(8, 3).to(device)
+    for run in (RUN[device], choose_replicas_ref):
+        loads, expected_loads = (torch.zeros(8, dtype=torch.int64, device=device) for _ in range(2))
+        slots = run(experts, table, loads, is_padding_T=is_padding)
+        expected = choose_replicas_ref(experts, table, torch.zeros_like(loads)).masked_fill(is_padding[:, None], -1)
+        assert torch.equal(slots, expected)
+        choose_replicas_ref(experts[~is_padding], table, expected_loads)
+        assert torch.equal(loads, expected_loads)
+
+
 def test_copies_take_turns(device):
     table = torch.tensor([[3, 4, 5, 6], [1, 9, -7, -7]], dtype=torch.int32, device=device)
     experts = torch.tensor([[0, 1]] * 31, dtype=torch.int32, device=device)
