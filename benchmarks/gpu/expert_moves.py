@@ -6,7 +6,8 @@ milliseconds of steps, and for the last those of the steps that moved experts, h
 rank's tokens over the mean rank's) at the first and last reading. `equal_tokens` is the share of tokens that equal the first
 run's: rounding differs with the rank that computes an expert, so texts of random weights part at some token.
 
-    python benchmarks/gpu/expert_moves.py --shape qwen3-30b-a3b [--ranks 2] [--redundant 16] [--interval 200] [--batch-size 32]
+    python benchmarks/gpu/expert_moves.py [--shape qwen3-30b-a3b] [--tensor-parallel 2] [--data-parallel 1] [--redundant 16]
+        [--interval 200] [--batch-size 32]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from pilotfish.common.config import EngineConfig, ModelConfig, ParallelConfig
@@ -31,16 +33,17 @@ NEVER = 10**9
 
 
 class Steps:
-    """The messages of one run and when they came."""
+    """The messages of the first data rank and when they came; of all data ranks how many requests have ended."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, StepOutput]] = []
         self.num_ended = 0
         self.changed = threading.Condition()
 
-    def __call__(self, step: StepOutput) -> None:
+    def __call__(self, data_rank: int, step: StepOutput) -> None:
         with self.changed:
-            self.seen.append((time.perf_counter(), step))
+            if data_rank == 0:
+                self.seen.append((time.perf_counter(), step))
             self.num_ended += sum(sequence.finish_reason is not None for sequence in step.sequences)
             self.changed.notify_all()
 
@@ -55,10 +58,11 @@ class Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", default="qwen3-30b-a3b")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tensor-parallel", type=int, default=2)
+    parser.add_argument("--data-parallel", type=int, default=1)
     parser.add_argument("--redundant", type=int, default=16)
     parser.add_argument("--interval", type=int, default=200, help="steps from one rebalance to the next")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences of each data rank")
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=1000)
     args = parser.parse_args()
@@ -77,23 +81,30 @@ def main() -> None:
 
 def run(args: argparse.Namespace, *, redundant: int, interval: int) -> Steps:
     parallel = ParallelConfig(
-        tensor_parallel=args.ranks, expert_parallel=True, redundant_experts=redundant, rebalance_interval_steps=interval
+        tensor_parallel=args.tensor_parallel,
+        data_parallel=args.data_parallel,
+        expert_parallel=True,
+        redundant_experts=redundant,
+        rebalance_interval_steps=interval,
     )
-    steps, rng = Steps(), random.Random(0)
+    steps, rng, num_requests = Steps(), random.Random(0), args.batch_size * args.data_parallel
+    replica = LocalReplica(parallel, on_step=steps)
     engine = Engine(
         ModelConfig(model=f"dummy:{args.shape}", max_model_len=args.input_len + args.output_len + 16),
         EngineConfig(max_num_seqs=args.batch_size, prefix_caching=False),
-        on_step=steps,
-        set_up=LocalReplica(parallel, on_step=lambda *_: None),  # there is one data rank
+        on_step=partial(steps, 0),
+        set_up=replica,
     )
     info = engine.start()
     try:
-        for number in range(args.batch_size):
+        engines = [engine, *replica.leaders]
+        for number in range(num_requests):
             prompt = tuple(rng.choices(range(info.vocab_size), k=args.input_len))
             sampling = TokenSampling(temperature=0.0, max_tokens=args.output_len, seed=0)
-            engine.submit(EngineRequest(request_id=f"r{number}", prompt_token_ids=prompt, sampling=sampling))
+            request = EngineRequest(request_id=f"r{number}", prompt_token_ids=prompt, sampling=sampling)
+            engines[number // args.batch_size].submit(request)
         with steps.changed:
-            finished = steps.changed.wait_for(lambda: steps.num_ended == args.batch_size or not engine.health().ok, _TIMEOUT_S)
+            finished = steps.changed.wait_for(lambda: steps.num_ended == num_requests or not engine.health().ok, _TIMEOUT_S)
         if not finished or not engine.health().ok:
             raise SystemExit(f"the run did not end: {engine.health()}")
     finally:
@@ -112,7 +123,7 @@ def describe(steps: Steps, args: argparse.Namespace) -> dict[str, object]:
         step_ms = (steps.seen[index][0] - steps.seen[index - 1][0]) * 1e3
         moved = moves[index - ahead] != moves[index - ahead - 1]
         (moving_ms if moved else quiet_ms).append(step_ms)
-    row: dict[str, object] = {"ranks": args.ranks, "batch_size": args.batch_size, "steps": summary(quiet_ms)}
+    row: dict[str, object] = {"batch_size": args.batch_size, "steps": summary(quiet_ms)}
     measured = [balance.measured for balance in balances if balance is not None and balance.measured]
     if measured:
         row["moving_steps"] = summary(moving_ms)

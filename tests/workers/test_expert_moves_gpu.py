@@ -34,12 +34,18 @@ def run(path: Path, *, cuda_graphs: bool, set_up: SetUp | None = None) -> Told:
 
 
 @pytest.mark.parametrize("num_redundant", [0, 4])
-def test_text_stays_as_it_is_while_experts_move_under_graphs(tiny_mixtral: Path, num_redundant: int) -> None:
-    alone = run(tiny_mixtral, cuda_graphs=False)
+@pytest.mark.parametrize(("tensor_size", "data_size"), [(2, 1), (1, 2)], ids=["tensor ranks", "data ranks"])
+def test_text_stays_as_it_is_while_experts_move_under_graphs(
+    tiny_mixtral: Path, num_redundant: int, tensor_size: int, data_size: int
+) -> None:
+    """Of data ranks the second serves experts alone."""
     parallel = ParallelConfig(
-        tensor_parallel=2, expert_parallel=True, redundant_experts=num_redundant, rebalance_interval_steps=4
+        tensor_parallel=tensor_size,
+        data_parallel=data_size,
+        expert_parallel=True,
+        redundant_experts=num_redundant,
+        rebalance_interval_steps=4,
     )
     ranks = run(tiny_mixtral, cuda_graphs=True, set_up=LocalReplica(parallel, on_step=lambda *_: None))
-    assert ranks.tokens == alone.tokens
-    seen = [balance for balance in ranks.balances if balance is not None]
-    assert len({balance.num_moves for balance in seen}) >= 5
+    assert ranks.tokens == run(tiny_mixtral, cuda_graphs=False).tokens
+    assert len({balance.num_moves for balance in ranks.balances if balance is not None}) >= 5
