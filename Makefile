@@ -1,5 +1,5 @@
 # make demo    a real model answers through the real path, then everything is stopped
-# make test    every check and every test that needs no GPU
+# make test    every check and every test that needs no GPU (JOBS=4: tests in so many processes)
 # make test-cluster  a real `ray up` over several hosts (namespaces of this machine); needs root, and says what is missing
 # make serve   serve the model in the foreground (ARGS="--http-port 8000 ...")
 # make lint    the checks alone; make format fixes what can be fixed
@@ -7,6 +7,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 MODEL ?= smollm2-135m
+JOBS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -44,7 +45,7 @@ format: .venv/.ready
 	$(BIN)/ruff format .
 
 test: model lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-cluster: .venv/.ready
 	$(BIN)/python -m pytest tests/cluster -m hosts -rs $(ARGS)

@@ -42,6 +42,8 @@ _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # the kernels have threads of their own, which OpenMP's idle ones would slow down
     "NCCL_NVLS_ENABLE": "0",  # NVLink multicast
 }
+# Ranks see all GPUs of their node, so that they can map each other's memory, and take the one that Ray assigns to each.
+_RANK_ENVIRONMENT = {**_ENVIRONMENT, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
 class RayWorker:
@@ -123,7 +125,7 @@ class RayLauncher:
             max_concurrency=_NUM_THREADS,
             num_cpus=0,
             num_gpus=1 if device == "cuda" else 0,
-            runtime_env={"env_vars": _ENVIRONMENT},
+            runtime_env={"env_vars": _ENVIRONMENT if self._num_ranks == 1 else _RANK_ENVIRONMENT},
             **where,
         ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -28,14 +28,30 @@ TILE = 256  # rows of the weight an item; gated: half of them gates, half ups
 ROWS_TOGETHER = 8  # of the gate, then of up, in a stage
 MOST_PAIRS, MAX_STAGES, MAX_EXPERTS = 192, 8, 256
 NUM_THREADS = 384
+_MAX_SHARED_BYTES = loader.CTA_SHARED_BYTES - 10 * 1024  # dynamic ones: items and their pairs have static ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class TallConfig:
-    """At most `most_pairs` pairs an item (a multiple of 16); an expert's are shared out evenly among the fewest items."""
+    """At most `most_pairs` pairs an item (a multiple of 16); an expert's are shared out evenly among the fewest items.
+
+    `cluster`: CTAs, 1 or 2, that take the same pairs and copy their rows of x for each other. Scattered rows (of the gated
+    product of experts; of the other without sorted_rows) are served with the same items without it.
+    """
 
     most_pairs: int
     num_stages: int
+    cluster: int = 1
+
+
+# Worth measuring: as many pairs as accumulators hold, or fewer and more even shares.
+TALL_CONFIGS = (
+    TallConfig(most_pairs=192, num_stages=3),
+    TallConfig(most_pairs=160, num_stages=3),
+    TallConfig(most_pairs=128, num_stages=3),
+    TallConfig(most_pairs=96, num_stages=4),
+    TallConfig(most_pairs=192, num_stages=3, cluster=2),
+)
 
 
 def tall_experts(
@@ -91,6 +107,8 @@ def _launch(
     if x_RK.stride(0) % 8 or x_RK.data_ptr() % 16:
         x_RK = x_RK.clone(memory_format=torch.contiguous_format)  # rows at multiples of 16 bytes
     num_experts, num_inputs, num_outputs = weight_EUK.shape[0], weight_EUK.shape[2], y_PN.shape[1]
+    if not in_order:
+        config = replace(config, cluster=1)
     kernel = _load(config, weight_EUK, activation, in_order=in_order)
     assert kernel is not None  # unfit_reason has loaded its like
     x_box = (32 if config.most_pairs % 32 == 0 else 16, STEP_INPUTS)
@@ -111,9 +129,10 @@ def _launch(
             ctypes.c_int(y_PN.shape[0] // x_RK.shape[0]),
             ctypes.c_int(sorted_rows),
         ),
-        grid=(_num_multiprocessors(x_RK.device), 1),
+        grid=(_num_multiprocessors(x_RK.device) // config.cluster * config.cluster, 1),
         num_threads=NUM_THREADS,
         shared_bytes=shared_bytes(config),
+        cluster_size=config.cluster,
         early_start=True,
     )
 
@@ -137,7 +156,7 @@ def unfit_reason(config: TallConfig, weight_EUK: torch.Tensor, dtype: torch.dtyp
     reason = _unfit_config(config) or unfit_weight(weight_EUK, dtype, gated=gated, max_experts=MAX_EXPERTS, multiple_of=8)
     if reason is not None:
         return reason
-    is_loaded = _load(config, weight_EUK, ACTIVATIONS[0] if gated else None, in_order=not gated) is not None
+    is_loaded = _load(replace(config, cluster=1), weight_EUK, ACTIVATIONS[0] if gated else None, in_order=not gated) is not None
     return None if is_loaded else f"it cannot be compiled: {loader.unavailable_reason()}"
 
 
@@ -145,8 +164,10 @@ def unfit_reason(config: TallConfig, weight_EUK: torch.Tensor, dtype: torch.dtyp
 def _unfit_config(config: TallConfig) -> str | None:
     if config.most_pairs not in range(16, MOST_PAIRS + 1, 16) or not 2 <= config.num_stages <= MAX_STAGES:
         return f"{config} is not of 16 to {MOST_PAIRS} pairs, by 16, and 2 to {MAX_STAGES} stages"
-    if shared_bytes(config) > loader.MAX_SHARED_BYTES:
-        return f"{config} needs {shared_bytes(config)} bytes of shared memory, there are {loader.MAX_SHARED_BYTES}"
+    if config.cluster not in (1, 2):
+        return f"{config} is not of clusters of 1 or 2"
+    if shared_bytes(config) > _MAX_SHARED_BYTES:
+        return f"{config} needs {shared_bytes(config)} bytes of shared memory, there are {_MAX_SHARED_BYTES}"
     return None
 
 
@@ -154,6 +175,7 @@ def _load(config: TallConfig, weight_EUK: torch.Tensor, activation: str | None, 
     macros = (
         ("PAIRS", config.most_pairs),
         ("STAGES", config.num_stages),
+        ("CLUSTER", config.cluster),
         ("IN_ORDER", int(in_order)),
         ("GATED", int(activation is not None)),
         ("ACTIVATION", 0 if activation is None else ACTIVATIONS.index(activation)),

@@ -29,6 +29,7 @@ from triton.runtime.errors import OutOfResources
 from .graph_timing import time_in_graph
 from .tune_linear import ROWS, SHAPES, LinearCase, linear_cases
 from .tune_moe import MOE_ROWS, MoeCase, moe_cases
+from .tune_route import ROUTE_ROWS, RouteCase, route_cases
 from .tuning import Config, Entry, load_entries, row_bucket, save_entries, table_path
 
 # A candidate must save this share of the baseline's time: less is noise, and another way to round.
@@ -202,6 +203,11 @@ def chosen_moe_cases(args: argparse.Namespace) -> list[MoeCase]:
     return moe_cases(_shapes(args), args.rows or MOE_ROWS, num_ranks=args.tensor_parallel)
 
 
+def chosen_route_cases(args: argparse.Namespace) -> list[RouteCase]:
+    """What comes before the experts, of add_case_arguments' arguments."""
+    return route_cases(_shapes(args), args.rows or ROUTE_ROWS)
+
+
 def _shapes(args: argparse.Namespace) -> list[str]:
     return args.shapes or ([] if args.nk else list(SHAPES))
 
@@ -214,7 +220,11 @@ def parse_layers(text: str) -> list[str]:
     return names
 
 
-LAYERS: dict[str, Callable[[argparse.Namespace], Sequence[Case]]] = {"linear": chosen_linear_cases, "moe": chosen_moe_cases}
+LAYERS: dict[str, Callable[[argparse.Namespace], Sequence[Case]]] = {
+    "linear": chosen_linear_cases,
+    "moe": chosen_moe_cases,
+    "route": chosen_route_cases,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,11 +18,11 @@ from .moe_gemv import GemvConfig
 from .moe_mlp import run_down, run_gate_up
 from .moe_sort import sort_pairs
 from .streaming_experts import StreamingConfig
-from .tall_experts import TallConfig
+from .tall_experts import TALL_CONFIGS
 from .tuning import Config
 
 # (experts, choices, hidden, intermediate) of a model's sparse layers on one GPU.
-MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768), "qwen3-30b-a3b-tp2": (128, 8, 2048, 384)}
+MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
 MAX_GEMV_ROWS = 16  # beyond, two tokens share an expert too often
@@ -70,9 +70,7 @@ SHORT_TILES = {
 }
 # (tile, rows, num_stages, programs): as many programs as fit an H200 at once.
 STREAMING_TILES = [(64, 16, 6, 396), (128, 8, 6, 264), (256, 16, 6, 132)]
-# (most_pairs, num_stages) of the tall kernel of CUDA C++, for averages from MIN_TALL_PAIRS an expert.
-TALL_STREAMS = [(192, 3), (160, 3), (128, 3), (96, 4)]
-MIN_TALL_PAIRS = 48
+MIN_TALL_PAIRS = 48  # of an expert on average, for the tall kernel
 GEMV_TILES = {
     "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
     "moe_down": [(1, 256, 4), (2, 256, 4), (2, 256, 8), (4, 256, 8), (4, 256, 16), (8, 256, 16)],
@@ -184,8 +182,7 @@ class MoeCase:
             for tile, rows, num_stages, programs in STREAMING_TILES:
                 yield StreamingConfig(tile=tile, rows=rows, num_stages=num_stages, programs=programs)
         if average >= MIN_TALL_PAIRS and _is_on_hopper():
-            for most_pairs, num_stages in TALL_STREAMS:
-                yield TallConfig(most_pairs=most_pairs, num_stages=num_stages)
+            yield from (config for config in TALL_CONFIGS if config.cluster == 1 or self.op == "moe_down")
         if average >= 16:
             for block_m, block_n, block_k, num_warps, num_stages, tma, persistent in TALL_TILES[self.op]:
                 if average >= 64 if block_m == 128 else average < 256:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -37,9 +38,7 @@ class WorkerActor:
 
     def __init__(self, name: str) -> None:
         logs.set_up(name)
-        self._versions = own_versions(
-            ray.util.get_node_ip_address()
-        )  # what this process has loaded, whatever is installed later
+        self._versions = own_versions(ray.util.get_node_ip_address())  # as loaded here, whatever is installed later
         self._serving: ServingWorker | None = None
         self._rendezvous: object = None  # held open
 
@@ -73,7 +72,7 @@ class WorkerActor:
             identity: what this worker shows to the other parts of the cluster.
             controller_node: Ray's id of the controller's node: a worker there listens on the loopback address only.
             num_node_workers: how many workers share this node's cores and memory.
-            place: among the ranks of the replica, where it has several; this worker's `host` and `identity` are filled in.
+            place: among the ranks of the replica, where it has several; `host`, `identity` and `gpu` are filled in here.
 
         Raises:
             PilotfishError: why it cannot start.
@@ -82,7 +81,8 @@ class WorkerActor:
             if engine_config.device == "cpu":
                 engine_config = share_of_machine(engine_config, num_node_workers)
             if place is not None:
-                place = replace(place, host=ray.util.get_node_ip_address(), identity=identity)
+                gpu = own_gpu(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+                place = replace(place, host=ray.util.get_node_ip_address(), identity=identity, gpu=gpu)
             if place is not None and not place.is_leader:
                 self._follow(model_config, engine_config, place)
             else:
@@ -136,6 +136,17 @@ class WorkerActor:
         threading.Thread(target=_exit_when_failed, args=(engine,), name="engine-watch", daemon=True).start()
         logger.info("serving %s at %s under epoch %d", info.model_name, address, epoch)
         return ServingWorker(address=address, node=node, info=info, rank=0 if place is None else place.number)
+
+
+def own_gpu(assigned: Sequence[int | str], visible: str | None) -> int:
+    """The number by which CUDA knows, in this process, the GPU that Ray assigned to it; 0 where it has none.
+
+    Ranks see all GPUs of their node (see the launcher), or those that Ray was started with; both are named as in `visible`.
+    """
+    if not assigned:
+        return 0
+    names = [name.strip() for name in visible.split(",")] if visible else []
+    return names.index(str(assigned[0])) if names else int(assigned[0])
 
 
 def _exit_when_failed(engine: EngineInterface) -> None:

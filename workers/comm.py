@@ -4,8 +4,8 @@ Life cycle: the leader opens a Rendezvous on a free port; every rank joins it wi
 call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
 the group is of no use and its processes end. A message of another epoch is never seen: it is part of every key of the store.
 
-gloo serves CPUs, NCCL GPUs; small sums of the ranks of one machine go through memory that they share (peer_memory.py). Such a
-sum waits for `timeout_s` too, but cannot raise: `check` does, once its step has ended. NVLink multicast stays off
+gloo serves CPUs, NCCL GPUs; what is small goes through memory that the ranks of one machine share (peer_collectives.py). Such a
+collective waits for `timeout_s` too, but cannot raise: `check` does, once its step has ended. NVLink multicast stays off
 (NCCL_NVLS_ENABLE=0 in the worker's environment, see ray_launcher.py).
 """
 
@@ -23,12 +23,12 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
-from ..kernels.all_reduce import MAX_HIDDEN, PeerBuffers, all_reduce, all_reduce_norm, unfit_reason
 from ..kernels.rms_norm import rms_norm
 from ..models.parallel import Parallel
 from ..scheduler.expert_balancer import first_slots
 from .data_group import DataGroup, StepExchange, finish
-from .peer_memory import CAPACITY_BYTES, Way, check_all_came, choose_way, open_peer_buffers
+from .peer_collectives import PeerCollectives
+from .peer_memory import CAPACITY_BYTES, open_peer_buffers
 
 
 class Rendezvous:
@@ -67,7 +67,7 @@ class RankGroup:
     """The collectives between the tensor ranks of one data rank, as one of them sees them.
 
     Attributes:
-        peers: through which small sums go; None where the process group serves alone.
+        peers: what small collectives go through; None where the process group serves alone.
         data: between data ranks, where there are several.
         steps: between their leaders, on a leader.
     """
@@ -90,7 +90,7 @@ class RankGroup:
         self._group = group  # None of one tensor rank
         self._everyone = everyone  # all ranks in the order of their numbers, where experts move between them
         self._device = device
-        self.peers: PeerBuffers | None = None
+        self.peers: PeerCollectives | None = None
 
     @classmethod
     def join(cls, place: RankPlace, device: torch.device, *, peer_capacity_bytes: int = CAPACITY_BYTES) -> RankGroup:
@@ -103,11 +103,12 @@ class RankGroup:
             store = RankStore(place)
             make = _nccl_group if device.type == "cuda" else _gloo_group
             group, data, steps = None, None, None
+            tensor_ranks, data_ranks = f"tensor-ranks-{place.data_rank}", f"data-ranks-{place.rank}"
+            beside = replace(place, rank=place.data_rank, size=place.data_size)
             if place.size > 1:
-                group = make(place, dist.PrefixStore(f"tensor-ranks-{place.data_rank}", store.store), device)
+                group = make(place, dist.PrefixStore(tensor_ranks, store.store), device)
             if place.data_size > 1:
-                beside = replace(place, rank=place.data_rank, size=place.data_size)
-                data = DataGroup(beside, make(beside, dist.PrefixStore(f"data-ranks-{place.rank}", store.store), device))
+                data = DataGroup(beside, make(beside, dist.PrefixStore(data_ranks, store.store), device))
                 if place.is_leader:
                     steps = StepExchange(
                         beside, _gloo_group(beside, dist.PrefixStore("steps", store.store), torch.device("cpu"))
@@ -119,16 +120,30 @@ class RankGroup:
                 )
             joined = cls(place, store, group, device, data=data, steps=steps, everyone=everyone)
             joined.agree_on_least(place.number)  # the first collectives connect them
-            if device.type == "cuda" and place.size > 1:
-                joined.peers = open_peer_buffers(
-                    place, joined, device, agree_on_least=joined.agree_on_least, capacity_bytes=peer_capacity_bytes
-                )
+            if group is not None:
+                joined.peers = joined._open_peers(place, tensor_ranks, peer_capacity_bytes)
+            if data is not None:
+                data.peers = joined._open_peers(beside, data_ranks, peer_capacity_bytes)
         except (RuntimeError, ValueError) as error:
             raise InternalError(
                 f"rank {place.number} of {place.num_ranks} found no group of all ranks at {place.address} within "
                 f"{place.timeout_s:g} s: {' '.join(str(error).split())[:300]}"
             ) from error
         return joined
+
+    def _open_peers(self, place: RankPlace, name: str, capacity_bytes: int) -> PeerCollectives | None:
+        """Of the group in which this rank has `place`; all ranks of all groups do this together."""
+        if self._device.type != "cuda":
+            return None
+        buffers = open_peer_buffers(
+            place,
+            self._store,
+            self._device,
+            name=name,
+            agree_on_least=self.agree_on_least,
+            capacity_bytes=capacity_bytes,
+        )
+        return None if buffers is None else PeerCollectives(buffers)
 
     @property
     def parallel(self) -> Parallel:
@@ -148,10 +163,10 @@ class RankGroup:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's x; x itself may become it."""
+        if self.peers is not None and (total := self.peers.all_reduce(x)) is not None:
+            return total
         assert self._group is not None
-        x, way = _aligned(x), self._way(x)
-        if self.peers is not None and way != "group":
-            return all_reduce(x, self.peers, two_shot=way == "two_shot")
+        x = x.contiguous()
         options = dist.AllreduceOptions()
         options.asyncOp = False
         finish(self._group.allreduce([x], options))
@@ -161,26 +176,22 @@ class RankGroup:
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(s), s), where s is the residual plus the sum of every rank's x: one kernel where x is small."""
-        way = self._way(x_TH)
-        if self.peers is None or way == "group" or x_TH.shape[1] > MAX_HIDDEN:
-            return rms_norm(self.all_reduce(x_TH), weight_H, eps, residual_TH=residual_TH)
-        two_shot = way == "two_shot"
-        return all_reduce_norm(_aligned(x_TH), _aligned(residual_TH), weight_H, eps, self.peers, two_shot=two_shot)
-
-    def _way(self, x: torch.Tensor) -> Way:
-        if self.peers is None or unfit_reason(x.shape, x.dtype, self.peers) is not None:
-            return "group"
-        return choose_way(x.nbytes, self.place.size)
+        if self.peers is not None and (both := self.peers.all_reduce_norm(x_TH, residual_TH, weight_H, eps)) is not None:
+            return both
+        return rms_norm(self.all_reduce(x_TH), weight_H, eps, residual_TH=residual_TH)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x of one shape, joined along the last dimension in the order of ranks."""
-        assert self._group is not None
-        x = x.contiguous()
-        parts = x.new_empty((self.place.size * x.shape[0], *x.shape[1:]))
-        options = AllgatherOptions()
-        options.asyncOp = False
-        finish(self._group._allgather_base(parts, x, options))
-        return parts.view(self.place.size, *x.shape).movedim(0, -2).flatten(-2)
+        parts = None if self.peers is None else self.peers.all_gather(x)
+        if parts is None:
+            assert self._group is not None
+            x = x.contiguous()
+            rows = x.new_empty((self.place.size * x.shape[0], *x.shape[1:]))
+            options = AllgatherOptions()
+            options.asyncOp = False
+            finish(self._group._allgather_base(rows, x, options))
+            parts = rows.view(self.place.size, *x.shape)
+        return parts.movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: torch.Tensor) -> None:
         """x becomes the leader's."""
@@ -222,6 +233,8 @@ class RankGroup:
 
     def abort(self) -> None:
         """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
+        for peers in self._all_peers():
+            peers.buffers.end_waits()
         groups = {self._group, None if self.data is None else self.data.group, self._everyone}
         for group in groups:
             if group is not None:
@@ -229,8 +242,12 @@ class RankGroup:
 
     def check(self) -> None:
         """Asked when a step has ended, before its results are used: InternalError where it waited in vain for a rank."""
-        if self.peers is not None:
-            check_all_came(self.peers)
+        for peers in self._all_peers():
+            peers.check()
+
+    def _all_peers(self) -> list[PeerCollectives]:
+        both = self.peers, None if self.data is None else self.data.peers
+        return [peers for peers in both if peers is not None]
 
     def tell(self, key: str, value: str) -> None:
         """Leaves a word for the other tensor ranks."""
@@ -242,12 +259,6 @@ class RankGroup:
             return self._store.hear(f"{self.place.data_rank}.{key}")
         except RuntimeError as error:
             raise InternalError(f"no rank has said {key!r} within {self.place.timeout_s:g} s: {error}") from error
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or a copy, as kernels want it: contiguous, from a multiple of 16 bytes on."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _gloo_group(place: RankPlace, store: dist.Store, device: torch.device) -> dist.ProcessGroup:

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 from ..common.errors import InternalError
 from ..common.rank_place import RankPlace
 from ..models.parallel import DataParallel
+from .peer_collectives import PeerCollectives
 
 
 def finish(work: dist.Work | None) -> None:
@@ -29,10 +30,14 @@ class DataGroup:
 
     Args:
         place: with the data rank as its rank.
+
+    Attributes:
+        peers: what small collectives go through; None where the process group serves alone.
     """
 
     def __init__(self, place: RankPlace, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.peers: PeerCollectives | None = None
         self.parallel = DataParallel(
             rank=place.rank,
             size=place.size,
@@ -43,6 +48,8 @@ class DataGroup:
         self._size = place.size
 
     def _all_gather_rows(self, x_NH: torch.Tensor) -> torch.Tensor:
+        if self.peers is not None and (parts := self.peers.all_gather(x_NH)) is not None:
+            return parts.flatten(0, 1)
         x_NH = x_NH.contiguous()
         out_RH = x_NH.new_empty(self._size * len(x_NH), x_NH.shape[1])
         options = AllgatherOptions()
@@ -51,6 +58,8 @@ class DataGroup:
         return out_RH
 
     def _reduce_scatter_rows(self, x_RH: torch.Tensor) -> torch.Tensor:
+        if self.peers is not None and (rows := self.peers.reduce_scatter(x_RH)) is not None:
+            return rows
         x_RH = x_RH.contiguous()
         out_NH = x_RH.new_empty(len(x_RH) // self._size, x_RH.shape[1])
         options = dist.ReduceScatterOptions()

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from ..common.config import EngineConfig, ModelConfig
-from ..common.errors import InvalidRequest, Overloaded, PilotfishError, Unavailable
+from ..common.config import EngineConfig, ModelConfig, ParallelConfig
+from ..common.errors import ConfigError, InvalidRequest, Overloaded, PilotfishError, Unavailable
 from ..common.requests import EngineRequest, FinishReason, StepOutput, WorkerInfo
 from ..scheduler.snapshot import SchedulerSnapshot
 from ..scheduler.step_scheduler import SchedulerConfig, StepScheduler
@@ -35,6 +35,22 @@ from .step_loop import StepLoop, StepRunner
 logger = logging.getLogger(__name__)
 
 SetUp = Callable[[ModelConfig, EngineConfig], tuple[StepRunner, WorkerInfo]]
+
+
+def set_up_on_this_machine(parallel: ParallelConfig) -> SetUp:
+    """An engine's `set_up` that needs no Ray: alone, or at the head of ranks in processes of their own.
+
+    Raises:
+        ConfigError: several data ranks, which are several engines.
+    """
+    if parallel.data_parallel > 1:
+        raise ConfigError("one engine leads one data rank: leave data_parallel at 1 here, or use `pilotfish serve`")
+    if parallel.tensor_parallel == 1:
+        return set_up_runner
+    from .local_replica import LocalReplica  # ranks need grpc, which an engine alone does without
+
+    return LocalReplica(parallel)
+
 
 # Requests an engine holds at once, running and waiting. Queues for more belong to whoever feeds it.
 MAX_LIVE_REQUESTS = 1024

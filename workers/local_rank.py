@@ -34,7 +34,7 @@ from .ranks import Follower, lead
 
 _PROCESS_START_S = 120.0
 _PROCESS_END_S = 10.0
-_LAST_WORDS_S = 2.0
+LAST_WORDS_S = 2.0
 _WATCH_INTERVAL_S = 0.2
 _ENDING_S = 0.001  # of a request that has been told and still counts
 _HERE = "here"
@@ -75,7 +75,7 @@ class RankProcess:
 
     def last_words(self) -> str:
         """Of an ended process."""
-        self.process.join(_LAST_WORDS_S)
+        self.process.join(LAST_WORDS_S)
         with contextlib.suppress(EOFError, OSError):
             if self.words.poll():
                 return str(self.words.recv())

@@ -17,13 +17,13 @@ from multiprocessing import connection
 import torch
 
 from ..common.config import EngineConfig, ModelConfig, ParallelConfig
-from ..common.errors import ConfigError, InternalError
+from ..common.errors import ConfigError, InternalError, PilotfishError
 from ..common.rank_place import RankPlace
 from ..common.requests import ExpertBalance, StepOutput, WorkerInfo
 from ..scheduler.step_plan import StepPlan
 from .comm import RankGroup, Rendezvous
 from .cpu_threads import share_of_machine
-from .local_rank import LocalLeader, RankProcess
+from .local_rank import LAST_WORDS_S, LocalLeader, RankProcess
 from .model_runner import PendingStep
 from .ranks import LeadingRunner, lead
 from .runner_setup import choose_device
@@ -38,19 +38,20 @@ class LocalReplica:
     """See the module. One for each Engine.
 
     Args:
-        on_step: of the engines that lead other data ranks; (data rank, step), on a thread for each.
+        on_step: of the engines that lead other data ranks, where there are any; (data rank, step), on a thread for each.
 
     Attributes:
         leaders: of data ranks 1 and on, once the engine has started.
     """
 
-    def __init__(self, parallel: ParallelConfig, *, on_step: Callable[[int, StepOutput], None]) -> None:
+    def __init__(self, parallel: ParallelConfig, *, on_step: Callable[[int, StepOutput], None] | None = None) -> None:
         self.leaders: list[LocalLeader] = []
         self._on_step = on_step
         self._parallel = parallel
         self._failure = ""
         self._is_closing = False
         self._others: list[RankProcess] = []
+        self._watcher = threading.Thread(target=self._watch, name="rank-process-watch", daemon=True)
         self._rendezvous: Rendezvous | None = None  # held open
         self._group: RankGroup | None = None
         self._runner: LeadingRunner | None = None
@@ -75,16 +76,21 @@ class LocalReplica:
             self._others = [RankProcess.start(model_config, engine_config, place) for place in others]
             for rank in self._others:
                 rank.wait_until_here()
-            threading.Thread(target=self._watch, name="rank-process-watch", daemon=True).start()
+            self._watcher.start()
             self._runner, info = lead(model_config, engine_config, place=leader, on_join=self._join)
         except BaseException as error:
-            reason = self._failure or self._last_words()  # the cause comes before the leader's complaint about it
+            # What another rank says is the cause of the leader's complaint, unless that is about the model or the settings.
+            is_own = not isinstance(error, Exception) or (
+                isinstance(error, PilotfishError) and not isinstance(error, InternalError)
+            )
+            reason = "" if is_own else self._wait_for_failure()
             self.close()
-            if reason and isinstance(error, Exception):
+            if reason:
                 raise InternalError(reason) from error
             raise
         for rank in self._others:
             if rank.place.is_leader:
+                assert self._on_step is not None
                 self.leaders.append(LocalLeader(rank, partial(self._on_step, rank.place.data_rank)))
         return self, info
 
@@ -150,6 +156,12 @@ class LocalReplica:
             rank.end(0)
         if self._group is not None:
             self._group.abort()
+
+    def _wait_for_failure(self) -> str:
+        """Of another rank, which the leader may notice before its process has ended; "" if there is none."""
+        if self._watcher.is_alive():
+            self._watcher.join(2 * LAST_WORDS_S)
+        return self._failure
 
     def _last_words(self) -> str:
         """Why the first of the ranks that have ended did; "" while all run."""

@@ -158,7 +158,8 @@ class ModelRunner:
         self._decode_graphs = record_decode_graphs(decodes, recorder)
 
     def close(self) -> None:
-        """It holds nothing that outlives it."""
+        """Frees the graphs. A group that is aborted waits for those that hold its collectives."""
+        self._decode_graphs, self._chunk_graphs = DecodeGraphs({}), ChunkGraphs({})
 
     def run(self, plan: StepPlan) -> StepResult:
         """Launches the step and waits for it."""

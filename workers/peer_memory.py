@@ -1,7 +1,7 @@
 """The buffers through which the ranks of one machine exchange small messages: GPU memory that each maps of all others.
 
-Life cycle: once the group stands, all its ranks call `open_peer_buffers`, which ends with the same answer on every rank:
-buffers, or None where one rank cannot (several machines, no peer access, another GPU, no compiler); the reason is logged once
+Life cycle: once a group stands, all its ranks call `open_peer_buffers`, which ends with the same answer on every rank: buffers,
+or None where one rank cannot (several machines, no peer access, another GPU, no compiler); the reason is logged once
 and NCCL serves instead. What was mapped stays so until the process ends; a peer's death does not take its memory away before.
 
 Descriptors of the memory go through Unix sockets in a folder of this user's alone; their paths are left in the group's store.
@@ -15,48 +15,31 @@ import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
-from ..common.errors import InternalError
 from ..common.rank_place import RankPlace
-from ..kernels.all_reduce import MAX_RANKS, NOTHING, PeerBuffers, load_kernel, receive_bytes
+from ..kernels.all_reduce import is_available
 from ..kernels.cuda.driver import CudaError
 from ..kernels.cuda.shareable_memory import allocate, fill, map_shared
 from ..kernels.dispatch import kernel_mode
+from ..kernels.peer_buffers import MAX_RANKS, NOTHING, PeerBuffers, receive_bytes
 
 logger = logging.getLogger(__name__)
 
-Way = Literal["one_shot", "two_shot", "group"]
-
 # The largest message.
 CAPACITY_BYTES = 4 << 20
-# Up to here one shot beats two shots and NCCL: bytes that a rank sends in one shot, over all links together.
-MAX_ONE_SHOT_SENT_BYTES = 4 << 20
 _MACHINE_ID = Path("/proc/sys/kernel/random/boot_id")
 _EXCHANGE_S = 10.0
 
 
 class Words(Protocol):
-    """What ranks leave for each other (comm.RankGroup)."""
+    """What ranks leave for each other (comm.RankStore)."""
 
     def tell(self, key: str, value: str) -> None: ...
 
     def hear(self, key: str) -> str: ...
-
-
-def choose_way(num_bytes: int, num_ranks: int) -> Way:
-    """How a message goes: through the buffers in one or two trips, or by the process group. All ranks choose alike.
-
-    Two ranks send each other everything in one shot, which is the least there is. More than two send (ranks - 1) times the
-    message in one shot, 2 (ranks - 1) / ranks times in two.
-    """
-    if num_bytes > CAPACITY_BYTES:
-        return "group"
-    if num_bytes * (num_ranks - 1) <= MAX_ONE_SHOT_SENT_BYTES:
-        return "one_shot"
-    return "two_shot" if num_ranks > 2 else "group"
 
 
 def open_peer_buffers(
@@ -64,22 +47,26 @@ def open_peer_buffers(
     words: Words,
     device: torch.device,
     *,
+    name: str,
     agree_on_least: Callable[[int], int],
     capacity_bytes: int = CAPACITY_BYTES,
 ) -> PeerBuffers | None:
     """Buffers for messages of up to `capacity_bytes`; None, on all ranks, where one of them cannot. Once in a group's life.
 
-    Raises:
-        InternalError: a rank does not come in time.
+    Args:
+        place: among the ranks of the group, whose `name` no other group has.
+        agree_on_least: a collective of these ranks, or of more that open buffers at this moment.
+
+    Raises what `words` and `agree_on_least` raise where a rank does not come in time.
     """
-    reason = _unfit_reason(place, words, device)
+    reason = _unfit_reason(place, words, device, name=name)
     if not agree_on_least(reason is None):
         _say_why_not(place, reason)
         return None
     addresses: tuple[int, ...] = ()
     state = torch.zeros(4, dtype=torch.int32, device=device)
     try:
-        addresses = _map_all(place, words, receive_bytes(place.size, capacity_bytes), device.index)
+        addresses = _map_all(place, words, receive_bytes(place.size, capacity_bytes), device.index, name=name)
     except (CudaError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
     # Nobody writes into a buffer before all have been filled, nor counts before there is a zero.
@@ -91,7 +78,7 @@ def open_peer_buffers(
         addresses=addresses,
         capacity_bytes=capacity_bytes,
         state=state,
-        missing=torch.zeros(1, dtype=torch.int32, pin_memory=True),
+        failed=torch.zeros(1, dtype=torch.int32, pin_memory=True),
         timeout_s=place.timeout_s,
     )
 
@@ -101,26 +88,26 @@ def _say_why_not(place: RankPlace, reason: str | None) -> None:
         logger.warning("rank %d has no memory in common with its peers, NCCL sums small messages too: %s", place.rank, reason)
 
 
-def _unfit_reason(place: RankPlace, words: Words, device: torch.device) -> str | None:
-    words.tell(f"gpu-machine-{place.rank}", _MACHINE_ID.read_text().strip())
-    machines = {words.hear(f"gpu-machine-{rank}") for rank in range(place.size)}
+def _unfit_reason(place: RankPlace, words: Words, device: torch.device, *, name: str) -> str | None:
+    words.tell(f"{name}-machine-{place.rank}", _MACHINE_ID.read_text().strip())
+    machines = {words.hear(f"{name}-machine-{rank}") for rank in range(place.size)}
     if len(machines) > 1:
         return f"the {place.size} ranks are on {len(machines)} machines"
     if place.size > MAX_RANKS:
         return f"{place.size} ranks, it serves up to {MAX_RANKS}"
     if kernel_mode() == "ref":
         return "PILOTFISH_KERNELS=ref"
-    if not load_kernel(place.size, device):
+    if not is_available(place.size, device):
         return f"its kernel does not run on {torch.cuda.get_device_name(device)}, or cannot be compiled"
     return None
 
 
-def _map_all(place: RankPlace, words: Words, num_bytes: int, device_index: int) -> tuple[int, ...]:
+def _map_all(place: RankPlace, words: Words, num_bytes: int, device_index: int, *, name: str) -> tuple[int, ...]:
     """The addresses of all ranks' buffers; this rank's own has been filled."""
     own = allocate(num_bytes, device_index)
     try:
         fill(own, NOTHING)
-        descriptors = exchange_descriptors(place, words, own.descriptor)
+        descriptors = exchange_descriptors(place, words, own.descriptor, name=name)
     finally:
         os.close(own.descriptor)
     addresses = {rank: map_shared(descriptor, own.num_bytes, device_index) for rank, descriptor in descriptors.items()}
@@ -128,12 +115,11 @@ def _map_all(place: RankPlace, words: Words, num_bytes: int, device_index: int) 
     return tuple(addresses[rank] for rank in range(place.size))
 
 
-def exchange_descriptors(place: RankPlace, words: Words, descriptor: int) -> dict[int, int]:
+def exchange_descriptors(place: RankPlace, words: Words, descriptor: int, *, name: str) -> dict[int, int]:
     """What the other ranks of this machine give, by rank, as descriptors of this process; each gets `descriptor`.
 
     Raises:
-        OSError: a rank cannot be reached, or not in time.
-        InternalError: a rank does not say where it can be reached.
+        OSError: a rank cannot be reached, or not in time. And what `words` raises where it does not say where.
     """
     others = [rank for rank in range(place.size) if rank != place.rank]
     received: dict[int, int] = {}
@@ -142,11 +128,11 @@ def exchange_descriptors(place: RankPlace, words: Words, descriptor: int) -> dic
         listener.bind(path)
         listener.listen(place.size)
         listener.settimeout(_EXCHANGE_S)
-        words.tell(f"descriptors-{place.rank}", path)
+        words.tell(f"{name}-descriptors-{place.rank}", path)
         for rank in others:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(_EXCHANGE_S)
-                connection.connect(words.hear(f"descriptors-{rank}"))
+                connection.connect(words.hear(f"{name}-descriptors-{rank}"))
                 socket.send_fds(connection, [bytes([place.rank])], [descriptor])
         for _ in others:
             connection, _ = listener.accept()
@@ -157,10 +143,3 @@ def exchange_descriptors(place: RankPlace, words: Words, descriptor: int) -> dic
                 raise ConnectionError("a rank sent no descriptor")
             received[sender[0]] = descriptors[0]
     return received
-
-
-def check_all_came(buffers: PeerBuffers) -> None:
-    """Raises InternalError where a step that has ended waited in vain for a rank."""
-    rank = buffers.missing_rank
-    if rank is not None:
-        raise InternalError(f"rank {rank} took no part in a sum over ranks within {buffers.timeout_s:g} s: the step is void")

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeAlias, TypeGuard, cast, overload
 
 from tqdm import tqdm
 
-from ..common.config import EngineConfig, ModelConfig, parse
+from ..common.config import EngineConfig, ModelConfig, ParallelConfig, parse
 from ..common.errors import ConfigError, InvalidRequest, Unavailable
 from ..common.sampling_params import SamplingParams
 from ..text import generation_defaults
@@ -27,7 +27,7 @@ from ..text.prepare import ModelLimits, PreparedRequest, prepare
 from ..text.tokenizer import Tokenizer
 from .batch_run import BatchRun
 from .completion import Completion, CompletionBuilder, Delta
-from .engine import Engine
+from .engine import Engine, set_up_on_this_machine
 from .engine_calls import CallRouter, EngineCall
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -48,8 +48,10 @@ class Pipeline:
 
     Args:
         model: a local directory, a Hub id, a .gguf file or an alias.
-        options: settings of `ModelConfig` (dtype, max_model_len, generation_config, ...) and `EngineConfig` (device,
-            max_num_seqs, num_kv_blocks, ...) by name.
+        options: settings of `ModelConfig` (dtype, max_model_len, generation_config, ...), `EngineConfig` (device,
+            max_num_seqs, num_kv_blocks, ...) and `ParallelConfig` (tensor_parallel, expert_parallel) by name. The ranks of
+            tensor_parallel above 1 are processes of this machine, started anew: a script then needs
+            `if __name__ == "__main__":`.
 
     Attributes:
         info: facts found at the start: dtype, context, size of the KV cache.
@@ -61,9 +63,10 @@ class Pipeline:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self._model_config, self._engine_config = _split_options(model, options)
+        self._model_config, self._engine_config, parallel = _split_options(model, options)
         self._router = CallRouter()
-        self._engine = Engine(self._model_config, self._engine_config, on_step=self._router)
+        set_up = set_up_on_this_machine(parallel)
+        self._engine = Engine(self._model_config, self._engine_config, on_step=self._router, set_up=set_up)
         # Stops the engine when this object goes, at the latest at the interpreter's end.
         self._close = weakref.finalize(self, self._engine.stop)
         self._request_numbers = itertools.count(1)
@@ -200,17 +203,19 @@ class Pipeline:
             raise Unavailable("this pipeline is closed: make a new one")
 
 
-def _split_options(model: str, options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig]:
+def _split_options(model: str, options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig, ParallelConfig]:
     """Each option to the section that has it."""
-    of_model, of_engine = ({field.name for field in fields(section)} for section in (ModelConfig, EngineConfig))
-    known = (of_model | of_engine) - {"model"}
+    sections = (ModelConfig, EngineConfig, ParallelConfig)
+    of_model, of_engine, of_parallel = ({field.name for field in fields(section)} for section in sections)
+    known = (of_model | of_engine | of_parallel) - {"model", "placement"}  # there is one machine to place ranks on
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown option {name!r}; {hint}")
     model_config = parse(ModelConfig, {"model": model, **{k: v for k, v in options.items() if k in of_model}})
-    return model_config, parse(EngineConfig, {k: v for k, v in options.items() if k in of_engine})
+    engine_config = parse(EngineConfig, {k: v for k, v in options.items() if k in of_engine})
+    return model_config, engine_config, parse(ParallelConfig, {k: v for k, v in options.items() if k in of_parallel})
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[object]]:

@@ -78,6 +78,7 @@ class LeadingRunner:
             self._beat.close()
         self._watch.close()
         self._sender.close()
+        self._runner.close()
 
 
 def lead(

@@ -11,10 +11,11 @@ calls one behind the other, of
     sum_then_norm    one_shot, then kernels/rms_norm.py
     nccl_then_norm   NCCL's all-reduce, then kernels/rms_norm.py
     norm             kernels/rms_norm.py alone
+    gather           kernels/all_gather.py, of so many bytes a rank; nccl_gather
+    scatter          kernels/reduce_scatter.py, of so many bytes a rank and so many by the number of ranks back; nccl_scatter
 
-Rows are --hidden numbers of bfloat16. `wrong` names what differs from NCCL's sum (must be empty). The largest size at which
-one_shot is the quickest belongs into workers/peer_memory.py (MAX_ONE_SHOT_SENT_BYTES, CAPACITY_BYTES). NVLink multicast stays
-off.
+Rows are --hidden numbers of bfloat16. `wrong` names what differs from NCCL's (must be empty). The largest sizes at which our
+ways are the quickest belong into workers/peer_collectives.py. NVLink multicast stays off.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from multiprocessing import get_context
 import torch
 import torch.distributed as dist
 from pilotfish.common.rank_place import RankPlace
-from pilotfish.kernels.all_reduce import PeerBuffers, all_reduce, all_reduce_norm
+from pilotfish.kernels import all_gather, reduce_scatter
+from pilotfish.kernels.all_reduce import all_reduce, all_reduce_norm
+from pilotfish.kernels.peer_buffers import PeerBuffers
 from pilotfish.kernels.rms_norm import rms_norm
 from pilotfish.workers.comm import RankGroup, Rendezvous
 
@@ -75,11 +78,9 @@ def torch_one_shot(x: torch.Tensor) -> Call:
     return lambda: torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", name)
 
 
-def ways(group: RankGroup, peers: PeerBuffers, x: torch.Tensor, options: argparse.Namespace) -> dict[str, Call]:
-    residual, weight = torch.randn_like(x), torch.randn_like(x[0])
-    by_nccl = RankGroup(group.place, group._store, group._group, x.device)  # without shared memory
-    total = x.clone()
-    calls: dict[str, Call] = {"nccl": lambda: by_nccl.all_reduce(total)}
+def ways(peers: PeerBuffers, x: torch.Tensor, options: argparse.Namespace) -> dict[str, Call]:
+    residual, weight, total = torch.randn_like(x), torch.randn_like(x[0]), x.clone()
+    calls: dict[str, Call] = {"nccl": lambda: dist.all_reduce(total)}
     if x.nbytes <= options.torch_max_bytes:
         calls["torch_one_shot"] = torch_one_shot(x)
     calls["one_shot"] = lambda: all_reduce(x, peers)
@@ -88,23 +89,36 @@ def ways(group: RankGroup, peers: PeerBuffers, x: torch.Tensor, options: argpars
         calls["two_shot_norm"] = lambda: all_reduce_norm(x, residual, weight, EPS, peers, two_shot=True)
     calls["one_shot_norm"] = lambda: all_reduce_norm(x, residual, weight, EPS, peers)
     calls["sum_then_norm"] = lambda: rms_norm(all_reduce(x, peers), weight, EPS, residual_TH=residual)
-    calls["nccl_then_norm"] = lambda: rms_norm(by_nccl.all_reduce(total), weight, EPS, residual_TH=residual)
+    calls["nccl_then_norm"] = lambda: (dist.all_reduce(total), rms_norm(total, weight, EPS, residual_TH=residual))
     calls["norm"] = lambda: rms_norm(x, weight, EPS, residual_TH=residual)
+    if all_gather.unfit_reason(x.shape, x.dtype, peers) is None:
+        gathered = x.new_empty(peers.size * x.shape[0], x.shape[1])
+        calls["gather"] = lambda: all_gather.all_gather(x, peers)
+        calls["nccl_gather"] = lambda: dist.all_gather_into_tensor(gathered, x)
+    if reduce_scatter.unfit_reason(x.shape, x.dtype, peers) is None:
+        rows = x.new_empty(x.shape[0] // peers.size, x.shape[1])
+        calls["scatter"] = lambda: reduce_scatter.reduce_scatter(x, peers)
+        calls["nccl_scatter"] = lambda: dist.reduce_scatter_tensor(rows, x)
     return calls
 
 
 def find_wrong(peers: PeerBuffers, x: torch.Tensor) -> list[str]:
-    expected = x.clone()
-    dist.all_reduce(expected)
-    residual, weight = torch.zeros_like(x), torch.ones_like(x[0])
-    sums = {
-        "one_shot": all_reduce(x, peers),
-        "two_shot": all_reduce(x, peers, two_shot=True),
-        "one_shot_norm": all_reduce_norm(x, residual, weight, EPS, peers)[1],
+    total = x.clone()
+    dist.all_reduce(total)
+    pairs = {
+        "one_shot": (all_reduce(x, peers), total),
+        "two_shot": (all_reduce(x, peers, two_shot=True), total),
+        "one_shot_norm": (all_reduce_norm(x, torch.zeros_like(x), torch.ones_like(x[0]), EPS, peers)[1], total),
     }
+    if all_gather.unfit_reason(x.shape, x.dtype, peers) is None:
+        gathered = x.new_empty(peers.size * x.shape[0], x.shape[1])
+        dist.all_gather_into_tensor(gathered, x)
+        pairs["gather"] = all_gather.all_gather(x, peers).flatten(0, 1), gathered
+    if reduce_scatter.unfit_reason(x.shape, x.dtype, peers) is None:
+        pairs["scatter"] = reduce_scatter.reduce_scatter(x, peers), total.chunk(peers.size)[peers.rank]
     torch.cuda.synchronize()
-    wrong = [name for name, total in sums.items() if not torch.allclose(total, expected, rtol=2.0**-7, atol=1e-2)]
-    return wrong if peers.missing_rank is None else [*wrong, f"rank {peers.missing_rank} is missing"]
+    wrong = [name for name, (ours, theirs) in pairs.items() if not torch.allclose(ours, theirs, rtol=2.0**-7, atol=1e-2)]
+    return [*wrong, peers.failure] if peers.failure else wrong
 
 
 def measure(group: RankGroup, peers: PeerBuffers, device: torch.device, num_bytes: int, options: argparse.Namespace) -> None:
@@ -113,8 +127,7 @@ def measure(group: RankGroup, peers: PeerBuffers, device: torch.device, num_byte
     wrong = find_wrong(peers, x)
     num_calls = 64 if num_bytes <= 1 << 20 else 8
     timed = {
-        name: round(graph_microseconds(group, call, num_calls=num_calls), 2)
-        for name, call in ways(group, peers, x, options).items()
+        name: round(graph_microseconds(group, call, num_calls=num_calls), 2) for name, call in ways(peers, x, options).items()
     }
     if group.place.rank == 0:
         print(json.dumps({"bytes": num_bytes, "rows": rows, **timed, "wrong": wrong}), flush=True)
@@ -133,7 +146,7 @@ def run_rank(place: RankPlace, options: argparse.Namespace) -> None:
     if group.peers is None:
         raise SystemExit("these ranks cannot share memory; the log above says why")
     for num_bytes in options.sizes:
-        measure(group, group.peers, device, num_bytes, options)
+        measure(group, group.peers.buffers, device, num_bytes, options)
     group.agree_on_least(0)
     dist.destroy_process_group()
 

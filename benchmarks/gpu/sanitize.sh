@@ -8,12 +8,13 @@ command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on t
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 tools=("$@")
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck synccheck)
-python3 sanitized_kernels.py streaming_linear streaming_experts tall_experts || exit 1  # compiled, and right without it
+kernels=(streaming_linear streaming_experts tall_experts norm_and_route)
+python3 sanitized_kernels.py "${kernels[@]}" || exit 1  # compiled, and right without it
 status=0
 for tool in "${tools[@]}"; do
   padding=()
   [ "$tool" != memcheck ] || padding=(--padding 256)
-  for kernel in streaming_linear streaming_experts tall_experts; do
+  for kernel in "${kernels[@]}"; do
     echo "== $tool of $kernel"
     timeout 120 compute-sanitizer --tool "$tool" "${padding[@]}" --error-exitcode 1 --kernel-regex "kns=$kernel" \
       python3 sanitized_kernels.py "$kernel" || status=1

@@ -1,6 +1,6 @@
 """What sanitize.sh watches: each CUDA C++ kernel named, on small ragged shapes, against its reference.
 
-    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts
+    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts norm_and_route
 
 Every way through a kernel once: sums split and not, beside the stages and in their place, gated and not, rows in order and not.
 """
@@ -15,6 +15,7 @@ import torch
 from pilotfish.kernels.gated_linear import gated_linear_ref
 from pilotfish.kernels.linear import linear_ref
 from pilotfish.kernels.moe_mlp import moe_mlp_ref, run_experts
+from pilotfish.kernels.norm_and_route import fused_norm_and_route, separate_norm_and_route
 from pilotfish.kernels.skinny_linear import skinny_linear
 from pilotfish.kernels.streaming_experts import StreamingConfig
 from pilotfish.kernels.tall_experts import TallConfig, tall_linear
@@ -45,12 +46,22 @@ def streaming_experts() -> Iterator[Pair]:
 
 def tall_experts() -> Iterator[Pair]:
     """Both products of a layer, rows that are gathered and rows in order, and a dense layer."""
-    for most_pairs in (96, 192):
-        config = TallConfig(most_pairs=most_pairs, num_stages=3)
+    for most_pairs, cluster in ((96, 1), (192, 1), (96, 2)):
+        config = TallConfig(most_pairs=most_pairs, num_stages=3, cluster=cluster)
         yield expert_layer(200, config)
         x, weight = random(100, 128, scale=1.0), random(1040, 128, scale=0.09)
         y = tall_linear(x, weight, activation="silu", config=config)
         yield f"gated, {config}", y, gated_linear_ref(x, weight, activation="silu")
+
+
+def norm_and_route() -> Iterator[Pair]:
+    """The choice follows from the logits of the kernel's own norm; what differs between two sums shows in weights alone."""
+    x, residual, gain = random(5, 2048, scale=1.0), random(5, 2048, scale=1.0), random(2048, scale=1.0)
+    for num_experts in (64, 128):
+        arguments = (x, residual, gain, 1e-6, random(num_experts, 2048, scale=0.02), 8)
+        results = fused_norm_and_route(*arguments, renormalize=False), separate_norm_and_route(*arguments, renormalize=False)
+        for name, fused, separate in zip(("norm", "sum", "weights"), *results, strict=False):
+            yield f"{name} before {num_experts} experts", fused, separate
 
 
 def expert_layer(num_tokens: int, config: StreamingConfig | TallConfig) -> Pair:
@@ -71,6 +82,7 @@ KERNELS: dict[str, Callable[[], Iterator[Pair]]] = {
     "streaming_linear": streaming_linear,
     "streaming_experts": streaming_experts,
     "tall_experts": tall_experts,
+    "norm_and_route": norm_and_route,
 }
 
 

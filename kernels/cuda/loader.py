@@ -31,9 +31,10 @@ from .driver import check, driver, ensure_context
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
-HEADERS = ("device.cuh", "hopper.cuh", "streaming.cuh")  # what a source may include
+HEADERS = ("device.cuh", "hopper.cuh", "streaming.cuh", "peers.cuh")  # what a source may include
 CAPABILITY = (9, 0)
-MAX_SHARED_BYTES = 223 * 1024  # dynamic; a CTA may have 227 KiB together with its static ones
+CTA_SHARED_BYTES = 227 * 1024  # that a CTA may have, static ones included
+MAX_SHARED_BYTES = CTA_SHARED_BYTES - 4 * 1024  # dynamic ones beside 4 KiB of static ones
 INSTALL_HINT = (
     "install NVRTC and its bindings (`pip install 'cuda-bindings[all]'`), of the CUDA version that torch was built for"
 )
@@ -42,7 +43,7 @@ _FLAGS = ("--gpu-architecture=sm_90a", "-std=c++17")
 Macros = tuple[tuple[str, int], ...]
 
 # Numbers of cuda.h.
-_MAX_DYNAMIC_SHARED_SIZE, _PREFERRED_SHARED_CARVEOUT = 8, 9
+_STATIC_SHARED_SIZE, _MAX_DYNAMIC_SHARED_SIZE, _PREFERRED_SHARED_CARVEOUT = 1, 8, 9
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES, _FILL_WITH_ZEROS = 0, 3, 3, 0
@@ -245,7 +246,10 @@ def _load_function(path: Path, name: str, device_index: int) -> Kernel:
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     check(driver().cuModuleLoadData(ctypes.byref(module), path.read_bytes()), f"cuModuleLoadData of {path}; remove it")
     check(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"cuModuleGetFunction of {name}")
-    for attribute, value in ((_MAX_DYNAMIC_SHARED_SIZE, MAX_SHARED_BYTES), (_PREFERRED_SHARED_CARVEOUT, 100)):
+    static_bytes = ctypes.c_int()
+    check(driver().cuFuncGetAttribute(ctypes.byref(static_bytes), _STATIC_SHARED_SIZE, function), "cuFuncGetAttribute")
+    max_dynamic = CTA_SHARED_BYTES - static_bytes.value
+    for attribute, value in ((_MAX_DYNAMIC_SHARED_SIZE, max_dynamic), (_PREFERRED_SHARED_CARVEOUT, 100)):
         check(driver().cuFuncSetAttribute(function, attribute, value), f"cuFuncSetAttribute {attribute} = {value}")
     assert function.value is not None
     return Kernel(function.value, device_index)

@@ -18,34 +18,12 @@ constexpr int THREADS = CONSUMERS + 64;
 constexpr int UNITS = OUTPUTS / 8;  // outputs are shared out among the CTAs of a cluster by eights
 constexpr int MAX_SPLITS = 8;
 
-// For what other CTAs of the cluster have sent.
-__device__ __forceinline__ void wait_for_peers(u32 barrier) {
-  u32 done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}"
-        : "=r"(done)
-        : "r"(barrier)
-        : "memory");
-  } while (!done);
-}
-
 // --- clusters
 
 // Relaxed: before it come the initialised mbarriers, which have their own fence, and reads of shared memory that have finished.
 __device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ u32 address_in_rank(u32 address, u32 rank) {
-  u32 remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  return remote;
-}
 
 // Sends to another CTA's shared memory, whose barrier counts the bytes when they are there.
 __device__ __forceinline__ void send(u32 remote_address, u32 remote_barrier, const Four& four) {
@@ -221,7 +199,7 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
   if (num_splits == 1) {
     synchronize_consumers();
   } else {
-    wait_for_peers(received);
+    wait_for_peers(received, 0);
   }
 
   // A thread has four outputs, and goes down the rows of x.

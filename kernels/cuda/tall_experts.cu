@@ -12,8 +12,10 @@
 // K. With sorted_rows the rows of y of the gated product are in the order of `pairs`, else in that of pair.
 // It waits for the kernel before it lets the next one start, which may read the routing before its own wait.
 //
-// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, IN_ORDER, FLOAT16, GATED,
-// ACTIVATION.
+// CLUSTER: so many CTAs, a cluster, take the same pairs and blocks of outputs beside each other: each copies a part of the rows of x
+// for all of them. Where IN_ORDER only.
+//
+// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, CLUSTER (1 or 2), IN_ORDER, FLOAT16, GATED, ACTIVATION.
 
 #include "hopper.cuh"
 
@@ -22,7 +24,7 @@ constexpr int OUTPUTS = GATED ? TILE / 2 : TILE;
 constexpr int GROUPS = 2;         // warpgroups that multiply
 constexpr int BLOCKS = 2;         // of 64 rows of the weight, of a warpgroup
 constexpr int CONSUMERS = GROUPS * 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
-constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 56;  // 65536 in all, by eights
+constexpr int PRODUCER_REGISTERS = IN_ORDER ? 40 : 56, CONSUMER_REGISTERS = IN_ORDER ? 232 : 224;  // 168 a thread in all
 constexpr int WEIGHT_BYTES = TILE * STEP_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + PAIRS * STEP_BYTES;
 constexpr int ROWS_A_PRODUCER = PAIRS / 16;  // of x, whose 8 chunks of 16 bytes are copied by 8 threads
@@ -75,7 +77,8 @@ struct Items {
     const u32 band = num_blocks <= BLOCKS_AT_ONCE ? 0 : own / (tiles_here * BLOCKS_AT_ONCE) * BLOCKS_AT_ONCE;
     const u32 in_band = own - band * tiles_here, width = min(BLOCKS_AT_ONCE, num_blocks - static_cast<int>(band));
     const u32 tile = in_band / width, share = shares[expert];
-    const int first_place = starts[expert] + tile * share, num_pairs = min(starts[expert + 1] - first_place, static_cast<int>(share));
+    const int first_place = starts[expert] + tile * share;
+    const int num_pairs = min(starts[expert + 1] - first_place, static_cast<int>(share));
     const int first_output = static_cast<int>(band + in_band - tile * width) * OUTPUTS;
     return Item{expert, first_output, first_place, num_pairs, (num_pairs + 15) / 16 * 16};
   }
@@ -88,6 +91,10 @@ __device__ __forceinline__ void load_weight(u32 target, const TensorMap& map, in
           target),
       "l"(&map), "r"(input), "r"(GATED ? 0 : output), "r"(0), "r"(GATED ? output / 8 : 0), "r"(expert), "r"(barrier)
       : "memory");
+}
+
+__device__ __forceinline__ void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 struct alignas(16) Sixteen {
@@ -119,29 +126,38 @@ __device__ __forceinline__ u32 activate_two(const float* gates, const float* ups
                    activate(widen_input(gate >> 16), widen_input(up >> 16), ACTIVATION));
 }
 
-// What a role needs to go through items. Every gridDim.x-th is this CTA's.
+// What a role needs to go through items: from the first on every stride-th is this cluster's. Of a cluster's outputs the CTA has
+// those from own_output on.
 struct Job {
   const Items& items;
-  int num_items, num_blocks, steps;
+  int num_items, first_item, stride, num_blocks, own_output, steps;
   u32 stages, full, empty;  // addresses: of the stages, and of two mbarriers for each
+
+  __device__ __forceinline__ Item find(int index, int expert) const {
+    Item item = items.find(index, expert, num_blocks);
+    item.first_output += own_output;
+    return item;
+  }
 };
 
-// Rows of x that are in the order of places, and the weight: by one thread.
-__device__ __forceinline__ void copy_boxes(const Job& job, const TensorMap& weight_map, const TensorMap& x_map) {
+// Rows of x that are in the order of places, and the weight: by one thread. A stage is free when it is in every CTA.
+__device__ __forceinline__ void copy_boxes(const Job& job, const TensorMap& weight_map, const TensorMap& x_map, int rank) {
   Place ring;
   int count = 0, expert = 0;  // steps so far
-  for (int index = blockIdx.x; index < job.num_items; index += gridDim.x) {
-    const Item item = job.items.find(index, expert, job.num_blocks);
+  for (int index = job.first_item; index < job.num_items; index += job.stride) {
+    const Item item = job.find(index, expert);
     expert = item.expert;
     const int num_boxes = (item.columns + BOX_ROWS - 1) / BOX_ROWS;
     for (int step = 0; step < job.steps; ++step, ++count) {
       const u32 stage = job.stages + ring.stage * STAGE_BYTES, barrier = job.full + 8 * ring.stage;
-      if (count >= STAGES) wait(job.empty + 8 * ring.stage, ring.parity ^ 1);
+      if (count >= STAGES) wait_for_peers(job.empty + 8 * ring.stage, ring.parity ^ 1);
       arrive_and_expect(barrier, WEIGHT_BYTES + num_boxes * BOX_ROWS * STEP_BYTES);
       load_weight(stage, weight_map, step * STEP_INPUTS, item.first_output, item.expert, barrier);
-      for (int box = 0; box < num_boxes; ++box) {
+      for (int box = rank; box < num_boxes; box += CLUSTER) {
         const u32 target = stage + WEIGHT_BYTES + box * BOX_ROWS * STEP_BYTES;
-        load_box(target, x_map, step * STEP_INPUTS, item.first_place + box * BOX_ROWS, barrier);
+        const int row = item.first_place + box * BOX_ROWS;
+        if (CLUSTER == 1) load_box(target, x_map, step * STEP_INPUTS, row, barrier);
+        if (CLUSTER > 1) load_box_for((1 << CLUSTER) - 1, target, x_map, step * STEP_INPUTS, row, barrier);
       }
       ring.advance(STAGES);
     }
@@ -155,8 +171,8 @@ __device__ __forceinline__ void copy_rows(const Job& job, const TensorMap& weigh
   const u32 own_chunk = WEIGHT_BYTES + first_row * STEP_BYTES + (chunk ^ (first_row & 7)) * 16;
   Place ring;
   int count = 0, expert = 0;  // steps so far
-  for (int index = blockIdx.x; index < job.num_items; index += gridDim.x) {
-    const Item item = job.items.find(index, expert, job.num_blocks);
+  for (int index = job.first_item; index < job.num_items; index += job.stride) {
+    const Item item = job.find(index, expert);
     expert = item.expert;
     int sources[ROWS_A_PRODUCER];  // rows of x, none: -1
 #pragma unroll
@@ -253,7 +269,8 @@ __device__ __forceinline__ void multiply_items(const Job& job, const float* scal
     return Operands{matrix_descriptor(stage + group * BLOCKS * 64 * STEP_BYTES), matrix_descriptor(stage + WEIGHT_BYTES)};
   };
   const auto release = [&]() {
-    if (lane == 0) arrive(job.empty + 8 * released.stage);
+    if (CLUSTER == 1 && lane == 0) arrive(job.empty + 8 * released.stage);
+    if (CLUSTER > 1 && lane < CLUSTER) arrive_in_rank(job.empty + 8 * released.stage, lane);
     released.advance(STAGES);
   };
   // store_transposed writes outputs of 16 pairs: matrices 0 and 1 of the first 8, 2 and 3 of the others. GATED: 8 outputs of each
@@ -263,18 +280,18 @@ __device__ __forceinline__ void multiply_items(const Job& job, const float* scal
   const u32 own_row = staging + (matrix / 2 * 8 + lane % 8) * STEP_BYTES + (own_chunk ^ lane % 8) * 16;
   const int chunk = thread % 8;  // of 8 outputs, that the thread stores
 
-  if (static_cast<int>(blockIdx.x) >= job.num_items) return;
+  if (job.first_item >= job.num_items) return;
   const bool needs_pairs = !in_order_of_places;
   Expected expected;
-  Item item = job.items.find(blockIdx.x, 0, job.num_blocks);
+  Item item = job.find(job.first_item, 0);
   if (needs_pairs) expected.load_pairs(item, pairs, thread);
   if (!GATED) expected.load_scales(scales);
   float sums[BLOCKS][PAIRS / 2];
   int buffer = 0;
-  for (int index = blockIdx.x; index < job.num_items; index += gridDim.x, buffer ^= 1) {
+  for (int index = job.first_item; index < job.num_items; index += job.stride, buffer ^= 1) {
     if (needs_pairs) expected.keep(known[buffer], thread);
     Item next = item;
-    if (index + static_cast<int>(gridDim.x) < job.num_items) next = job.items.find(index + gridDim.x, item.expert, job.num_blocks);
+    if (index + job.stride < job.num_items) next = job.find(index + job.stride, item.expert);
     if (needs_pairs) expected.load_pairs(next, pairs, thread);
     switch (item.columns / 16) {  // an instruction for each
 #define CASE(sixteens) \
@@ -305,7 +322,7 @@ __device__ __forceinline__ void multiply_items(const Job& job, const float* scal
   }
 }
 
-// Grid: as many CTAs as run at once. The weight's map has boxes of TILE rows x 64 inputs, see load_weight; that of x boxes of
+// Grid: as many CTAs as run at once, in clusters of CLUSTER. The weight's map has boxes of TILE rows x 64 inputs, see load_weight; that of x boxes of
 // BOX_ROWS x 64, it is read where IN_ORDER. num_outputs: of y.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const u16* x,
@@ -317,14 +334,15 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
   __shared__ Known known[GROUPS][2];  // of this item and of the next
   const u32 stages = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-  const int warp = threadIdx.x / 32, num_blocks = (num_outputs + OUTPUTS - 1) / OUTPUTS;
+  const int warp = threadIdx.x / 32, rank = blockIdx.x % CLUSTER;
+  const int num_blocks = (num_outputs + CLUSTER * OUTPUTS - 1) / (CLUSTER * OUTPUTS);  // of a cluster's outputs
 
   if (threadIdx.x == CONSUMERS) {
     prefetch_map(weight_map);
     if (IN_ORDER) prefetch_map(x_map);
     for (int stage = 0; stage < STAGES; ++stage) {
       init_barrier(full + 8 * stage, IN_ORDER ? 1 : 1 + PRODUCERS);  // the weight, and scattered rows of each thread
-      init_barrier(empty + 8 * stage, CONSUMERS / 32);
+      init_barrier(empty + 8 * stage, CLUSTER * CONSUMERS / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -334,14 +352,21 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
   __syncthreads();
   if (warp == 0) items.cut(num_experts, num_blocks, threadIdx.x);
   __syncthreads();
+  if (CLUSTER > 1) synchronize_cluster();  // every CTA's barriers are ready
 
-  const Job job{items, items.first[num_experts], num_blocks, num_inputs / STEP_INPUTS, stages, full, empty};
+  const Job job{
+      items,      items.first[num_experts], static_cast<int>(blockIdx.x) / CLUSTER, static_cast<int>(gridDim.x) / CLUSTER,
+      num_blocks, rank * OUTPUTS,           num_inputs / STEP_INPUTS,               stages,
+      full,       empty,
+  };
   if (warp >= CONSUMERS / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (!IN_ORDER) copy_rows(job, weight_map, x, pairs, stride_x, pairs_per_row, threadIdx.x - CONSUMERS);
-    if (IN_ORDER && threadIdx.x == CONSUMERS) copy_boxes(job, weight_map, x_map);
+    if (IN_ORDER && threadIdx.x == CONSUMERS) copy_boxes(job, weight_map, x_map, rank);
+    __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     multiply_items(job, scales, y, pairs, num_outputs, GATED && sorted_rows, known[warp / 4], warp / 4);
   }
+  if (CLUSTER > 1) synchronize_cluster();  // no CTA ends before its peers have written to it for the last time
 }

@@ -42,6 +42,9 @@ class DecoderLayer(torch.nn.Module):
         """(this rank's addend, residual): the next norm adds them. Before the first layer there is no residual: x is whole."""
         x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
         x_TH = self.attention.forward(x_TH, batch)
+        if isinstance(self.mlp, SparseMlp):
+            x_TH, residual_TH, chosen = self.mlp.norm_and_choose(self.post_attention_norm, x_TH, residual_TH)
+            return self.mlp(x_TH, chosen), residual_TH
         x_TH, residual_TH = self.post_attention_norm.add_and_norm(x_TH, residual_TH)
         return self.mlp(x_TH), residual_TH
 

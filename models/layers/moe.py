@@ -16,6 +16,7 @@ import torch
 from ...kernels.linear import linear
 from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_routing import route_tokens
+from ...kernels.norm_and_route import norm_and_route
 from ..model_shape import ModelShape, MoeShape
 from ..parallel import whole
 from ..weight_source import Placement, WeightSource
@@ -23,7 +24,10 @@ from .expert_choice import ExpertChoice
 from .expert_dispatch import choose_dispatcher
 from .expert_map import build_map
 from .linear import column_linear
+from .norm import RmsNorm
 from .shared_experts import SharedExperts
+
+Chosen = tuple[torch.Tensor, torch.Tensor]  # each token's weights [T, C] and experts [T, C]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,15 +91,29 @@ class SparseMlp(torch.nn.Module):
         """All that an expert is, each [slots of this rank, ...]."""
         return self.gate_up_weight, self.down_weight
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """What this rank adds to the sum over ranks."""
-        weights_TC, experts_TC = self.choose(x_TH)
+    def norm_and_choose(
+        self, norm: RmsNorm, x_TH: torch.Tensor, residual_TH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Chosen | None]:
+        """(norm(s), s, what `forward` takes beside the first), where s is the residual and every rank's addend x.
+
+        One op where the choice is a plain one and x is whole on each rank.
+        """
+        if self.choice is not None or residual_TH is None or norm.parallel.size > 1:
+            return *norm.add_and_norm(x_TH, residual_TH), None
+        y_TH, sum_TH, weights_TC, experts_TC = norm_and_route(
+            x_TH, residual_TH, norm.weight, norm.eps, self.router.weight, self.moe.top_k, renormalize=self.moe.renormalize
+        )
+        return y_TH, sum_TH, (weights_TC, experts_TC)
+
+    def forward(self, x_TH: torch.Tensor, chosen: Chosen | None = None) -> torch.Tensor:
+        """What this rank adds to the sum over ranks. `chosen`: what `choose` answers for x, where that is known."""
+        weights_TC, experts_TC = self.choose(x_TH) if chosen is None else chosen
         out_TH = self.dispatcher.run(x_TH, weights_TC, self.map.slots(experts_TC), self._experts)
         if self.shared is not None:
             out_TH = out_TH + self.shared.addend(x_TH)
         return out_TH
 
-    def choose(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, x_TH: torch.Tensor) -> Chosen:
         """Each token's weights [T, C] and experts [T, C]."""
         if self.choice is None:
             return route_tokens(self.router.forward(x_TH), self.moe.top_k, renormalize=self.moe.renormalize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from small_model import save_tiny_llama
 
 @pytest.fixture(scope="session", autouse=True)
 def possible_here() -> None:
+    """Who types `make test-cluster` asked for them, and none of them run is not a pass; .ci/run takes what a machine can do."""
     if reason := host_network.why_not():
-        pytest.fail(reason, pytrace=False)  # who runs these asked for them: none of them run is not a pass
+        if os.environ.get("PILOTFISH_TEST_HOSTS") == "if-possible":
+            pytest.skip(reason)
+        pytest.fail(reason, pytrace=False)
 
 
 @pytest.fixture(scope="session")

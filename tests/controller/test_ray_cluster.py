@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import pytest
@@ -67,10 +67,17 @@ class Served:
     addresses: Addresses
 
 
-def config(model_path: Path, *, num_replicas: int = 2, grpc_port: int = 0, **parallel: Any) -> ServeConfig:
+def config(
+    model_path: Path,
+    *,
+    num_replicas: int = 2,
+    grpc_port: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
+    **parallel: Any,
+) -> ServeConfig:
     return ServeConfig(
         model=ModelConfig(model=str(model_path), served_name="tiny"),
-        engine=EngineConfig(device="cpu", num_kv_blocks=512, num_threads=1, max_num_seqs=8),
+        engine=EngineConfig(device=device, num_kv_blocks=512, num_threads=1, max_num_seqs=8),
         gateway=GatewayConfig(grpc_port=grpc_port, http_port=0),
         parallel=ParallelConfig(**parallel),
         fleet=FleetConfig(num_replicas=num_replicas),
@@ -226,6 +233,18 @@ def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_pa
         deployment.shutdown()
     assert ray.util.list_named_actors() == []
     assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
+
+
+@pytest.mark.gpu2
+def test_ranks_take_a_gpu_each(served: Served, model_path: Path) -> None:
+    """NCCL refuses two ranks on one GPU. The text is that of one worker on a CPU."""
+    ranks = config(model_path, num_replicas=1, tensor_parallel=2, device="cuda")
+    deployment = deploy(ranks, model_path=str(model_path), worker_class=ray.remote(WorkerActor))
+    try:
+        on_gpus = Served(deployment, deployment.wait_ready(timeout_s=180))
+        assert Reader(on_gpus, max_tokens=100).finish().token_ids == Reader(served, max_tokens=100).finish().token_ids
+    finally:
+        deployment.shutdown()
 
 
 def test_data_ranks_end_and_come_back_together(local_ray: None, model_path: Path, tmp_path: Path) -> None:

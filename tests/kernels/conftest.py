@@ -1,8 +1,9 @@
 """The same tests through Triton's interpreter on the CPU and, marked `gpu`, on a GPU.
 
 A test that asks for `device`, `dtype` or `case` runs once for each: on "cpu" in float32 and float16 with its module's SMALL
-cases; on "cuda" in bfloat16 too, with the SMALL and the LARGE ones (dicts from a name to a case), or with those that its
-CUDA_CASES names for the dtype. bfloat16 tl.dot is wrong in the interpreter, which tests/conftest.py chooses.
+cases; on "cuda" in bfloat16 too, with the SMALL and the LARGE ones (dicts from a name to a case). Where the module's CPU_CASES
+or CUDA_CASES names cases for a dtype, with those only: the interpreter is slow, and so is compiling. bfloat16 tl.dot is wrong
+in the interpreter, which tests/conftest.py chooses.
 """
 
 import itertools
@@ -31,8 +32,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         values = {"device": [device], "dtype": dtypes, "case": cases.items()}
         for choice in itertools.product(*(values[name] for name in names)):
             chosen = dict(zip(names, choice, strict=True))
-            if device == "cuda" and {"dtype", "case"} <= chosen.keys():
-                wanted = getattr(metafunc.module, "CUDA_CASES", {}).get(chosen["dtype"])
+            if {"dtype", "case"} <= chosen.keys():
+                wanted = getattr(metafunc.module, f"{device.upper()}_CASES", {}).get(chosen["dtype"])
                 if wanted is not None and chosen["case"][0] not in wanted:
                     continue
             arguments = [value[1] if name == "case" else value for name, value in zip(names, choice, strict=True)]

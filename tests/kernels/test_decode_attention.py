@@ -24,6 +24,7 @@ LARGE = {
     "head_dim_64": Case(rows=_LONG, heads=(64, 8), head_dim=64, sinks=True),
     "head_dim_256": Case(rows=_LONG, heads=(16, 8), head_dim=256, soft_cap=50.0),
 }
+CPU_CASES = {torch.float16: ("everything", "large_group")}
 CUDA_CASES = {torch.float32: ("everything",), torch.float16: tuple(SMALL), torch.bfloat16: (*LARGE, "everything")}
 
 

@@ -32,6 +32,7 @@ LARGE = {
     "qwen3_prefill": (3000, 2048, 768, 128, 8),
     "odd_prefill": (1111, 1000, 520, 7, 3),
 }
+CPU_CASES = {torch.float16: {"few", "empty", "aligned"}}
 CUDA_CASES = {torch.float32: {"few", "two_tiles", "qwen3_four"}, torch.float16: {"few", "aligned", "odd_prefill"}}  # compiling
 
 

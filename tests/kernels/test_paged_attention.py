@@ -40,6 +40,7 @@ LARGE = {
     "head_dim_192": Case(rows=((300, 500), (1, 77)), heads=(16, 4), head_dim=192, page_len=32),
     "head_dim_576": Case(rows=((100, 500), (1, 77)), heads=(16, 1), head_dim=576),
 }
+CPU_CASES = {torch.float16: ("mixed", "many_tiles", "everything")}
 CUDA_CASES = {torch.float32: ("everything",), torch.float16: tuple(SMALL), torch.bfloat16: (*LARGE, "everything")}
 # Compiling is what costs on a GPU: these would add no other feature.
 CUDA_CASES[torch.float16] = tuple(name for name in SMALL if name not in ("window_of_one", "many_tiles", "sinks", "soft_cap"))

@@ -20,6 +20,7 @@ LARGE = {
     "prompts_of_one_page": Case(rows=((700, 700), (2, 999)), heads=(32, 4), head_dim=128, page_len=256),
     "prompts_window": Case(rows=((700, 900), (130, 131)), heads=(16, 8), head_dim=128, window=100, sinks=True),
 }
+CPU_CASES = {torch.float16: ("everything",)}
 CUDA_CASES = {torch.float32: (), torch.float16: ("keys_of_one_page", "everything"), torch.bfloat16: tuple(LARGE)}
 
 

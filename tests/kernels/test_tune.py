@@ -6,7 +6,7 @@ import pytest
 import torch
 from pilotfish.kernels import tune
 from pilotfish.kernels.skinny_linear import MAX_SKINNY_ROWS, fits
-from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, configs_to_try, measure
+from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, chosen_route_cases, configs_to_try, measure
 from pilotfish.kernels.tune_linear import ROWS, SHAPES, LinearCase, linear_cases
 from pilotfish.kernels.tune_moe import moe_cases
 from pilotfish.kernels.tuning import Entry, load_entries
@@ -96,6 +96,11 @@ def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():
                 weight_rows = config["block_n"] * (2 if case.op == "gated_linear" else 1)
                 stage_bytes = 2 * config["block_k"] * (weight_rows + max(case.num_rows, 16))
                 assert stage_bytes * config["num_stages"] <= SHARED_MEMORY_BYTES
+
+
+def test_what_comes_before_experts_is_measured_once_for_models_that_share_it():
+    cases = chosen_route_cases(tune.argparse.Namespace(shapes=None, nk=[], rows=[1, 8, 256]))
+    assert [(case.sizes, case.num_rows) for case in cases] == [((128, 8, 2048), 1), ((128, 8, 2048), 8)]
 
 
 def test_a_layer_that_models_share_is_measured_once():

@@ -12,7 +12,7 @@ from parts import LEADER
 from pilotfish.common.config import EngineConfig, ModelConfig
 from pilotfish.common.errors import InternalError, ModelNotFound
 from pilotfish.workers import engine as engine_module
-from pilotfish.workers.actor import WorkerActor
+from pilotfish.workers.actor import WorkerActor, own_gpu
 
 _EXIT_WHEN_FAILED = """
 import sys, types
@@ -62,3 +62,17 @@ def test_the_process_ends_when_its_engine_has_failed() -> None:
     ended = subprocess.run([sys.executable, "-c", _EXIT_WHEN_FAILED], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 70, ended.stderr
     assert "the engine failed" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("assigned", "visible", "number"),
+    [
+        ([], None, 0),  # on CPUs
+        ([1], None, 1),
+        (["3"], "2,3", 1),  # Ray was started with some of the node's
+        (["GPU-b"], "GPU-a, GPU-b", 1),
+        ([1], "1", 0),  # Ray hides the others
+    ],
+)
+def test_a_rank_finds_the_gpu_that_ray_assigned(assigned: list[int | str], visible: str | None, number: int) -> None:
+    assert own_gpu(assigned, visible) == number

@@ -5,18 +5,37 @@ from __future__ import annotations
 import comm_work
 import pytest
 import torch
-from pilotfish.workers.peer_memory import CAPACITY_BYTES, MAX_ONE_SHOT_SENT_BYTES, choose_way
+from pilotfish.common.errors import InternalError
+from pilotfish.workers.peer_collectives import MAX_ONE_SHOT_SENT_BYTES, MAX_TWO_SHOT_BYTES, PeerCollectives, choose_way
 from rank_group_run import run_on_ranks
+from stream_ranks import buffers_on_cpu
 
 # --- anywhere
 
 
-def test_a_message_s_way_follows_from_its_size():
-    assert MAX_ONE_SHOT_SENT_BYTES <= CAPACITY_BYTES
+def test_a_sum_s_way_follows_from_its_size():
     assert choose_way(16, 2) == choose_way(MAX_ONE_SHOT_SENT_BYTES, 2) == "one_shot"
-    assert choose_way(CAPACITY_BYTES + 16, 2) == choose_way(CAPACITY_BYTES + 16, 8) == "group"
     assert choose_way(16, 8) == choose_way(MAX_ONE_SHOT_SENT_BYTES // 7, 8) == "one_shot"
-    assert choose_way(MAX_ONE_SHOT_SENT_BYTES // 7 + 16, 8) == "two_shot"
+    assert choose_way(MAX_ONE_SHOT_SENT_BYTES // 7 + 16, 8) == choose_way(MAX_TWO_SHOT_BYTES, 8) == "two_shot"
+    assert choose_way(MAX_ONE_SHOT_SENT_BYTES + 16, 2) is choose_way(MAX_TWO_SHOT_BYTES + 16, 8) is None
+
+
+def test_what_is_too_large_or_of_another_dtype_is_left_to_the_group():
+    peers = PeerCollectives(buffers_on_cpu())
+    wide, narrow = torch.zeros(64, 64), torch.zeros(66, 64, dtype=torch.bfloat16)
+    for x in (wide, narrow):
+        assert peers.all_reduce(x) is peers.all_reduce_norm(x, x, x[0], 1e-6) is peers.reduce_scatter(x) is None
+        assert peers.all_gather(x) is None
+    with pytest.raises(ValueError, match="x is on cpu"):  # but this one is theirs
+        peers.all_reduce(narrow[:32])
+
+
+def test_a_missing_rank_voids_the_step():
+    peers = PeerCollectives(buffers_on_cpu())
+    peers.check()
+    peers.buffers.failed.fill_(2)
+    with pytest.raises(InternalError, match="rank 1 took no part in a collective within 1 s: the step is void"):
+        peers.check()
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -56,15 +75,15 @@ def test_on_two_gpus_sums_equal_the_reference():
 @pytest.mark.gpu2
 @needs_two
 def test_on_two_gpus_a_graph_replayed_often_is_right_whoever_is_late():
-    for wrong, missing in run_on_ranks(2, comm_work.replay_often, 1000, device_type="cuda"):
-        assert (wrong, missing) == (0.0, None)
+    for wrong, failure in run_on_ranks(2, comm_work.replay_often, 1000, device_type="cuda"):
+        assert (wrong, failure) == (0.0, "")
 
 
 @pytest.mark.gpu2
 @needs_two
 def test_on_two_gpus_a_rank_that_does_not_come_is_named_in_time():
     (message, waited_s), _ = run_on_ranks(2, comm_work.wait_in_vain, 2.0, device_type="cuda")
-    assert message.startswith("rank 1 took no part in a sum over ranks within 2 s")
+    assert message.startswith("rank 1 took no part in a collective within 2 s")
     assert 1.9 < waited_s < 4
 
 

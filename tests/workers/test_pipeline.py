@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -215,6 +216,14 @@ def test_the_models_own_defaults_apply_where_asked_for(tiny_llama):
         assert pipeline("abc", {"max_tokens": 8}).token_ids == pipeline("abc", GREEDY).token_ids
 
 
+def test_ranks_on_this_machine_complete_alike(pipeline, tiny_llama):
+    prompts = ["hello there", "and now?"]
+    with Pipeline(str(tiny_llama), tensor_parallel=2, **SMALL) as ranks:
+        texts = [completion.token_ids for completion in ranks(prompts, GREEDY)]
+    assert texts == [completion.token_ids for completion in pipeline(prompts, GREEDY)]
+    assert multiprocessing.active_children() == []
+
+
 def test_a_closed_pipeline_refuses_and_closing_twice_is_fine(tiny_llama):
     pipeline = Pipeline(str(tiny_llama), **SMALL)
     stream = pipeline.stream("abc", SamplingParams(temperature=0.0, max_tokens=400))
@@ -264,8 +273,8 @@ pipeline = Pipeline(sys.argv[1], device="cpu", num_kv_blocks=128, max_num_seqs=4
 stream = pipeline.stream("abc", SamplingParams(temperature=0.0, max_tokens=450))
 next(stream)
 stream.close()
-print("running", flush=True)
 try:
+    print("running", flush=True)  # the signal may come before this returns
     while True:
         pipeline(["abc"] * 50, SamplingParams(temperature=0.0, max_tokens=450))
 except KeyboardInterrupt:
