@@ -38,10 +38,9 @@ class ExpertMover:
         self._layers = [layer.mlp for layer in model.decoder_layers if isinstance(layer.mlp, SparseMlp)]
         self._maps = [_movable(layer) for layer in self._layers]
         self.num_layers, self.num_experts = len(self._layers), self._maps[0].num_experts
-        slots = self._layers[0].slots
-        self._slots_per_rank, self._rank = slots.size, slots.start // slots.size
+        self._slots_per_rank, self._rank = self._layers[0].slots.size, group.place.number
         expert_bytes = sum(weight[0].nbytes for weight in self._layers[0].slot_weights)
-        self.writes_per_step = min(max(MIN_LIMIT, _STEP_BYTES // expert_bytes), max(MIN_LIMIT, slots.size))
+        self.writes_per_step = max(MIN_LIMIT, min(_STEP_BYTES // expert_bytes, self._slots_per_rank))
         self._outgoing, self._incoming = (
             torch.empty((self.writes_per_step, expert_bytes), dtype=torch.uint8, device=model.device) for _ in range(2)
         )
