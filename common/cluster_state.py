@@ -21,7 +21,8 @@ class ReplicaState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaStatus:
-    """One replica. `message` explains LOST and FAILED; `info` is None until its worker first started.
+    """One replica, or one data rank of it (`name` ends in "/<data rank>"). `message` explains LOST and FAILED; `info` is None
+    until its worker first started.
 
     `last_step_age_s` is the age of the step that runs now, 0 when idle.
     """

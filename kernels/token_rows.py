@@ -1,5 +1,4 @@
-"""Tokens on their way to experts of other ranks: activations, weights and slots of a token as one row, which one collective
-moves.
+"""Tokens on their way to experts of other ranks: what one token brings is one row, so that one collective moves all of it.
 
     row   = bits of x [H] | bits of weights [C] | slots [C] | zeros up to a multiple of 16 bytes            int32 [W]
     own   = slot - first   if 0 <= slot - first < num_own, else -1

@@ -70,8 +70,9 @@ def load_model(
 def check_ranks(
     path: str | Path, *, size: int, whole_experts: bool, data_size: int = 1, first_slots: FirstSlots | None = None
 ) -> None:
-    """Whether `size` tensor ranks of each of `data_size` data ranks can share a checkpoint's model, found out without its
-    weights. `first_slots` as in Parallel.
+    """Whether `size` tensor ranks on each of `data_size` data ranks can share a checkpoint's model; no weights are read.
+
+    `first_slots` as in Parallel.
 
     Raises:
         ConfigError: of `first_slots`.

@@ -181,6 +181,11 @@ class BatchState:
         )
         return batch, DrawRows(*of_sampling)
 
+    def is_padding(self, columns: torch.Tensor, shape: StepShape) -> torch.Tensor:
+        """Of each token of `step_columns`: bool [T]."""
+        token_index_T = columns[: shape.num_tokens]
+        return token_index_T >= self.padding_slot * self.token_ids_MC.shape[1]
+
     def _shape(self, rows: Sequence[PlannedRow]) -> StepShape:
         """The rows' own, without room for more."""
         num_tokens = [row.num_tokens for row in rows]

@@ -1,5 +1,4 @@
-"""Between the data ranks of a replica: tokens of sparse layers on the device, and the leaders' words before each step on the
-host.
+"""Between the data ranks of a replica: sparse layers' tokens on the device, and the leaders' words before a step on the host.
 
 comm.py makes the process groups and joins them. As there, all ranks call the same in the same order, and each call ends within
 the timeout of the group, with its result or with an exception.

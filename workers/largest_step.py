@@ -67,7 +67,7 @@ def uses_graphs(config: EngineConfig, device: torch.device) -> bool:
 
 
 def _measure_graphs(runner: ModelRunner, config: EngineConfig, num_tokens: int) -> int:
-    decodes, chunks = graph_sizes(config.max_num_seqs), chunk_sizes(num_tokens)
+    decodes, chunks = graph_sizes(config.max_num_seqs), chunk_sizes(num_tokens, of_data_ranks=runner.model.data is not None)
     free = available_bytes(runner.model.device)
     runner.use_graphs(decodes[-1:], chunks[-1:], recorder=GraphRecorder())
     largest = free - available_bytes(runner.model.device)

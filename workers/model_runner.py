@@ -5,7 +5,7 @@ that the next plan can be made and launched meanwhile. `PendingStep.result` wait
 order of their ids and their results are taken in the same order.
 
 On a GPU most steps replay a CUDA graph: those in which every row computes one token and samples (decode_graphs.py), and those
-with prompt tokens in them (chunk_graphs.py). Of several data ranks all replay a decode graph of the same size, or none replays
+with prompt tokens in them (chunk_graphs.py). Of several data ranks all replay one of the same kind and size, or none replays
 any; one without rows computes a token of padding beside the others.
 
 A step that raises is run again in halves: running the same rows twice writes the same keys and values and draws the same
@@ -142,12 +142,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def use_graphs(self, decode_sizes: Sequence[int], chunk_sizes: Sequence[int], *, recorder: GraphRecorder) -> None:
-        """Decode steps of up to the largest size, and steps of about one of `chunk_sizes` tokens, replay what is recorded.
-
-        Data ranks have no graphs of steps with prompts: how many tokens each brings differs too much for one shape.
-        """
+        """Decode steps of up to the largest size, and steps of about one of `chunk_sizes` tokens, replay what is recorded."""
         model, state, cache = self.model, self._batch_state, self._kv_cache
-        chunk_sizes = chunk_sizes if model.data is None else ()
         chunks = [
             ChunkStep(size, model=model, batch_state=state, kv_cache=cache) for size in chunk_sizes if size <= state.most_tokens
         ]
@@ -230,7 +226,7 @@ class ModelRunner:
         decode, chunk = self._find_graphs(rows, plan)
         if not rows:
             if plan.rank_tokens:
-                self._compute_padding(decode, plan.rank_tokens, stopwatch)
+                self._compute_padding(decode, chunk, plan.rank_tokens, stopwatch)
             return []
         if decode is not None:
             sampled: Sampled | None = self._replay_decode(decode, rows, stopwatch)
@@ -241,18 +237,23 @@ class ModelRunner:
         return [PendingPart(rows, sampled.map(self._to_host) if sampled is not None else None)]
 
     def _find_graphs(self, rows: Sequence[PlannedRow], plan: StepPlan) -> tuple[DecodeGraph | None, ChunkGraph | None]:
-        """What serves the step, at most one of them. All data ranks find a decode graph of one size, or none does."""
-        if plan.rank_tokens:
-            return (self._decode_graphs.find(rows, num_rows=max(plan.rank_tokens)) if plan.all_decode else None), None
-        decode = self._decode_graphs.find(rows)
-        return decode, None if decode is not None else self._chunk_graphs.find(rows)
+        """What serves the step, at most one of them. All data ranks find a graph of one kind and size, or none does."""
+        most = max(plan.rank_tokens, default=0)
+        decode = self._decode_graphs.find(rows, num_rows=most) if plan.all_decode or not plan.rank_tokens else None
+        return decode, None if decode is not None else self._chunk_graphs.find(rows, num_tokens=most)
 
-    def _compute_padding(self, graph: DecodeGraph | None, rank_tokens: tuple[int, ...], stopwatch: Stopwatch) -> None:
+    def _compute_padding(
+        self, decode: DecodeGraph | None, chunk: ChunkGraph | None, rank_tokens: tuple[int, ...], stopwatch: Stopwatch
+    ) -> None:
         """This rank's experts serve the tokens of the others."""
+        state = self._batch_state
         with stopwatch.measure("forward"):
-            if graph is not None:
-                self._batch_state.fill(graph.columns, self._batch_state.decode_columns((), graph.columns.shape[1]))
-                graph.forward.replay()
+            if decode is not None:
+                state.fill(decode.columns, state.decode_columns((), decode.columns.shape[1]))
+                decode.forward.replay()
+            elif chunk is not None:
+                state.fill(chunk.step.columns, state.step_columns((), chunk.step.shape)[0])
+                chunk.forward.replay()
             else:
                 self.model.forward(replace(self._batch_state.compose_padding(self._kv_cache), rank_tokens=rank_tokens))
 

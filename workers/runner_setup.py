@@ -64,7 +64,11 @@ def set_up_runner(
         experts=experts,
     )
     if uses_graphs(engine_config, device):
-        runner.use_graphs(graph_sizes(engine_config.max_num_seqs), chunk_sizes(num_tokens), recorder=GraphRecorder())
+        runner.use_graphs(
+            graph_sizes(engine_config.max_num_seqs),
+            chunk_sizes(num_tokens, of_data_ranks=model.data is not None),
+            recorder=GraphRecorder(),
+        )
     if experts is not None:
         experts.forget_loads()
     info = WorkerInfo(

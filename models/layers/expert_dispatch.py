@@ -65,8 +65,9 @@ class GatherDispatcher:
 
 
 class AllToAllDispatcher:
-    """Each token to the data ranks that keep one of its experts, and from each a weighted sum back. The host waits once for the
-    counts.
+    """Each token to the data ranks that keep one of its experts, and from each a weighted sum back.
+
+    The host waits for the device once, to know how many tokens come and go.
 
     Args:
         owners: int64 [slots], the data rank that keeps each slot; D for a slot of another tensor rank.

@@ -31,6 +31,8 @@ def test_sections_become_frozen_configs(tmp_path) -> None:
             {"model": {"model": "m"}, "parallel": {"tensor_parallel": 2, "expert_parallel": True, "redundant_experts": 2}},
             "redundant_experts needs rebalance_interval_steps, 3000",
         ),
+        ({"model": {"model": "m"}, "parallel": {"data_parallel": 2}}, "data_parallel needs expert_parallel.*num_replicas"),
+        ({"model": {"model": "m"}, "parallel": {"expert_parallel": True}}, "needs tensor_parallel or data_parallel"),
     ],
 )
 def test_a_wrong_value_says_what_to_do(values, message) -> None:

@@ -6,7 +6,7 @@ import pytest
 from pilotfish.common.errors import ConfigError
 from pilotfish.common.requests import FinishReason
 from pilotfish.scheduler.step_plan import StepResult
-from pilotfish.scheduler.step_scheduler import SchedulerConfig
+from pilotfish.scheduler.step_scheduler import SchedulerConfig, StepScheduler
 
 
 def prompt(start: int, length: int) -> list[int]:
@@ -220,3 +220,22 @@ def test_a_configuration_that_cannot_work_is_refused(field, value):
     fields = {"num_blocks": 4, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 64}
     with pytest.raises(ConfigError, match=field):
         SchedulerConfig(**(fields | {field: value}))
+
+
+def test_a_step_of_nothing_takes_an_id_and_no_result(request_of):
+    """Other data ranks have work: a follower sees steps without gaps, and the scheduler's own go on around it."""
+    config = SchedulerConfig(num_blocks=16, block_size=4, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=32)
+    scheduler = StepScheduler(config)
+    assert scheduler.plan_nothing().step_id == 1
+    assert not scheduler.has_work
+    scheduler.add(request_of("r", prompt(0, 5), max_tokens=3))
+    ids = []
+    for _ in range(3):
+        plan, nothing = scheduler.plan(), scheduler.plan_nothing()
+        assert plan is not None
+        assert (nothing.rows, nothing.num_tokens, nothing.is_decode) == ((), 0, True)
+        ids += [plan.step_id, nothing.step_id]
+        scheduler.update(StepResult(plan.step_id, (7,), (None,)))
+        scheduler.check_invariants()
+    assert ids == [2, 3, 4, 5, 6, 7]
+    assert not scheduler.has_work

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pilotfish.common.config import ModelConfig
+from pilotfish.common.config import EngineConfig, ModelConfig
 from pilotfish.common.rank_place import RankPlace
-from pilotfish.common.requests import EngineRequest, ExpertBalance, StepOutput
+from pilotfish.common.requests import EngineRequest, ExpertBalance, StepOutput, WorkerInfo
 from pilotfish.workers.comm import Rendezvous
 from pilotfish.workers.engine import Engine
-from pilotfish.workers.ranks import lead
+from pilotfish.workers.model_runner import ModelRunner
+from pilotfish.workers.ranks import LeadingRunner, lead
 from rank_process import ENGINE, Followers
 
 TIMEOUT_S = 60.0
@@ -77,9 +78,10 @@ def data_replica(
     tensor_size: int = 1,
     max_steps_in_flight: int = 1,
     timeout_s: float = 30.0,
+    prepare: Callable[[ModelRunner], object] = lambda runner: None,
     **options: Any,
 ) -> Iterator[tuple[list[Engine], list[Told]]]:
-    """(the leaders' engines, started; what they tell), by data rank."""
+    """(the leaders' engines, started; what they tell), by data rank. `prepare` is called on each leader's thread."""
     rendezvous = Rendezvous(host="127.0.0.1", timeout_s=timeout_s)
     ranks = places(tensor_size, data_size, rendezvous, timeout_s=timeout_s, **options)
     told = [Told() for _ in range(data_size)]
@@ -88,7 +90,7 @@ def data_replica(
             ModelConfig(model=str(path)),
             ENGINE,
             on_step=told[place.data_rank],
-            set_up=partial(lead, place=place),
+            set_up=partial(_lead_prepared, place=place, prepare=prepare),
             max_steps_in_flight=max_steps_in_flight,
         )
         for place in ranks
@@ -100,6 +102,14 @@ def data_replica(
             yield engines, told
         finally:
             list(starters.map(lambda engine: engine.stop(), engines))
+
+
+def _lead_prepared(
+    model_config: ModelConfig, engine_config: EngineConfig, *, place: RankPlace, prepare: Callable[[ModelRunner], object]
+) -> tuple[LeadingRunner, WorkerInfo]:
+    runner, info = lead(model_config, engine_config, place=place)
+    prepare(runner._runner)
+    return runner, info
 
 
 def run_alone(path: Path, requests: Sequence[EngineRequest]) -> dict[str, list[int]]:

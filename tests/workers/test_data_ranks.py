@@ -13,6 +13,7 @@ import data_rank_work
 import pytest
 import torch
 from data_replica import Told, data_replica, run_alone
+from function_recorder import FunctionRecorder
 from pilotfish.common.config import ModelConfig, ParallelConfig
 from pilotfish.common.errors import ModelNotFound
 from pilotfish.common.requests import EngineRequest, TokenSampling
@@ -20,6 +21,7 @@ from pilotfish.models.layers import expert_dispatch
 from pilotfish.models.store import resolve
 from pilotfish.workers.engine import Engine, Phase
 from pilotfish.workers.local_replica import LocalReplica
+from pilotfish.workers.model_runner import ModelRunner
 from rank_group_run import run_on_ranks
 from rank_process import ENGINE
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -125,6 +127,27 @@ def test_data_ranks_say_what_one_engine_says(
             told[rank].wait(num_ended=len(batch) + 2)
             assert engines[rank].health().ok
     assert {name: tokens for one in told for name, tokens in one.tokens.items()} == alone
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_data_ranks_replay_graphs_of_one_size(tiny_moe: Path, in_flight: int) -> None:
+    """Decode steps and steps with prompts, as functions instead of graphs; the second rank has padding alone, then more."""
+    first, second = requests(0, 5), requests(1, 3)
+    alone = run_alone(tiny_moe, [*first, *second])
+    recorders: list[FunctionRecorder] = []
+
+    def record(runner: ModelRunner) -> None:
+        recorders.append(FunctionRecorder())
+        runner.use_graphs([1, 2, 4, 8], [16, 64, 96], recorder=recorders[-1])
+
+    with data_replica(tiny_moe, data_size=2, max_steps_in_flight=in_flight, prepare=record) as (engines, told):
+        submit(engines[0], first)
+        told[0].wait(num_tokens=12)
+        submit(engines[1], second)
+        told[0].wait(num_ended=5)
+        told[1].wait(num_ended=3)
+    assert told[0].tokens | told[1].tokens == alone
+    assert all(len(recorder.replayed) > 10 for recorder in recorders)
 
 
 def test_an_idle_replica_answers_soon_and_stops(tiny_moe: Path) -> None:

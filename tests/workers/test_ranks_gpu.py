@@ -39,6 +39,7 @@ GREEDY = [{"temperature": 0.0}] * NUM_PROMPTS
 LOUD = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "logprobs": 2, "logit_bias": {5: 1.0}, "max_tokens": 9}
 MIXED = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "max_tokens": 16}, LOUD] * 2
 WHOLE_EXPERTS, SLICES = {"tensor_parallel": 2, "expert_parallel": True}, {"tensor_parallel": 2}
+DATA_RANKS = {"data_parallel": 2, "expert_parallel": True}
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +90,16 @@ def generate(
 ) -> Texts:
     texts = Texts()
     config = EngineConfig(**{"device": "cuda", "num_kv_blocks": 128, "max_num_seqs": NUM_PROMPTS, **engine_options})
-    set_up = LocalReplica(ParallelConfig(**parallel)) if parallel else None
+    set_up = LocalReplica(ParallelConfig(**parallel), on_step=lambda rank, step: texts(step)) if parallel else None
     engine = Engine(ModelConfig(model=str(model), dtype=dtype), config, on_step=texts, set_up=set_up)
     try:
         engine.start()
+        engines = [engine, *(set_up.leaders if set_up else ())]
         for index, sampling in enumerate(samplings):
             values = {"max_tokens": MAX_TOKENS, "seed": index, "logprobs": logprobs, **sampling}
             prompt = tuple(range(7 * index, 7 * index + 5 + 9 * index))
-            engine.submit(EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=TokenSampling(**values)))
+            request = EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=TokenSampling(**values))
+            engines[index % len(engines)].submit(request)
         texts.wait_for_ends(len(samplings))
     finally:
         engine.stop()
@@ -117,19 +120,22 @@ def assert_agree(texts: Texts, expected: Texts, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "parallel"), [("dense", SLICES), ("sparse", SLICES), ("sparse", WHOLE_EXPERTS)])
+@pytest.mark.parametrize(
+    ("kind", "parallel"),
+    [("dense", SLICES), ("sparse", SLICES), ("sparse", WHOLE_EXPERTS), ("sparse", DATA_RANKS)],
+)
 def test_two_gpus_say_what_one_says(checkpoints: dict[str, Path], kind: str, parallel: dict, dtype: str) -> None:
     one = generate(checkpoints[kind], GREEDY, dtype=dtype, logprobs=2)
     for options in ({}, {"cuda_graphs": False}, {"num_kv_blocks": None, "kv_memory_fraction": 0.1}):
         assert_agree(generate(checkpoints[kind], GREEDY, dtype=dtype, parallel=parallel, **options), one, dtype)
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_plain_and_loud_draws_in_one_batch(checkpoints: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize(("kind", "parallel"), [("dense", SLICES), ("sparse", SLICES), ("sparse", DATA_RANKS)])
+def test_plain_and_loud_draws_in_one_batch(checkpoints: dict[str, Path], kind: str, parallel: dict) -> None:
     """Of some steps all ranks draw, of others the leader alone; through graphs and outside of them."""
     one = generate(checkpoints[kind], MIXED, dtype="float32")
     for cuda_graphs in (True, False):
-        two = generate(checkpoints[kind], MIXED, dtype="float32", parallel=SLICES, cuda_graphs=cuda_graphs)
+        two = generate(checkpoints[kind], MIXED, dtype="float32", parallel=parallel, cuda_graphs=cuda_graphs)
         assert two.tokens == one.tokens
 
 
