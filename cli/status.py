@@ -56,6 +56,11 @@ def _replica_lines(replica: ReplicaStatus) -> list[str]:
             f"  KV cache {info.kv_cache_bytes / 2**30:.2f} GiB: {total} blocks, {load.num_used_blocks} used, "
             f"{load.num_cached_blocks} cached, {load.num_free_blocks} free"
         )
+    if (balance := load.expert_balance) is not None:
+        lines.append(
+            f"  experts: the fullest rank had {balance.measured:.2f} of the mean load; {balance.num_moves} have moved, "
+            f"last by step {balance.last_step_id}, for {balance.expected:.2f}"
+        )
     running = f"in step {replica.last_step_id} for {replica.last_step_age_s:.1f} s" if replica.last_step_age_s else "idle"
     lines.append(
         f"  {load.num_running} running, {load.num_waiting} waiting, {load.num_preemptions} preemptions, {running}; "

@@ -143,6 +143,9 @@ class ParallelConfig:
         data_parallel: that many times as many ranks make a replica, in groups of tensor_parallel. Each group has requests and a
             KV cache of its own; they share nothing but the experts of sparse layers. Needs expert_parallel.
         expert_parallel: each rank keeps whole experts of sparse layers, not a slice of each of them.
+        redundant_experts: slots of each sparse layer for second copies of the experts that get the most tokens.
+        rebalance_interval_steps: after so many steps experts are moved and copied by the tokens they got, if that evens out the
+            ranks; 0 is never. 3000 is a good value for traffic that drifts.
         placement: of a replica's ranks: pack puts them on as few nodes as they fit, spread on as many as there are.
         collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere.
     """
@@ -150,12 +153,16 @@ class ParallelConfig:
     tensor_parallel: int = 1
     data_parallel: int = 1
     expert_parallel: bool = False
+    redundant_experts: int = 0
+    rebalance_interval_steps: int = 0
     placement: Literal["pack", "spread"] = "pack"
     collective_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "data_parallel"):
             _require(self, name, 1)
+        for name in ("redundant_experts", "rebalance_interval_steps"):
+            _require(self, name, 0)
         if self.expert_parallel and self.num_ranks == 1:
             raise ConfigError(
                 "expert_parallel needs tensor_parallel or data_parallel of 2 or more: one rank keeps all experts anyway"
@@ -165,6 +172,10 @@ class ParallelConfig:
                 "data_parallel needs expert_parallel, for its ranks share nothing but the experts of sparse layers: set it, or "
                 "use num_replicas for whole copies of a model"
             )
+        if self.redundant_experts and not self.rebalance_interval_steps:
+            raise ConfigError("redundant_experts needs rebalance_interval_steps, 3000 for instance: what to copy is measured")
+        if self.rebalance_interval_steps and not self.expert_parallel:
+            raise ConfigError("rebalance_interval_steps needs expert_parallel: without it every rank has a part of each expert")
         if not self.collective_timeout_s > 0:
             raise ConfigError(f"collective_timeout_s must be above 0, not {self.collective_timeout_s}")
 

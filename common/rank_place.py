@@ -21,6 +21,7 @@ class RankPlace:
         host: this rank's own address, on which the others reach it.
         timeout_s: of every collective, and of the wait for all ranks to come.
         whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
+        num_redundant_experts, rebalance_interval_steps: as in ParallelConfig; with an interval experts may move.
         gpu: which of the GPUs that this rank's process sees it takes, where it takes one.
         identity: this rank's, and `leader_name` the name in the leader's: ranks on other machines than the leader's need them.
     """
@@ -32,11 +33,17 @@ class RankPlace:
     host: str
     timeout_s: float
     whole_experts: bool = False
+    num_redundant_experts: int = 0
+    rebalance_interval_steps: int = 0
     data_rank: int = 0
     data_size: int = 1
     gpu: int = 0
     identity: Identity | None = None
     leader_name: str = ""
+
+    @property
+    def balances_experts(self) -> bool:
+        return self.rebalance_interval_steps > 0
 
     @property
     def is_leader(self) -> bool:

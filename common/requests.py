@@ -114,8 +114,28 @@ class StepTimings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertBalance:
+    """How evenly ranks that may move experts are loaded: a balance is the fullest rank's tokens over the mean's, at best 1.
+
+    Attributes:
+        measured: by the last reading of the loads; 0 before the first.
+        expected: after the last round of moves, by the loads that led to it.
+        num_moves: experts written into a slot since the engine's start.
+        last_step_id: the step that ended the last round; 0 before the first.
+    """
+
+    measured: float = 0.0
+    expected: float = 0.0
+    num_moves: int = 0
+    last_step_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLoad:
-    """How full an engine is after a step. Block counts: free + cached + used = total."""
+    """How full an engine is after a step. Block counts: free + cached + used = total.
+
+    `expert_balance` is None where experts do not move.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -124,6 +144,7 @@ class EngineLoad:
     num_used_blocks: int = 0
     queued_tokens: int = 0
     num_preemptions: int = 0
+    expert_balance: ExpertBalance | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,6 +52,22 @@ class Metrics:
             "pilotfish_preemptions", "Preemptions since the engine started.", ("replica",), registry=registry
         )
 
+        self._expert_balance = Gauge(
+            "pilotfish_expert_balance_ratio",
+            "Tokens that the fullest rank's experts got over the mean rank's, as last measured.",
+            ("replica",),
+            registry=registry,
+        )
+        self._expected_balance = Gauge(
+            "pilotfish_expected_expert_balance_ratio",
+            "The same as the last round of moves expected it.",
+            ("replica",),
+            registry=registry,
+        )
+        self._expert_moves = Gauge(
+            "pilotfish_expert_moves", "Experts moved or copied since the engine started.", ("replica",), registry=registry
+        )
+
     def on_request_end(self, record: RequestRecord) -> None:
         usage = record.usage
         self._requests.labels(record.error_code or "ok").inc()
@@ -86,6 +102,10 @@ class Metrics:
             total = load.num_free_blocks + load.num_cached_blocks + load.num_used_blocks
             self._kv_usage.labels(replica.name).set(load.num_used_blocks / total if total else 0.0)
             self._preemptions.labels(replica.name).set(load.num_preemptions)
+            if (balance := load.expert_balance) is not None:
+                self._expert_balance.labels(replica.name).set(balance.measured)
+                self._expected_balance.labels(replica.name).set(balance.expected)
+                self._expert_moves.labels(replica.name).set(balance.num_moves)
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:

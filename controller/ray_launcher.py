@@ -164,6 +164,8 @@ class RayLauncher:
                     host="",
                     timeout_s=timeout_s,
                     whole_experts=parallel.expert_parallel,
+                    num_redundant_experts=parallel.redundant_experts,
+                    rebalance_interval_steps=parallel.rebalance_interval_steps,
                     leader_name=worker_name(replica, epoch=epoch, rank=rank - rank % size),
                 )
             starts.append(

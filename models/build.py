@@ -17,7 +17,7 @@ from .config_reader import ConfigReader, read_architecture
 from .family_spec import FamilySpec
 from .loader import Progress, load_weights
 from .model_shape import ModelShape
-from .parallel import DataParallel, Parallel
+from .parallel import DataParallel, FirstSlots, Parallel
 from .registry import lookup
 from .shape_reader import read_shape
 from .weight_source import Placement
@@ -67,10 +67,15 @@ def load_model(
     return model
 
 
-def check_ranks(path: str | Path, *, size: int, whole_experts: bool, data_size: int = 1) -> None:
+def check_ranks(
+    path: str | Path, *, size: int, whole_experts: bool, data_size: int = 1, first_slots: FirstSlots | None = None
+) -> None:
     """Whether `size` tensor ranks on each of `data_size` data ranks can share a checkpoint's model; no weights are read.
 
+    `first_slots` as in Parallel.
+
     Raises:
+        ConfigError: of `first_slots`.
         ModelLoadError: they cannot, or the checkpoint has no model that is known here; the message says what would fit.
     """
     shape, spec = _read_shape(Path(path))
@@ -89,6 +94,7 @@ def check_ranks(path: str | Path, *, size: int, whole_experts: bool, data_size: 
                 rank=rank,
                 size=size,
                 whole_experts=whole_experts,
+                first_slots=first_slots,
                 all_reduce=_no_collective,
                 all_gather=_no_collective,
                 data=data,

@@ -24,6 +24,9 @@ AllReduceNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tupl
 # Elements: 16 bytes of a 16-bit dtype, as vector loads and TMA want the rows of a weight to begin.
 ALIGNED = 8
 
+# The number of a layer's experts to the expert in each slot of all ranks.
+FirstSlots = Callable[[int], Sequence[int]]
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -85,6 +88,8 @@ class Parallel:
     result: they are ordered with the device's work like a kernel, and may be captured in a CUDA graph.
 
     Attributes:
+        first_slots: where experts are loaded. With it they may move and have copies (layers/expert_map.py), and all ranks have
+            equally many slots.
         all_reduce: sums a contiguous tensor over the ranks and returns it; it may work in place.
         all_gather: joins every rank's contiguous, equally shaped tensor along the last dimension, in rank order.
         all_reduce_norm: (x, residual, weight, eps) to what `sum_and_norm` says, for whoever can do it in one.
@@ -95,6 +100,7 @@ class Parallel:
     rank: int = 0
     size: int = 1
     whole_experts: bool = False
+    first_slots: FirstSlots | None = None
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
     all_reduce_norm: AllReduceNorm | None = None
@@ -105,6 +111,8 @@ class Parallel:
             raise ValueError(f"rank {self.rank} must be in [0, {self.size})")
         if self.size > 1 and (self.all_reduce is None or self.all_gather is None):
             raise ValueError(f"{self.size} ranks need all_reduce and all_gather")
+        if self.first_slots is not None and not self.whole_experts:
+            raise ValueError("first_slots are of whole experts")
         if self.data is not None and not self.whole_experts:
             raise ValueError("data ranks share whole experts: whole_experts must be set")
 

@@ -12,6 +12,7 @@ from ..common.requests import (
     BlockStored,
     EngineLoad,
     EngineRequest,
+    ExpertBalance,
     FinishReason,
     KvEvent,
     SequenceOutput,
@@ -32,7 +33,8 @@ _FINISH_TO_PROTO: dict[FinishReason | None, common_pb2.FinishReason] = {
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
 _FINISH_FROM_PROTO = {int(value): reason for reason, value in _FINISH_TO_PROTO.items()}
-_LOAD_FIELDS = tuple(EngineLoad.__dataclass_fields__)
+_LOAD_FIELDS = tuple(name for name in EngineLoad.__dataclass_fields__ if name != "expert_balance")
+_BALANCE_FIELDS = tuple(ExpertBalance.__dataclass_fields__)
 _INFO_FIELDS = tuple(name for name in WorkerInfo.__dataclass_fields__ if name != "kernels")
 
 
@@ -185,11 +187,18 @@ def logprob_from_proto(message: common_pb2.TokenLogprob) -> TokenLogprob:
 
 
 def load_to_proto(load: EngineLoad) -> common_pb2.EngineLoad:
-    return common_pb2.EngineLoad(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+    message = common_pb2.EngineLoad(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+    if load.expert_balance is not None:
+        values = {name: getattr(load.expert_balance, name) for name in _BALANCE_FIELDS}
+        message.expert_balance.CopyFrom(common_pb2.ExpertBalance(**values))
+    return message
 
 
 def load_from_proto(message: common_pb2.EngineLoad) -> EngineLoad:
-    return EngineLoad(**{name: getattr(message, name) for name in _LOAD_FIELDS})
+    balance = None
+    if message.HasField("expert_balance"):
+        balance = ExpertBalance(**{name: getattr(message.expert_balance, name) for name in _BALANCE_FIELDS})
+    return EngineLoad(expert_balance=balance, **{name: getattr(message, name) for name in _LOAD_FIELDS})
 
 
 def info_to_proto(info: WorkerInfo) -> common_pb2.WorkerInfo:

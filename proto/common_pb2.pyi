@@ -143,7 +143,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, model_name: _Optional[str] = ..., model_path: _Optional[str] = ..., architecture: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., num_parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., load_seconds: _Optional[float] = ..., kernels: _Optional[_Mapping[str, str]] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_cached_blocks", "num_used_blocks", "queued_tokens", "num_preemptions")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_cached_blocks", "num_used_blocks", "queued_tokens", "num_preemptions", "expert_balance")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,7 @@ class EngineLoad(_message.Message):
     NUM_USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BALANCE_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -158,4 +159,17 @@ class EngineLoad(_message.Message):
     num_used_blocks: int
     queued_tokens: int
     num_preemptions: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_used_blocks: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    expert_balance: ExpertBalance
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_used_blocks: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., expert_balance: _Optional[_Union[ExpertBalance, _Mapping]] = ...) -> None: ...
+
+class ExpertBalance(_message.Message):
+    __slots__ = ("measured", "expected", "num_moves", "last_step_id")
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_MOVES_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    measured: float
+    expected: float
+    num_moves: int
+    last_step_id: int
+    def __init__(self, measured: _Optional[float] = ..., expected: _Optional[float] = ..., num_moves: _Optional[int] = ..., last_step_id: _Optional[int] = ...) -> None: ...

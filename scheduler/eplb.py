@@ -83,6 +83,17 @@ class ExpertPlacement:
     physical_to_logical: tuple[tuple[int, ...], ...]
     logical_to_physical: tuple[tuple[tuple[int, ...], ...], ...]
 
+    @classmethod
+    def of(cls, layout: ExpertLayout, layers: Sequence[Sequence[int]]) -> ExpertPlacement:
+        """From `physical_to_logical` alone: [layers][num_physical]."""
+        logical_to_physical = []
+        for experts in layers:
+            where: list[list[int]] = [[] for _ in range(layout.num_logical)]
+            for physical, expert in enumerate(experts):
+                where[expert].append(physical)
+            logical_to_physical.append(tuple(map(tuple, where)))
+        return cls(layout, tuple(map(tuple, layers)), tuple(logical_to_physical))
+
     def num_replicas(self, layer: int) -> tuple[int, ...]:
         """[num_logical] copies of each expert."""
         return tuple(map(len, self.logical_to_physical[layer]))
@@ -283,15 +294,7 @@ def _by_rank(slots: Sequence[int], layout: ExpertLayout) -> list[list[int]]:
 
 
 def _placement(layout: ExpertLayout, layers: list[list[list[int]]]) -> ExpertPlacement:
-    physical_to_logical, logical_to_physical = [], []
-    for ranks in layers:
-        experts = tuple(expert for rank in ranks for expert in rank)
-        where: list[list[int]] = [[] for _ in range(layout.num_logical)]
-        for physical, expert in enumerate(experts):
-            where[expert].append(physical)
-        physical_to_logical.append(experts)
-        logical_to_physical.append(tuple(map(tuple, where)))
-    return ExpertPlacement(layout, tuple(physical_to_logical), tuple(logical_to_physical))
+    return ExpertPlacement.of(layout, [[expert for rank in ranks for expert in rank] for ranks in layers])
 
 
 def _moves(old: ExpertPlacement, new: ExpertPlacement) -> list[ExpertMove]:

@@ -59,9 +59,31 @@ class BlockReplacement:
     block_id: int
 
 
+class SlotWrite(NamedTuple):
+    """Expert slot `slot` gets the weights that `source` held before the step. Slots count over all ranks of a layer."""
+
+    slot: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOrders:
+    """What a step does with experts before its rows run, on all ranks (expert_balancer.py makes them).
+
+    Attributes:
+        reads_loads: the loads since the last reading are summed over the ranks and brought to the leader.
+        layer: whose slots are written, counted among the sparse layers.
+        writes: no slot twice. Each reads what was there before all of them.
+    """
+
+    reads_loads: bool = False
+    layer: int = 0
+    writes: tuple[SlotWrite, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. The runner applies `released_slots`, then `admitted`, then `replaced_blocks`, then runs `rows`, in order.
+    """One step: `experts`, `released_slots`, `admitted` and `replaced_blocks` are applied, then `rows` run, in this order.
 
     `step_id` starts at 1 and grows by one; it is the logical tick of everything in the scheduler.
 
@@ -74,6 +96,7 @@ class StepPlan:
     rows: tuple[PlannedRow, ...]
     released_slots: tuple[int, ...]
     replaced_blocks: tuple[BlockReplacement, ...] = ()
+    experts: ExpertOrders | None = None
     rank_tokens: tuple[int, ...] = ()
     all_decode: bool = False
 

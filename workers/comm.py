@@ -12,8 +12,10 @@ collective waits for `timeout_s` too, but cannot raise: `check` does, once its s
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
 from ..kernels.rms_norm import rms_norm
 from ..models.parallel import Parallel
+from ..scheduler.expert_balancer import first_slots
 from .data_group import DataGroup, StepExchange, finish
 from .peer_collectives import PeerCollectives
 from .peer_memory import CAPACITY_BYTES, open_peer_buffers
@@ -78,12 +81,14 @@ class RankGroup:
         *,
         data: DataGroup | None = None,
         steps: StepExchange | None = None,
+        everyone: dist.ProcessGroup | None = None,
     ) -> None:
         self.place = place
         self.data = data
         self.steps = steps
         self._store = store
         self._group = group  # None of one tensor rank
+        self._everyone = everyone  # all ranks in the order of their numbers, where experts move between them
         self._device = device
         self.peers: PeerCollectives | None = None
 
@@ -108,7 +113,12 @@ class RankGroup:
                     steps = StepExchange(
                         beside, _gloo_group(beside, dist.PrefixStore("steps", store.store), torch.device("cpu"))
                     )
-            joined = cls(place, store, group, device, data=data, steps=steps)
+            everyone = group if data is None else data.group
+            if place.balances_experts and place.size > 1 and place.data_size > 1:
+                everyone = make(
+                    replace(place, rank=place.number, size=place.num_ranks), dist.PrefixStore("all-ranks", store.store), device
+                )
+            joined = cls(place, store, group, device, data=data, steps=steps, everyone=everyone)
             joined.agree_on_least(place.number)  # the first collectives connect them
             if group is not None:
                 joined.peers = joined._open_peers(place, tensor_ranks, peer_capacity_bytes)
@@ -137,11 +147,14 @@ class RankGroup:
 
     @property
     def parallel(self) -> Parallel:
-        place = self.place
+        place, rule = self.place, None
+        if place.balances_experts:
+            rule = partial(first_slots, num_redundant=place.num_redundant_experts, num_ranks=place.num_ranks)
         return Parallel(
             rank=place.rank,
             size=place.size,
             whole_experts=place.whole_experts,
+            first_slots=rule,
             all_reduce=self.all_reduce if place.size > 1 else None,
             all_gather=self.all_gather if place.size > 1 else None,
             all_reduce_norm=None if self.peers is None else self.all_reduce_norm,
@@ -188,6 +201,25 @@ class RankGroup:
         options.asyncOp = False
         finish(self._group.broadcast([x], options))
 
+    def sum_over_all(self, x: torch.Tensor) -> None:
+        """x, contiguous, becomes the sum over all ranks, tensor and data ranks."""
+        assert self._everyone is not None
+        options = dist.AllreduceOptions()
+        options.asyncOp = False
+        finish(self._everyone.allreduce([x], options))
+
+    def exchange_rows(
+        self, incoming: torch.Tensor, outgoing: torch.Tensor, *, received: Sequence[int], sent: Sequence[int]
+    ) -> None:
+        """`sent` [ranks] rows of `outgoing` go to each rank, in order, and `received` of each come into `incoming`.
+
+        Between all ranks, tensor and data ranks. Both are contiguous, of one dtype, and have just these rows.
+        """
+        assert self._everyone is not None
+        options = dist.AllToAllOptions()
+        options.asyncOp = False
+        finish(self._everyone.alltoall_base(incoming, outgoing, list(received), list(sent), options))
+
     def agree_on_least(self, value: int) -> int:
         """The least of the values of all ranks, tensor and data ranks."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self._device)
@@ -203,7 +235,8 @@ class RankGroup:
         """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
         for peers in self._all_peers():
             peers.buffers.end_waits()
-        for group in (self._group, None if self.data is None else self.data.group):
+        groups = {self._group, None if self.data is None else self.data.group, self._everyone}
+        for group in groups:
             if group is not None:
                 group.abort()
 

@@ -19,7 +19,7 @@ import torch
 from ..common.config import EngineConfig, ModelConfig, ParallelConfig
 from ..common.errors import ConfigError, InternalError, PilotfishError
 from ..common.rank_place import RankPlace
-from ..common.requests import StepOutput, WorkerInfo
+from ..common.requests import ExpertBalance, StepOutput, WorkerInfo
 from ..scheduler.step_plan import StepPlan
 from .comm import RankGroup, Rendezvous
 from .cpu_threads import share_of_machine
@@ -103,6 +103,10 @@ class LocalReplica:
     def failure(self) -> str:
         return self._failure or (self._runner.failure if self._runner is not None else "")
 
+    @property
+    def expert_balance(self) -> ExpertBalance | None:
+        return self._runner.expert_balance if self._runner is not None else None
+
     def launch(self, plan: StepPlan) -> PendingStep:
         assert self._runner is not None
         return self._runner.launch(plan)
@@ -133,6 +137,8 @@ class LocalReplica:
                 host=_HOST,
                 timeout_s=timeout_s,
                 whole_experts=self._parallel.expert_parallel,
+                num_redundant_experts=self._parallel.redundant_experts,
+                rebalance_interval_steps=self._parallel.rebalance_interval_steps,
                 gpu=number,
             )
             for number in range(self._parallel.num_ranks)

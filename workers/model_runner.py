@@ -25,14 +25,15 @@ from math import isfinite
 import torch
 
 from ..common.config import EngineConfig
-from ..common.requests import TokenLogprob
+from ..common.requests import ExpertBalance, TokenLogprob
 from ..models.causal_lm import CausalLM
-from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan, StepResult
+from ..scheduler.step_plan import AdmittedSequence, ExpertOrders, PlannedRow, StepPlan, StepResult
 from .batch_state import BatchState, SamplingRows
 from .chunk_graphs import ChunkGraph, ChunkGraphs, ChunkStep, record_chunk_graphs
 from .comm import RankGroup
 from .cuda_graphs import GraphRecorder
 from .decode_graphs import DecodeGraph, DecodeGraphs, DecodeStep, record_decode_graphs
+from .expert_mover import ExpertMover
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
 from .stopwatch import Stopwatch
@@ -66,13 +67,23 @@ class PendingPart:
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A launched step. `arrived` is the GPU's mark behind its last copy to the host; None on a CPU."""
+    """A launched step.
+
+    Attributes:
+        arrived: the GPU's mark behind its last copy to the host; None on a CPU.
+        expert_loads: int64 [layers, experts] on their way to the host, where the plan's orders ask for them.
+    """
 
     plan: StepPlan
     parts: Sequence[PendingPart]
     stopwatch: Stopwatch
     arrived: torch.cuda.Event | None
     group: RankGroup | None = None
+    expert_loads: torch.Tensor | None = None
+
+    @property
+    def has_arrived(self) -> bool:
+        return self.arrived is None or self.arrived.query()
 
     def result(self) -> StepResult:
         """Waits for the step's work; one token for each row that samples, in the order of the plan.
@@ -94,9 +105,10 @@ class PendingStep:
 
 
 class ModelRunner:
-    """A model with its cache and the device state of its running sequences."""
+    """A model with its cache and the device state of its running sequences. `experts`: where they may move, between ranks."""
 
     failure = ""  # what it launches ends
+    expert_balance: ExpertBalance | None = None  # the leader of ranks knows it
     agreement = None  # it asks nobody
 
     def __init__(
@@ -108,8 +120,10 @@ class ModelRunner:
         max_model_len: int,
         device: torch.device,
         group: RankGroup | None = None,
+        experts: ExpertMover | None = None,
     ) -> None:
         self.model = model
+        self.experts = experts
         self._kv_cache = kv_cache
         self._device = device
         self._batch_state = BatchState(
@@ -155,6 +169,7 @@ class ModelRunner:
             torch.AcceleratorError: the device is lost.
         """
         isolate_failures &= self._isolates_failures
+        expert_loads = self._follow_orders(plan.experts) if plan.experts is not None else None
         for slot in plan.released_slots:
             self._sampler.release(slot)
         for sequence in plan.admitted:
@@ -171,7 +186,12 @@ class ModelRunner:
         arrived = torch.cuda.Event() if self._device.type == "cuda" else None
         if arrived is not None:
             arrived.record()
-        return PendingStep(plan, parts, stopwatch, arrived, self._group)
+        return PendingStep(plan, parts, stopwatch, arrived, self._group, expert_loads)
+
+    def _follow_orders(self, orders: ExpertOrders) -> torch.Tensor | None:
+        assert self.experts is not None, "orders to experts that cannot move"
+        loads_LE = self.experts.follow(orders)
+        return None if loads_LE is None else self._to_host(loads_LE)
 
     def _admit(self, sequence: AdmittedSequence, *, isolate_failures: bool) -> None:
         self._unusable_slots.pop(sequence.slot, None)

@@ -1,7 +1,7 @@
 """StepPlans as bytes, for the ranks that follow the leader: packed little-endian columns, never pickle.
 
 A message is a header, the sizes of the columns, and the columns: released slots, replaced blocks, tokens of the data ranks,
-admitted sequences, rows.
+admitted sequences, rows, orders to experts.
 A request's id travels once, with its admission, and rows name slots alone; so a decoder has memory, and sees every plan of its
 epoch in order. A decoded plan equals the encoded one. What follows the header says nothing about its own types: a change to
 it changes VERSION, and ranks of two versions do not understand each other.
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..common.errors import InternalError
 from ..common.requests import EngineRequest, TokenSampling
-from ..scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow, StepPlan
+from ..scheduler.step_plan import AdmittedSequence, BlockReplacement, ExpertOrders, PlannedRow, SlotWrite, StepPlan
 
 Buffer = bytes | bytearray | memoryview
 
@@ -24,8 +24,10 @@ MAGIC = b"PFsp"
 VERSION = 2
 
 _HEADER = struct.Struct("<4sHHQqq")  # magic, version, zero, bytes of the whole message, epoch, step id
-# released slots, replaced blocks, admitted sequences, rows, new blocks of all rows, data ranks, whether all of them decode
-_SIZES = struct.Struct("<6I?")
+# released slots, replaced blocks, admitted sequences, rows, new blocks of all rows, data ranks, whether all of them decode,
+# whether there are orders to experts
+_SIZES = struct.Struct("<6I2?")
+_ORDERS = struct.Struct("<?2I")  # whether loads are read, layer, writes
 # slot, num_computed, num_output, outputs known at the request's arrival, tokens, blocks, bytes of the id, bytes of the salt,
 # whether there is a deadline, the deadline, priority
 _ADMITTED = struct.Struct("<8I?dq")
@@ -59,6 +61,10 @@ def encode_plan(plan: StepPlan, *, epoch: int) -> bytes:
         num_new_blocks = len(new_blocks)
         parts.append(_pack("I", (*slots, *starts, *num_tokens, *output_positions, *map(len, new_block_ids), *new_blocks)))
         parts.append(bytes(samples))
+    if plan.experts is not None:
+        orders = plan.experts
+        parts.append(_ORDERS.pack(orders.reads_loads, orders.layer, len(orders.writes)))
+        parts.append(_pack("I", tuple(chain.from_iterable(orders.writes))))
     parts[1] = _SIZES.pack(
         len(plan.released_slots),
         len(plan.replaced_blocks),
@@ -67,6 +73,7 @@ def encode_plan(plan: StepPlan, *, epoch: int) -> bytes:
         num_new_blocks,
         len(plan.rank_tokens),
         plan.all_decode,
+        plan.experts is not None,
     )
     num_bytes = _HEADER.size + sum(map(len, parts))
     parts[0] = _HEADER.pack(MAGIC, VERSION, 0, num_bytes, epoch, plan.step_id)
@@ -112,7 +119,9 @@ class PlanDecoder:
         return int(step_id)
 
     def _read(self, cursor: _Cursor, step_id: int) -> StepPlan:
-        num_released, num_replaced, num_admitted, num_rows, num_new_blocks, num_ranks, all_decode = cursor.read(_SIZES)
+        num_released, num_replaced, num_admitted, num_rows, num_new_blocks, num_ranks, all_decode, has_orders = cursor.read(
+            _SIZES
+        )
         released = cursor.numbers(num_released)
         replaced = cursor.numbers(3 * num_replaced)
         rank_tokens = cursor.numbers(num_ranks)
@@ -120,6 +129,7 @@ class PlanDecoder:
         slots, starts, num_tokens, output_positions, num_blocks = (cursor.numbers(num_rows) for _ in range(5))
         new_blocks = cursor.numbers(num_new_blocks)
         samples = map(bool, cursor.take(num_rows))
+        orders = _read_orders(cursor) if has_orders else None
         cursor.expect_end()
         if sum(num_blocks) != num_new_blocks:
             raise ValueError(f"its rows have {sum(num_blocks)} new blocks, its head says {num_new_blocks}")
@@ -140,6 +150,7 @@ class PlanDecoder:
             tuple(map(_new_tuple, repeat(PlannedRow, num_rows), columns)),  # half the time of PlannedRow(...)
             released,
             tuple([BlockReplacement(*replaced[i : i + 3]) for i in range(0, len(replaced), 3)]),
+            orders,
             rank_tokens,
             all_decode,
         )
@@ -264,6 +275,12 @@ def _read_admitted(cursor: _Cursor) -> AdmittedSequence:
         salt=salt,
     )
     return AdmittedSequence(request, slot, token_ids, block_ids, num_computed, num_output)
+
+
+def _read_orders(cursor: _Cursor) -> ExpertOrders:
+    reads_loads, layer, num_writes = cursor.read(_ORDERS)
+    numbers = cursor.numbers(2 * num_writes)
+    return ExpertOrders(reads_loads, layer, tuple(map(SlotWrite, numbers[::2], numbers[1::2])))
 
 
 def _pack(code: str, values: Sequence[float]) -> bytes:

@@ -14,13 +14,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import InternalError, PilotfishError
-from ..common.rank_place import RankPlace
-from ..common.requests import WorkerInfo
+from ..common.rank_place import LEADER, RankPlace
+from ..common.requests import ExpertBalance, WorkerInfo
 from ..scheduler.step_plan import StepPlan
 from .comm import RankGroup
+from .expert_director import ExpertDirector
 from .model_runner import ModelRunner, PendingStep
 from .plan_channel import ChannelClosed
 from .plan_codec import PlanDecoder, encode_plan
@@ -46,18 +48,30 @@ class LeadingRunner:
         self._beat = Beat(group.place) if group.place.data_size > 1 else None  # for the other leaders
         # A collective that waits for a rank which is stuck ends with the group, on a GPU too.
         self._watch = RankWatch(group.place, on_failure=group.abort)
-        self.agreement = StepAgreement(group.steps) if group.steps is not None else None
+        self._director: ExpertDirector | None = None
+        if runner.experts is not None and group.place.number == LEADER:
+            self._director = ExpertDirector(runner.experts, group.place)
+        self.agreement = StepAgreement(group.steps, self._director) if group.steps is not None else None
 
     @property
     def failure(self) -> str:
         return self._watch.failure
 
+    @property
+    def expert_balance(self) -> ExpertBalance | None:
+        return self._director.balance if self._director is not None else None
+
     def launch(self, plan: StepPlan) -> PendingStep:
+        if self._director is not None and self.agreement is None:
+            plan = replace(plan, experts=self._director.next_orders())
         if self._place.size > 1:
             self._sender.send(encode_plan(plan, epoch=self._place.epoch), self._place.timeout_s)
         if self._beat is not None:
             self._beat.say(plan.step_id, "step")
-        return self._runner.launch(plan)
+        step = self._runner.launch(plan)
+        if self._director is not None:
+            self._director.launched(step)
+        return step
 
     def close(self) -> None:
         if self._beat is not None:

@@ -25,6 +25,7 @@ from .comm import RankGroup
 from .cpu_threads import usable_cores
 from .cuda_graphs import GraphRecorder
 from .decode_graphs import graph_sizes
+from .expert_mover import ExpertMover
 from .kv_cache import KvCache, KvLayout, allocate_kv_cache
 from .largest_step import measure_largest_step, uses_graphs
 from .memory import available_bytes, num_kv_blocks
@@ -45,6 +46,7 @@ def set_up_runner(
     start_s = time.perf_counter()
     device = choose_device(engine_config, None if group is None else group.place)
     model, path = _load(model_config, device, Parallel() if group is None else group.parallel)
+    experts = ExpertMover(model, group) if group is not None and group.place.balances_experts else None
     if device.type == "cpu":
         use_threads(engine_config.num_threads or usable_cores())
     max_model_len = _choose_max_model_len(model_config, model.config.max_position)
@@ -53,7 +55,13 @@ def set_up_runner(
         model, engine_config, max_num_batched_tokens=num_tokens, max_model_len=max_model_len, group=group
     )
     runner = ModelRunner(
-        model, config=engine_config, kv_cache=kv_cache, max_model_len=max_model_len, device=device, group=group
+        model,
+        config=engine_config,
+        kv_cache=kv_cache,
+        max_model_len=max_model_len,
+        device=device,
+        group=group,
+        experts=experts,
     )
     if uses_graphs(engine_config, device):
         runner.use_graphs(
@@ -61,6 +69,8 @@ def set_up_runner(
             chunk_sizes(num_tokens, of_data_ranks=model.data is not None),
             recorder=GraphRecorder(),
         )
+    if experts is not None:
+        experts.forget_loads()
     info = WorkerInfo(
         model_name=model_config.name,
         model_path=path,

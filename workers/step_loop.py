@@ -11,11 +11,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..common.errors import InternalError
-from ..common.requests import StepOutput, StepTimings
+from ..common.requests import ExpertBalance, StepOutput, StepTimings
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.step_scheduler import StepScheduler
 from .model_runner import PendingStep
@@ -36,6 +36,10 @@ class StepRunner(Protocol):
     @property
     def failure(self) -> str:
         """Why the steps in flight will never end, "" while they may."""
+
+    @property
+    def expert_balance(self) -> ExpertBalance | None:
+        """None where experts do not move, and of data ranks on all but the first."""
 
     @property
     def agreement(self) -> StepAgreement | None:
@@ -134,6 +138,6 @@ class StepLoop:
                 kv_events=kv_events,
                 num_batched_tokens=num_batched_tokens,
                 timings=timings,
-                load=self.scheduler.load(),
+                load=replace(self.scheduler.load(), expert_balance=self._runner.expert_balance),
             )
         )

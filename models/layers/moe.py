@@ -8,7 +8,7 @@ T tokens, H hidden, C choices. Ranks share every expert's intermediate size, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from ..parallel import whole
 from ..weight_source import Placement, WeightSource
 from .expert_choice import ExpertChoice
 from .expert_dispatch import choose_dispatcher
-from .expert_map import ExpertMap
+from .expert_map import build_map
 from .linear import column_linear
 from .norm import RmsNorm
 from .shared_experts import SharedExperts
@@ -77,7 +77,7 @@ class SparseMlp(torch.nn.Module):
         self.shared = shared
         self.activation = shape.activation
         self.parallel = placement.parallel
-        self.map = ExpertMap(moe.num_experts)
+        self.map = build_map(moe.num_experts, placement.parallel, device=placement.device)
         self.slots, self.intermediate = self.parallel.expert_shares(self.map.num_slots, moe.intermediate_size)
         self.dispatcher = choose_dispatcher(self.parallel, self.slots, device=placement.device)
         self.router = column_linear(
@@ -85,6 +85,11 @@ class SparseMlp(torch.nn.Module):
         )
         self.gate_up_weight = placement.matrix(self.slots.size, 2 * self.intermediate.size, shape.hidden_size)
         self.down_weight = placement.matrix(self.slots.size, shape.hidden_size, self.intermediate.size)
+
+    @property
+    def slot_weights(self) -> tuple[torch.Tensor, ...]:
+        """All that an expert is, each [slots of this rank, ...]."""
+        return self.gate_up_weight, self.down_weight
 
     def norm_and_choose(
         self, norm: RmsNorm, x_TH: torch.Tensor, residual_TH: torch.Tensor | None
@@ -155,19 +160,27 @@ class SparseMlp(torch.nn.Module):
     def _fused_sources(self, prefix: str) -> Iterator[WeightSource]:
         assert self.names.gate == self.names.up
         num_experts, hidden, rows = self.moe.num_experts, self.gate_up_weight.shape[2], self.intermediate
-        own = self.map.experts_in(self.slots)
-        experts = slice(own.start, own.stop)
-        gate, up = self.gate_up_weight.split(rows.size, dim=1)
-        for first_row, target in ((0, gate), (rows.total, up)):
+        for experts, slots in _runs(self.map.experts_in(self.slots)):
+            gate, up = self.gate_up_weight[slots].split(rows.size, dim=1)
+            for first_row, target in ((0, gate), (rows.total, up)):
+                yield WeightSource(
+                    name=prefix + self.names.gate,
+                    shape=(num_experts, 2 * rows.total, hidden),
+                    region=(experts, slice(first_row + rows.start, first_row + rows.stop), slice(None)),
+                    target=target,
+                )
             yield WeightSource(
-                name=prefix + self.names.gate,
-                shape=(num_experts, 2 * rows.total, hidden),
-                region=(experts, slice(first_row + rows.start, first_row + rows.stop), slice(None)),
-                target=target,
+                name=prefix + self.names.down,
+                shape=(num_experts, hidden, rows.total),
+                region=(experts, slice(None), rows.range),
+                target=self.down_weight[slots],
             )
-        yield WeightSource(
-            name=prefix + self.names.down,
-            shape=(num_experts, hidden, rows.total),
-            region=(experts, slice(None), rows.range),
-            target=self.down_weight,
-        )
+
+
+def _runs(experts: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """(experts, their slots of this rank) for each run of experts that follow one another."""
+    start = 0
+    for stop in range(1, len(experts) + 1):
+        if stop == len(experts) or experts[stop] != experts[stop - 1] + 1:
+            yield slice(experts[start], experts[stop - 1] + 1), slice(start, stop)
+            start = stop

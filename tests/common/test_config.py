@@ -25,6 +25,12 @@ def test_sections_become_frozen_configs(tmp_path) -> None:
         ({"model": {"model": "m"}, "engine": {"block_size": 24}}, "power of two"),
         ({"model": {"model": "m"}, "engine": {"max_num_batched_tokens": 8}}, "at least 64"),
         ({"model": {"model": "m"}, "gateway": {"grpc_port": 70000}}, "grpc_port must be in"),
+        ({"model": {"model": "m"}, "parallel": {"rebalance_interval_steps": 9}}, "needs expert_parallel"),
+        ({"model": {"model": "m"}, "parallel": {"redundant_experts": -1}}, "at least 0"),
+        (
+            {"model": {"model": "m"}, "parallel": {"tensor_parallel": 2, "expert_parallel": True, "redundant_experts": 2}},
+            "redundant_experts needs rebalance_interval_steps, 3000",
+        ),
         ({"model": {"model": "m"}, "parallel": {"data_parallel": 2}}, "data_parallel needs expert_parallel.*num_replicas"),
         ({"model": {"model": "m"}, "parallel": {"expert_parallel": True}}, "needs tensor_parallel or data_parallel"),
     ],

@@ -11,6 +11,7 @@ import openai
 import pytest
 from fake_engine import expected_tokens
 from local_workers import Cluster, StartCluster
+from pilotfish.common.requests import ExpertBalance
 from reading import eventually
 
 TEXT = "Hello there"
@@ -250,7 +251,8 @@ async def test_health_follows_the_replicas(start_cluster: StartCluster) -> None:
 
 
 async def test_metrics_count_what_happened(start_cluster: StartCluster, client_of: ClientOf) -> None:
-    cluster = await start_cluster()
+    balance = ExpertBalance(measured=1.5, expected=1.25, num_moves=9, last_step_id=8)
+    cluster = await start_cluster(expert_balance=balance)
     client = client_of(cluster)
     prompt = list(range(40))
     for _ in range(2):
@@ -264,6 +266,9 @@ async def test_metrics_count_what_happened(start_cluster: StartCluster, client_o
     assert "pilotfish_prefix_hit_tokens_total 32.0" in lines
     assert "pilotfish_ttft_seconds_count 2.0" in lines
     assert 'pilotfish_replicas{state="ready"} 1.0' in lines
+    assert 'pilotfish_expert_balance_ratio{replica="replica-0"} 1.5' in lines
+    assert 'pilotfish_expected_expert_balance_ratio{replica="replica-0"} 1.25' in lines
+    assert 'pilotfish_expert_moves{replica="replica-0"} 9.0' in lines
 
 
 async def test_a_port_in_use_is_named(start_cluster: StartCluster) -> None:

@@ -274,6 +274,34 @@ def test_data_ranks_end_and_come_back_together(local_ray: None, model_path: Path
     assert ray.util.list_named_actors() == []
 
 
+def test_a_rank_killed_while_experts_move_comes_back(local_ray: None, model_path: Path, tmp_path: Path) -> None:
+    """Experts start anew from the checkpoint, in every slot; status tells of the moves before and after."""
+    sparse = upcycle(model_path, tmp_path / "sparse", num_experts=4)
+    ranks = config(
+        sparse, num_replicas=1, tensor_parallel=2, expert_parallel=True, redundant_experts=2, rebalance_interval_steps=2
+    )
+    deployment = deploy(ranks, model_path=str(sparse), worker_class=ray.remote(WorkerActor))
+
+    def have_moved() -> bool:
+        balance = deployment.status().replicas[0].load.expert_balance
+        return balance is not None and balance.num_moves > 0
+
+    try:
+        served = Served(deployment, deployment.wait_ready(timeout_s=120))
+        expected = Reader(served, max_tokens=300).finish()
+        assert have_moved()
+        reader = Reader(served, max_tokens=300)
+        reader.wait_for(20)
+        (name,) = [name for name in ray.util.list_named_actors() if name.endswith(".1")]
+        ray.kill(ray.get_actor(name))
+        reader.finish()
+        assert reader.token_ids == expected.token_ids
+        wait_until(lambda: all_ready(deployment, restarts=1), "the replica's successor")
+        assert have_moved()
+    finally:
+        deployment.shutdown()
+
+
 def test_a_worker_of_other_versions_is_refused(local_ray: None, model_path: Path) -> None:
     class OlderWorker(WorkerActor):
         def versions(self) -> dict[str, str]:

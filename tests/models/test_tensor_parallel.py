@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rank_work
-from pilotfish.common.errors import ModelNotFound
-from pilotfish.models.build import load_model
+from pilotfish.common.errors import ConfigError, ModelNotFound
+from pilotfish.models.build import check_ranks, load_model
 from pilotfish.models.check import check_model, choose_prompts, run_reference, save_references
 from pilotfish.models.local_ranks import RanksFailedError, run_ranks
 from pilotfish.models.store import resolve
+from pilotfish.scheduler.expert_balancer import first_slots
 from transformers import AutoTokenizer, PreTrainedModel
 from upcycled import upcycle
 
@@ -69,6 +72,26 @@ def test_ranks_with_whole_experts_equal_transformers(size: int, sparse_checkpoin
     for models in run_ranks(size, work, sparse_checkpoints, timeout_s=TIMEOUT_S):
         for (architecture, _), rows in zip(SPARSE, models, strict=True):
             assert all(ok for _, ok, _ in rows), (architecture, rows)
+
+
+def test_ranks_with_copies_of_experts_equal_transformers(sparse_checkpoints: list[tuple[str, str]]) -> None:
+    """Per-expert and fused checkpoints. Each rank reads the experts of its slots, and copies are on ranks of their own."""
+    work = rank_work.compare_all_with_copied_experts
+    for models in run_ranks(2, work, sparse_checkpoints, 3, timeout_s=TIMEOUT_S):
+        for (architecture, _), rows in zip(SPARSE, models, strict=True):
+            assert all(ok for _, ok, _ in rows), (architecture, rows)
+    for path, _ in sparse_checkpoints:
+        ranks = run_ranks(2, rank_work.check_copies, path, 3, timeout_s=TIMEOUT_S)
+        for slots in zip(*ranks, strict=True):
+            assert [len(set(experts)) for experts in slots] == [4, 4]
+            assert set(itertools.chain(*slots)) == set(range(5))
+
+
+def test_redundant_experts_that_ranks_cannot_share_are_refused(sparse_checkpoints: list[tuple[str, str]]) -> None:
+    path, rule = sparse_checkpoints[0][0], partial(first_slots, num_redundant=2, num_ranks=2)
+    with pytest.raises(ConfigError, match="use redundant_experts 3"):
+        check_ranks(path, size=2, whole_experts=True, first_slots=rule)
+    check_ranks(path, size=2, whole_experts=True, first_slots=partial(rule, num_redundant=3))
 
 
 def test_each_expert_is_kept_once(sparse_checkpoints: list[tuple[str, str]]) -> None:

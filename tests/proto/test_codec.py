@@ -6,6 +6,7 @@ from pilotfish.common.requests import (
     BlockStored,
     EngineLoad,
     EngineRequest,
+    ExpertBalance,
     FinishReason,
     SequenceOutput,
     StepOutput,
@@ -38,6 +39,9 @@ def test_a_request_survives(request_) -> None:
     assert codec.request_from_proto(worker_pb2.Submit.FromString(data)) == request_
 
 
+BALANCE = ExpertBalance(measured=1.5, expected=1.1, num_moves=9, last_step_id=8)
+
+
 def random_step(rng: random.Random) -> StepOutput:
     def output(i: int) -> SequenceOutput:
         tokens = tuple(rng.randrange(50000) for _ in range(rng.choice([0, 1, 1, 4])))
@@ -57,7 +61,7 @@ def random_step(rng: random.Random) -> StepOutput:
         first_event_id=rng.randrange(99),
         kv_events=events, num_batched_tokens=7, timings=StepTimings(plan_ms=0.1, forward_ms=2, sample_ms=3, total_ms=5.5),
         load=EngineLoad(num_running=1, num_waiting=2, num_free_blocks=3, num_cached_blocks=4, num_used_blocks=5,
-                        queued_tokens=6, num_preemptions=7),
+                        queued_tokens=6, num_preemptions=7, expert_balance=rng.choice([None, BALANCE])),
     )  # fmt: skip
 
 

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pilotfish.common.config import EngineConfig, ModelConfig
 from pilotfish.common.rank_place import RankPlace
-from pilotfish.common.requests import EngineRequest, StepOutput, WorkerInfo
+from pilotfish.common.requests import EngineRequest, ExpertBalance, StepOutput, WorkerInfo
 from pilotfish.workers.comm import Rendezvous
 from pilotfish.workers.engine import Engine
 from pilotfish.workers.model_runner import ModelRunner
@@ -28,11 +29,13 @@ class Told:
         self.tokens: dict[str, list[int]] = {}
         self.ended: set[str] = set()
         self.num_steps = 0
+        self.balances: list[ExpertBalance | None] = []
         self._changed = threading.Condition()
 
     def __call__(self, step: StepOutput) -> None:
         with self._changed:
             self.num_steps += 1
+            self.balances.append(step.load.expert_balance)
             for sequence in step.sequences:
                 self.tokens.setdefault(sequence.request_id, []).extend(sequence.token_ids)
                 if sequence.finish_reason is not None:
@@ -48,8 +51,8 @@ class Told:
             ), f"{self.ended} of {num_ended} have ended, with {self.tokens}"
 
 
-def places(tensor_size: int, data_size: int, rendezvous: Rendezvous, *, timeout_s: float) -> list[RankPlace]:
-    """In the order of their numbers."""
+def places(tensor_size: int, data_size: int, rendezvous: Rendezvous, *, timeout_s: float, **options: Any) -> list[RankPlace]:
+    """In the order of their numbers; `options` are further fields."""
     return [
         RankPlace(
             rank=number % tensor_size,
@@ -61,6 +64,7 @@ def places(tensor_size: int, data_size: int, rendezvous: Rendezvous, *, timeout_
             host="127.0.0.1",
             timeout_s=timeout_s,
             whole_experts=True,
+            **options,
         )
         for number in range(tensor_size * data_size)
     ]
@@ -75,10 +79,11 @@ def data_replica(
     max_steps_in_flight: int = 1,
     timeout_s: float = 30.0,
     prepare: Callable[[ModelRunner], object] = lambda runner: None,
+    **options: Any,
 ) -> Iterator[tuple[list[Engine], list[Told]]]:
     """(the leaders' engines, started; what they tell), by data rank. `prepare` is called on each leader's thread."""
     rendezvous = Rendezvous(host="127.0.0.1", timeout_s=timeout_s)
-    ranks = places(tensor_size, data_size, rendezvous, timeout_s=timeout_s)
+    ranks = places(tensor_size, data_size, rendezvous, timeout_s=timeout_s, **options)
     told = [Told() for _ in range(data_size)]
     engines = [
         Engine(

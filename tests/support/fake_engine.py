@@ -11,10 +11,10 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pilotfish.common.errors import InvalidRequest
-from pilotfish.common.requests import EngineRequest, StepOutput, TokenLogprob, TokenSampling, WorkerInfo
+from pilotfish.common.requests import EngineRequest, ExpertBalance, StepOutput, TokenLogprob, TokenSampling, WorkerInfo
 from pilotfish.scheduler.scheduler_config import SchedulerConfig
 from pilotfish.scheduler.snapshot import SchedulerSnapshot
 from pilotfish.scheduler.step_plan import StepPlan, StepResult
@@ -63,6 +63,7 @@ class FakeEngine:
     stall_timeout_s: float = 60.0
     uses_seeds: bool = False
     refuse: Exception | None = None
+    expert_balance: ExpertBalance | None = None
     gate: threading.Event = field(default_factory=threading.Event)
     aborted: list[str] = field(default_factory=list)
     submitted: list[EngineRequest] = field(default_factory=list)
@@ -201,6 +202,6 @@ class FakeEngine:
                     first_event_id=first_event_id,
                     kv_events=events,
                     num_batched_tokens=num_tokens,
-                    load=self.scheduler.load(),
+                    load=replace(self.scheduler.load(), expert_balance=self.expert_balance),
                 )
             )

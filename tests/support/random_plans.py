@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from pilotfish.common.requests import EngineRequest, TokenSampling
-from pilotfish.scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow, StepPlan
+from pilotfish.scheduler.step_plan import AdmittedSequence, BlockReplacement, ExpertOrders, PlannedRow, SlotWrite, StepPlan
 
 INT32_MAX = 2**31 - 1
 
@@ -27,7 +27,15 @@ def random_plans(rng: random.Random, *, num_plans: int, num_slots: int = 12) -> 
         rng.shuffle(rows)
         replaced = [BlockReplacement(rng.randrange(num_slots), rng.randrange(99), rng.randrange(INT32_MAX))] * rng.randrange(3)
         rank_tokens = tuple(rng.randint(1, 9000) for _ in range(rng.choice((0, 0, 2, 5))))
-        yield StepPlan(step_id, tuple(admitted), tuple(rows), released, tuple(replaced), rank_tokens, rng.random() < 0.5)
+        orders = _random_orders(rng) if rng.random() < 0.3 else None
+        yield StepPlan(
+            step_id, tuple(admitted), tuple(rows), released, tuple(replaced), orders, rank_tokens, rng.random() < 0.5
+        )
+
+
+def _random_orders(rng: random.Random) -> ExpertOrders:
+    writes = tuple(SlotWrite(rng.randrange(300), rng.randrange(300)) for _ in range(rng.choice((0, 1, 7))))
+    return ExpertOrders(rng.random() < 0.5, rng.randrange(60), writes)
 
 
 def _ids(rng: random.Random, max_count: int) -> tuple[int, ...]:

@@ -6,14 +6,17 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from pilotfish.models.build import load_model
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.check import RankRows, compare_on_rank
+from pilotfish.models.layers.moe import SparseMlp
 from pilotfish.models.paged_sequences import PagedSequences
 from pilotfish.models.parallel import Parallel
+from pilotfish.scheduler.expert_balancer import first_slots
 
 
 def compare_all(parallel: Parallel, checkpoints: Sequence[tuple[str, str]]) -> list[RankRows]:
@@ -46,6 +49,30 @@ def hang(parallel: Parallel, pid_directory: str) -> None:
 
 def compare_all_with_whole_experts(parallel: Parallel, checkpoints: Sequence[tuple[str, str]]) -> list[RankRows]:
     return compare_all(replace(parallel, whole_experts=True), checkpoints)
+
+
+def compare_all_with_copied_experts(
+    parallel: Parallel, checkpoints: Sequence[tuple[str, str]], num_redundant: int
+) -> list[RankRows]:
+    return compare_all(_with_copies(parallel, num_redundant), checkpoints)
+
+
+def check_copies(parallel: Parallel, path: str, num_redundant: int) -> list[list[int]]:
+    """The experts in this rank's slots, by sparse layer, whose weights are those of a model that has each expert once."""
+    model, plain = (load_model(path, device="cpu", parallel=p) for p in (_with_copies(parallel, num_redundant), Parallel()))
+    layers = [(a.mlp, b.mlp) for a, b in zip(model.decoder_layers, plain.decoder_layers, strict=True)]
+    kept = []
+    for layer, whole_layer in layers:
+        if isinstance(layer, SparseMlp):
+            kept.append(list(layer.map.experts_in(layer.slots)))
+            for weights, of_all in zip(layer.slot_weights, whole_layer.slot_weights, strict=True):
+                assert torch.equal(weights, of_all[kept[-1]])
+    return kept
+
+
+def _with_copies(parallel: Parallel, num_redundant: int) -> Parallel:
+    rule = partial(first_slots, num_redundant=num_redundant, num_ranks=parallel.size)
+    return replace(parallel, whole_experts=True, first_slots=rule)
 
 
 def count_read_experts(parallel: Parallel, path: str) -> int:

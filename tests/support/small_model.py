@@ -50,3 +50,33 @@ def save_tiny_llama(path: Path) -> Path:
     )
     transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
     return path
+
+
+def save_tiny_mixtral(path: Path) -> Path:
+    """Three layers of 8 experts that all say something else, with routers that prefer those of even number; no tokenizer."""
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.MixtralConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        sliding_window=None,
+    )
+    model = transformers.MixtralForCausalLM(config).to(torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data[::2] *= 3.0
+    model.save_pretrained(path)
+    return path

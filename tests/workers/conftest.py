@@ -13,6 +13,7 @@ from pilotfish.scheduler.scheduler_config import SchedulerConfig
 from pilotfish.scheduler.step_scheduler import StepScheduler
 from pilotfish.workers.runner_setup import set_up_runner
 from pilotfish.workers.step_loop import StepLoop
+from small_model import save_tiny_mixtral
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,6 +46,11 @@ def tiny_llama(tmp_path_factory) -> Path:
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
     _write_tokenizer(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral(tmp_path_factory) -> Path:
+    return save_tiny_mixtral(tmp_path_factory.mktemp("tiny_mixtral"))
 
 
 def _write_tokenizer(path: Path) -> None:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 from pilotfish.common.config import ModelConfig
 from pilotfish.common.errors import InternalError
-from pilotfish.common.rank_place import RankPlace
-from pilotfish.common.requests import EngineRequest, StepOutput, TokenSampling
+from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.workers.comm import Rendezvous
 from pilotfish.workers.engine import Engine, Phase
 from pilotfish.workers.ranks import lead
-from rank_process import ENGINE, Followers
+from rank_process import ENGINE, Collected, places, replica
 
 LOUD = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "logprobs": 2, "logit_bias": {5: 1.0}}
 SAMPLING = [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 40}, LOUD, {"temperature": 0.0}]
@@ -28,52 +24,10 @@ PLAIN = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.5}, {"tem
 MIXED = [*PLAIN[:3], {**LOUD, "max_tokens": 5}]
 
 
-class Collected:
-    """What an engine tells, by request."""
-
-    def __init__(self) -> None:
-        self.tokens: dict[str, list[int]] = {}
-        self.num_ended = 0
-        self._changed = threading.Condition()
-
-    def __call__(self, step: StepOutput) -> None:
-        with self._changed:
-            for sequence in step.sequences:
-                self.tokens.setdefault(sequence.request_id, []).extend(sequence.token_ids)
-                self.num_ended += sequence.finish_reason is not None
-            self._changed.notify_all()
-
-    def wait_for(self, what: str) -> None:
-        with self._changed:
-            enough = {"an end": lambda: self.num_ended == len(SAMPLING), "some tokens": lambda: len(self.tokens) > 0}[what]
-            assert self._changed.wait_for(enough, 60), f"{what} did not come: {self.tokens}"
-
-
 def submit(engine: Engine, *, max_tokens: int = 12, samplings: list[dict] = SAMPLING) -> None:
     for index, sampling in enumerate(samplings):
         settings = TokenSampling(**{"max_tokens": max_tokens, **sampling}, seed=index)
         engine.submit(EngineRequest(request_id=f"r{index}", prompt_token_ids=tuple(range(index, 30)), sampling=settings))
-
-
-def places(size: int, rendezvous: Rendezvous, *, timeout_s: float = 30.0) -> list[RankPlace]:
-    shared = {"size": size, "epoch": 7, "address": rendezvous.address, "host": "127.0.0.1", "timeout_s": timeout_s}
-    return [RankPlace(rank=rank, **shared) for rank in range(size)]
-
-
-@contextmanager
-def replica(path: Path, size: int) -> Iterator[tuple[Engine, Collected, Followers]]:
-    """An engine that leads `size - 1` followers."""
-    rendezvous = Rendezvous(host="127.0.0.1", timeout_s=30)
-    leader, *others = places(size, rendezvous)
-    collected = Collected()
-    engine = Engine(ModelConfig(model=str(path)), ENGINE, on_step=collected, set_up=partial(lead, place=leader))
-    with Followers(path, others) as followers:
-        try:
-            engine.start()
-            assert [followers.said(place.rank) for place in others] == ["ready"] * len(others)
-            yield engine, collected, followers
-        finally:
-            engine.stop()
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -84,11 +38,11 @@ def test_ranks_say_what_one_engine_says(tiny_llama: Path, size: int, samplings: 
     engine = Engine(ModelConfig(model=str(tiny_llama)), ENGINE, on_step=alone)
     engine.start()
     submit(engine, samplings=samplings)
-    alone.wait_for("an end")
+    alone.wait_for_ends(len(SAMPLING))
     engine.stop()
     with replica(tiny_llama, size) as (leader, collected, followers):
         submit(leader, samplings=samplings)
-        collected.wait_for("an end")
+        collected.wait_for_ends(len(SAMPLING))
         leader.stop()
         assert collected.tokens == alone.tokens
         for rank in range(1, size):
@@ -98,7 +52,7 @@ def test_ranks_say_what_one_engine_says(tiny_llama: Path, size: int, samplings: 
 def test_a_dead_rank_ends_the_engine(tiny_llama: Path) -> None:
     with replica(tiny_llama, 2) as (leader, collected, followers):
         submit(leader, max_tokens=400)
-        collected.wait_for("some tokens")
+        collected.wait_for_tokens(1)
         os.kill(followers.processes[0].pid or 0, signal.SIGKILL)
         assert wait_until_failed(leader, timeout_s=10)
 
@@ -106,7 +60,7 @@ def test_a_dead_rank_ends_the_engine(tiny_llama: Path) -> None:
 def test_a_stopped_rank_is_named(tiny_llama: Path) -> None:
     with replica(tiny_llama, 2) as (leader, collected, followers):
         submit(leader, max_tokens=400)
-        collected.wait_for("some tokens")
+        collected.wait_for_tokens(1)
         time.sleep(1)  # for a first beat
         os.kill(followers.processes[0].pid or 0, signal.SIGSTOP)
         message = wait_until_failed(leader, timeout_s=10)
@@ -116,7 +70,7 @@ def test_a_stopped_rank_is_named(tiny_llama: Path) -> None:
 
 def test_a_rank_that_never_comes_is_missed(tiny_llama: Path) -> None:
     rendezvous = Rendezvous(host="127.0.0.1", timeout_s=2)
-    leader = places(2, rendezvous, timeout_s=2.0)[0]
+    leader = places(2, rendezvous.address, timeout_s=2.0)[0]
     engine = Engine(ModelConfig(model=str(tiny_llama)), ENGINE, on_step=Collected(), set_up=partial(lead, place=leader))
     with pytest.raises(InternalError, match="rank 0 of 2 found no group of all ranks"):
         engine.start()
