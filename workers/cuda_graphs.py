@@ -7,7 +7,8 @@ valid until another of them is replayed, and whatever reads it is queued behind 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -33,12 +34,14 @@ class GraphRecorder:
         with torch.cuda.stream(self._stream):
             work()
         torch.cuda.current_stream().wait_stream(self._stream)
-        gc.collect()  # a tensor that is freed during a recording would break it
 
     def record(self, work: Callable[[], Result]) -> tuple[Replayable, Result]:
         """(the graph, where the work's result will lie)."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with (
+            _without_collector(),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             result = work()
         return graph, result
 
@@ -46,6 +49,18 @@ class GraphRecorder:
         """The same contiguous result without a share in the life of its memory: the next recording may use that too."""
         assert result.is_contiguous()
         return torch.as_tensor(_Memory(result)).view(result.dtype).view(result.shape)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A tensor in a dead cycle that is freed during a recording would break it. (Collecting before each takes 0.1 s.)"""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Memory:
