@@ -1,18 +1,16 @@
 """First half of a gated MLP: y = activation(gate) * up, where [gate, up] = x @ weight.T + bias.
 
 The rows of the weight are the gate's, then up's. The linear layer's result is rounded to the dtype of x before the activation,
-the product once more. On CUDA one kernel does both for few rows, and for many where that was measured to be faster, so that
-gate and up are never written; otherwise `linear` and `gated_activation` run one after the other.
-M rows (tokens), K inputs, F intermediate, U = 2 F.
+the product once more. On CUDA one kernel does both for few rows, so that gate and up are never written; otherwise `linear`
+and `gated_activation` run one after the other. M rows (tokens), K inputs, F intermediate, U = 2 F.
 """
 
 import torch
 
 from .dispatch import choose_backend
 from .gated_activation import check_activation, gated_activation, gated_activation_ref
-from .linear import as_rows, check_linear, check_one_dtype, choose_skinny_config, choose_tall_config, linear, linear_ref
+from .linear import as_rows, check_linear, check_one_dtype, choose_skinny_config, linear, linear_ref
 from .skinny_linear import skinny_linear
-from .tall_experts import tall_linear
 
 # Largest |y - reference| for x of order one and weights of order 1 / sqrt(K): (relative, absolute).
 TOLERANCE = {torch.float32: (2e-4, 2e-5), torch.float16: (8e-3, 4e-3), torch.bfloat16: (5e-2, 3e-2)}
@@ -37,9 +35,6 @@ def gated_linear(
         config = choose_skinny_config("gated_linear", weight_UK, x_MK.shape[0])
         if config is not None:
             return skinny_linear(as_rows(x_MK), weight_UK, bias_U, config, out_dtype=x_MK.dtype, activation=activation)
-        tall = choose_tall_config("gated_linear", weight_UK, bias_U, x_MK.shape[0])
-        if tall is not None:
-            return tall_linear(as_rows(x_MK), weight_UK, activation=activation, config=tall)
     return gated_activation(linear(x_MK, weight_UK, bias_U), activation)
 
 

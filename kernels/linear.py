@@ -2,8 +2,8 @@
 
 On the CPU x is float32 and the weight stays in the checkpoint's dtype: a bfloat16 weight is widened exactly as it is read,
 so the result is that of float32 at half the memory traffic. On CUDA x, weight and bias have one dtype, and cuBLAS or a
-kernel for few rows (skinny_linear.py, streaming_linear.py) or for many (tall_experts.py) does the work: whichever was measured
-to be faster, see `choose_skinny_config` and `choose_tall_config`.
+kernel for few rows (skinny_linear.py, streaming_linear.py) does the work: whichever was measured to be faster, see
+`choose_skinny_config`.
 Sums are float32, rounded once. M rows (tokens), K inputs, N outputs.
 """
 
@@ -15,10 +15,6 @@ from .cpu import ops as cpu_ops
 from .dispatch import choose_backend
 from .skinny_linear import default_gemv_config, fits, skinny_linear
 from .streaming_linear import serves
-from .tall_experts import TallConfig, tall_linear
-from .tall_experts import serves as tall_serves
-
-MIN_TALL_ROWS = 256  # with fewer the tall kernel is not measured
 
 # Largest |y - reference| for x of order one and weights of order 1 / sqrt(K): (relative, absolute). float32: a
 # sum of thousands of terms differs by a few 1e-5 between two orders of adding.
@@ -70,26 +66,12 @@ def choose_skinny_config(op: str, weight_NK: torch.Tensor, num_rows: int) -> tun
     return config if config is not None and fits(config, num_rows, num_inputs) else None
 
 
-def choose_tall_config(op: str, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, num_rows: int) -> TallConfig | None:
-    """The config of the kernel for many rows where it was measured to be the fastest for this GPU and shape; it has no bias."""
-    if num_rows < MIN_TALL_ROWS or bias_N is not None:
-        return None
-    measured = tuning.lookup(op, weight_NK.dtype, tuple(weight_NK.shape), num_rows, weight_NK.device)
-    if measured is None or measured["kernel"] != "tall":
-        return None
-    config = TallConfig(**{name: value for name, value in measured.items() if name != "kernel"})
-    return config if tall_serves(config, weight_NK[None], weight_NK.dtype, gated=op == "gated_linear") else None
-
-
 def _linear_cuda(x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
     check_one_dtype("linear", x, weight_NK)
     x_MK = as_rows(x)
     op = "linear" if out_dtype == x.dtype else "linear_float32"
     config = choose_skinny_config(op, weight_NK, x_MK.shape[0])
-    tall = choose_tall_config(op, weight_NK, bias_N, x_MK.shape[0]) if op == "linear" else None
-    if tall is not None:
-        y_MN = tall_linear(x_MK, weight_NK, activation=None, config=tall)
-    elif config is None:
+    if config is None:
         y_MN = cublas_linear(x_MK, weight_NK, bias_N, out_dtype=out_dtype)
     else:
         y_MN = skinny_linear(x_MK, weight_NK, bias_N, config, out_dtype=out_dtype)

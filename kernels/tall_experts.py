@@ -3,7 +3,6 @@
 It is the twin of grouped_gemm.py for prefill, in 16 bits, on compute capability 9.0: same arguments, same results; its
 reference is that of streaming_experts.py. A CTA on every multiprocessor goes through items (256 rows of the weight of one
 expert, by up to `most_pairs` of its pairs) with its copies ahead of its arithmetic, `num_stages` steps of 64 inputs deep.
-A dense layer is one expert.
 
 T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, K inputs and N outputs of a product.
 """
@@ -12,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -33,15 +32,10 @@ _MAX_SHARED_BYTES = loader.CTA_SHARED_BYTES - 10 * 1024  # dynamic ones: items a
 
 @dataclass(frozen=True, kw_only=True)
 class TallConfig:
-    """At most `most_pairs` pairs an item (a multiple of 16); an expert's are shared out evenly among the fewest items.
-
-    `cluster`: CTAs, 1 or 2, that take the same pairs and copy their rows of x for each other. Scattered rows (of the gated
-    product of experts; of the other without sorted_rows) are served with the same items without it.
-    """
+    """At most `most_pairs` pairs an item (a multiple of 16); an expert's are shared out evenly among the fewest items."""
 
     most_pairs: int
     num_stages: int
-    cluster: int = 1
 
 
 # Worth measuring: as many pairs as accumulators hold, or fewer and more even shares.
@@ -50,7 +44,6 @@ TALL_CONFIGS = (
     TallConfig(most_pairs=160, num_stages=3),
     TallConfig(most_pairs=128, num_stages=3),
     TallConfig(most_pairs=96, num_stages=4),
-    TallConfig(most_pairs=192, num_stages=3, cluster=2),
 )
 
 
@@ -71,45 +64,13 @@ def tall_experts(
     Row pair // (P / R) of x belongs to a pair. With `sorted_rows` y of the gated product, and x of the other, have their rows
     in the order of `pairs`. It waits for the kernel before it lets the next start. ValueError where `unfit_reason` has one.
     """
-    in_order = activation is None and sorted_rows
-    _launch(
-        x_RK, weight_EUK, scales, y_PN, pairs_P, expert_starts, activation, config, sorted_rows=sorted_rows, in_order=in_order
-    )
-
-
-def tall_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, *, activation: str | None, config: TallConfig) -> torch.Tensor:
-    """y [M, N], or [M, N / 2] with an activation: a dense layer as one expert that has every row. ValueError as above."""
-    num_rows, num_outputs = x_MK.shape[0], weight_NK.shape[0] // (1 if activation is None else 2)
-    y_MN = x_MK.new_empty(num_rows, num_outputs)
-    pairs, starts, ones = _one_expert(num_rows, x_MK.device)
-    scales = ones if activation is None else None
-    _launch(x_MK, weight_NK[None], scales, y_MN, pairs, starts, activation, config, sorted_rows=True, in_order=True)
-    return y_MN
-
-
-def _launch(
-    x_RK: torch.Tensor,
-    weight_EUK: torch.Tensor,
-    scales: torch.Tensor | None,
-    y_PN: torch.Tensor,
-    pairs_P: torch.Tensor,
-    expert_starts: torch.Tensor,
-    activation: str | None,
-    config: TallConfig,
-    *,
-    sorted_rows: bool,
-    in_order: bool,
-) -> None:
-    """`in_order`: row p of x belongs to the pair in place p."""
     reason = unfit_reason(config, weight_EUK, x_RK.dtype, gated=activation is not None)
     if reason is not None:
         raise ValueError(f"tall_experts: {reason}")
     if x_RK.stride(0) % 8 or x_RK.data_ptr() % 16:
         x_RK = x_RK.clone(memory_format=torch.contiguous_format)  # rows at multiples of 16 bytes
     num_experts, num_inputs, num_outputs = weight_EUK.shape[0], weight_EUK.shape[2], y_PN.shape[1]
-    if not in_order:
-        config = replace(config, cluster=1)
-    kernel = _load(config, weight_EUK, activation, in_order=in_order)
+    kernel = _load(config, weight_EUK, activation, in_order=activation is None and sorted_rows)
     assert kernel is not None  # unfit_reason has loaded its like
     x_box = (32 if config.most_pairs % 32 == 0 else 16, STEP_INPUTS)
     loader.launch(
@@ -129,10 +90,9 @@ def _launch(
             ctypes.c_int(y_PN.shape[0] // x_RK.shape[0]),
             ctypes.c_int(sorted_rows),
         ),
-        grid=(_num_multiprocessors(x_RK.device) // config.cluster * config.cluster, 1),
+        grid=(_num_multiprocessors(x_RK.device), 1),
         num_threads=NUM_THREADS,
         shared_bytes=shared_bytes(config),
-        cluster_size=config.cluster,
         early_start=True,
     )
 
@@ -156,7 +116,7 @@ def unfit_reason(config: TallConfig, weight_EUK: torch.Tensor, dtype: torch.dtyp
     reason = _unfit_config(config) or unfit_weight(weight_EUK, dtype, gated=gated, max_experts=MAX_EXPERTS, multiple_of=8)
     if reason is not None:
         return reason
-    is_loaded = _load(replace(config, cluster=1), weight_EUK, ACTIVATIONS[0] if gated else None, in_order=not gated) is not None
+    is_loaded = _load(config, weight_EUK, ACTIVATIONS[0] if gated else None, in_order=not gated) is not None
     return None if is_loaded else f"it cannot be compiled: {loader.unavailable_reason()}"
 
 
@@ -164,8 +124,6 @@ def unfit_reason(config: TallConfig, weight_EUK: torch.Tensor, dtype: torch.dtyp
 def _unfit_config(config: TallConfig) -> str | None:
     if config.most_pairs not in range(16, MOST_PAIRS + 1, 16) or not 2 <= config.num_stages <= MAX_STAGES:
         return f"{config} is not of 16 to {MOST_PAIRS} pairs, by 16, and 2 to {MAX_STAGES} stages"
-    if config.cluster not in (1, 2):
-        return f"{config} is not of clusters of 1 or 2"
     if shared_bytes(config) > _MAX_SHARED_BYTES:
         return f"{config} needs {shared_bytes(config)} bytes of shared memory, there are {_MAX_SHARED_BYTES}"
     return None
@@ -175,7 +133,6 @@ def _load(config: TallConfig, weight_EUK: torch.Tensor, activation: str | None, 
     macros = (
         ("PAIRS", config.most_pairs),
         ("STAGES", config.num_stages),
-        ("CLUSTER", config.cluster),
         ("IN_ORDER", int(in_order)),
         ("GATED", int(activation is not None)),
         ("ACTIVATION", 0 if activation is None else ACTIVATIONS.index(activation)),
@@ -195,13 +152,6 @@ def _weight_map(weight_EUK: torch.Tensor, *, gated: bool) -> loader.TensorMap:
         shape, strides = (num_experts, 1, 1, rows, inputs), (rows * inputs, rows * inputs, rows * inputs, inputs)
         box = (1, 1, 1, TILE, STEP_INPUTS)
     return loader.tensor_map_of(weight_EUK.data_ptr(), weight_EUK.dtype, shape, strides, box)
-
-
-@lru_cache(maxsize=64)
-def _one_expert(num_rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pairs, experts' starts and scales of rows that all belong to one expert, each once."""
-    pairs = torch.arange(num_rows, dtype=torch.int32, device=device)
-    return pairs, torch.tensor([0, num_rows], dtype=torch.int32, device=device), torch.ones(num_rows, device=device)
 
 
 @cache

@@ -6,7 +6,7 @@ N outputs (rows of the weight, gate and up together where the op is gated), K in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -16,10 +16,9 @@ import triton
 from .gated_activation import gated_activation
 from .gated_linear import gated_linear
 from .graph_timing import num_calls, num_copies
-from .linear import MIN_TALL_ROWS, cublas_linear, linear
+from .linear import cublas_linear, linear
 from .skinny_linear import MAX_GEMV_INPUTS, MAX_SKINNY_ROWS, skinny_linear
 from .streaming_linear import MAX_STREAMING_ROWS, STEP_INPUTS, TILES, stages_within
-from .tall_experts import TALL_CONFIGS, TallConfig, tall_linear
 from .tuning import Config
 
 
@@ -105,8 +104,6 @@ class LinearCase:
             configs += [{**config, "early_start": True} for config in configs]
         if capability == (9, 0) and 1 < self.num_rows <= MAX_STREAMING_ROWS:
             configs += streaming_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
-        if capability == (9, 0) and self.num_rows >= MIN_TALL_ROWS and self.op != "linear_float32":
-            configs += [{"kernel": "tall", **asdict(config)} for config in TALL_CONFIGS]
         return configs
 
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:
@@ -129,9 +126,6 @@ class LinearCase:
             return linear(x_MK, weight_NK, out_dtype=out_dtype)
         if config["kernel"] in ("gemv", "skinny", "streaming"):
             return skinny_linear(x_MK, weight_NK, None, config, out_dtype=out_dtype, activation=activation)
-        if config["kernel"] == "tall":
-            tall = TallConfig(**{name: value for name, value in config.items() if name != "kernel"})
-            return tall_linear(x_MK, weight_NK, activation=activation, config=tall)
         y_MN = cublas_linear(x_MK, weight_NK, None, out_dtype=out_dtype)
         return gated_activation(y_MN, activation) if activation else y_MN
 

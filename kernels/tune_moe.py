@@ -182,7 +182,7 @@ class MoeCase:
             for tile, rows, num_stages, programs in STREAMING_TILES:
                 yield StreamingConfig(tile=tile, rows=rows, num_stages=num_stages, programs=programs)
         if average >= MIN_TALL_PAIRS and _is_on_hopper():
-            yield from (config for config in TALL_CONFIGS if config.cluster == 1 or self.op == "moe_down")
+            yield from TALL_CONFIGS
         if average >= 16:
             for block_m, block_n, block_k, num_warps, num_stages, tma, persistent in TALL_TILES[self.op]:
                 if average >= 64 if block_m == 128 else average < 256:

@@ -2,7 +2,8 @@
 
 Life cycle: the leader opens a Rendezvous on a free port; every rank joins it with `RankGroup.join`, in any order. All ranks
 call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
-the group is of no use and its processes end. A message of another epoch is never seen: it is part of every key of the store.
+the group is of no use and its processes end. `close` ends the groups in a process that goes on. A message of another epoch is
+never seen: it is part of every key of the store.
 
 gloo serves CPUs, NCCL GPUs; what is small goes through memory that the ranks of one machine share (peer_collectives.py). Such a
 collective waits for `timeout_s` too, but cannot raise: `check` does, once its step has ended. NVLink multicast stays off
@@ -11,6 +12,7 @@ collective waits for `timeout_s` too, but cannot raise: `check` does, once its s
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +31,8 @@ from ..scheduler.expert_balancer import first_slots
 from .data_group import DataGroup, StepExchange, finish
 from .peer_collectives import PeerCollectives
 from .peer_memory import CAPACITY_BYTES, open_peer_buffers
+
+logger = logging.getLogger(__name__)
 
 
 class Rendezvous:
@@ -235,6 +239,20 @@ class RankGroup:
         """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
         for peers in self._all_peers():
             peers.buffers.end_waits()
+        self._abort_groups()
+
+    def close(self) -> None:
+        """At a normal end, when this rank has seen its last step end and no other works any more. May be called again.
+
+        A process that ends with os._exit need not. torch's `shutdown` would wait for the other ranks, which may have left;
+        `abort` frees what is here, and ends the threads that watch the groups.
+        """
+        try:
+            self._abort_groups()
+        except RuntimeError as error:
+            logger.warning("rank %d could not free its groups: %s", self.place.number, error)
+
+    def _abort_groups(self) -> None:
         groups = {self._group, None if self.data is None else self.data.group, self._everyone}
         for group in groups:
             if group is not None:
@@ -272,6 +290,9 @@ def _gloo_group(place: RankPlace, store: dist.Store, device: torch.device) -> di
 
 def _nccl_group(place: RankPlace, store: dist.Store, device: torch.device) -> dist.ProcessGroup:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    # Else a thread asks the leader's store every second whether to dump torch's trace of collectives, and where the store has
+    # gone with the leader it complains with a stack of C++. Of a rank that is stuck rank_watch.py tells.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     torch.cuda.set_device(device)
     backend = dist.ProcessGroupNCCL
     options = backend.Options()

@@ -119,6 +119,8 @@ class LocalReplica:
         deadline_s = time.monotonic() + (_PROCESS_END_S if self._runner is not None and not self._failure else 0)
         for rank in self._others:
             rank.end(max(0.0, deadline_s - time.monotonic()))
+        if self._group is not None and self._runner is not None:  # closed, so no graph holds the group
+            self._group.close()
 
     def _join(self, group: RankGroup) -> None:
         self._group = group

@@ -1,12 +1,12 @@
 """The CUDA C++ kernel for many pairs an expert (kernels/tall_experts.py) against what serves the same products today.
 
-    python benchmarks/gpu/bench_tall.py                      # experts of Qwen3-30B-A3B, and layers of Qwen3-8B as one expert
+    python benchmarks/gpu/bench_tall.py                      # experts of Qwen3-30B-A3B
     python benchmarks/gpu/bench_tall.py --tokens 8192 --replays 300 --configs '[{"most_pairs": 192, "num_stages": 3}]'
 
-JSON rows: for each product and number of tokens one of the baseline (the tuned table's choice for experts, cuBLAS and the
-activation's kernel for a dense layer), then one for each config. Microseconds of a call in a CUDA graph, over weights that have
-left L2 (the first product of experts with its sorting, the second with its sum), TFLOP/s, and the error relative to the
-baseline, in norms. Many --replays show what is left when the card has reached its power limit.
+JSON rows: for each product and number of tokens one of the baseline (the tuned table's choice), then one for each config.
+Microseconds of a call in a CUDA graph, over weights that have left L2 (the first product with its sorting, the second with its
+sum), TFLOP/s, and the error relative to the baseline, in norms. Many --replays show what is left when the card has reached its
+power limit.
 """
 
 from __future__ import annotations
@@ -20,39 +20,22 @@ from pilotfish.kernels import tuning
 from pilotfish.kernels.graph_timing import time_in_graph
 from pilotfish.kernels.moe_config import table_config
 from pilotfish.kernels.tall_experts import TALL_CONFIGS, TallConfig
-from pilotfish.kernels.tune_linear import LinearCase
 from pilotfish.kernels.tune_moe import MoeCase, moe_cases
-from pilotfish.kernels.tuning import Config
 
-DENSE = [("gated_linear", (24576, 4096)), ("linear", (6144, 4096)), ("linear", (4096, 4096)), ("linear", (4096, 12288))]
 ALLOWED_ERROR = 1e-2  # of norms: two ways to round bfloat16
 
 
-def expert_rows(case: MoeCase, configs: list[TallConfig], num_replays: int) -> Iterator[dict[str, object]]:
-    """The baseline's row and those of the configs for one product of experts."""
+def rows(case: MoeCase, configs: list[TallConfig], num_replays: int) -> Iterator[dict[str, object]]:
+    """The baseline's row and those of the configs for one product. The exit is at once where a result is not the baseline's."""
     moe = case.moe
     chosen = tuning.lookup(
         case.op, torch.bfloat16, case.sizes, case.num_rows, torch.device("cuda", torch.cuda.current_device())
     )
     shared = {"op": case.op, "tokens": moe.num_tokens}
     flops = moe.num_tokens * moe.num_choices * moe.hidden * moe.intermediate * (4 if case.op == "moe_gate_up" else 2)
-    yield from rows(case, shared, [chosen or case.baseline, *map(table_config, configs)], flops, num_replays)
-
-
-def dense_rows(case: LinearCase, configs: list[TallConfig], num_replays: int) -> Iterator[dict[str, object]]:
-    """The same for a dense layer: cuBLAS, and the kernel with all rows as the pairs of one expert."""
-    num_outputs, num_inputs = case.sizes
-    shared = {"op": case.op, "tokens": case.num_rows, "outputs": num_outputs, "inputs": num_inputs}
-    flops = 2 * case.num_rows * num_outputs * num_inputs
-    yield from rows(case, shared, [case.baseline, *map(table_config, configs)], flops, num_replays)
-
-
-def rows(
-    case: MoeCase | LinearCase, shared: dict[str, object], configs: list[Config], flops: int, num_replays: int
-) -> Iterator[dict[str, object]]:
-    """What was measured of each config; the first is the baseline. The exit is at once where a result is not the baseline's."""
-    expected = case.calls(configs[0], num_weights=1)[0]().float()
-    for config in configs:
+    baseline = chosen or case.baseline
+    expected = case.calls(baseline, num_weights=1)[0]().float()
+    for config in (baseline, *map(table_config, configs)):
         error = ((case.calls(config, num_weights=1)[0]().float() - expected).norm() / expected.norm()).item()
         if not error < ALLOWED_ERROR:
             raise SystemExit(f"{shared}, {dict(config)}: off by {error:.1e}, relative: its time means nothing")
@@ -73,12 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     configs = list(TALL_CONFIGS) if args.configs is None else [TallConfig(**config) for config in args.configs]
     for case in moe_cases(["qwen3-30b-a3b"], args.tokens):
-        fitting = [config for config in configs if config.cluster == 1 or case.op == "moe_down"]
-        for measured in expert_rows(case, fitting, args.replays):
-            print(json.dumps(measured), flush=True)
-        torch.cuda.empty_cache()
-    for op, sizes in DENSE:
-        for measured in dense_rows(LinearCase(op, sizes, max(args.tokens)), [configs[0], configs[-1]], args.replays):
+        for measured in rows(case, configs, args.replays):
             print(json.dumps(measured), flush=True)
         torch.cuda.empty_cache()
 

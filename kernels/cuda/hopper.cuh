@@ -79,14 +79,6 @@ __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, int c
       : "memory");
 }
 
-// The same to the same place, with the same barrier, in each CTA of the cluster that `ranks` has a bit for.
-__device__ __forceinline__ void load_box_for(u16 ranks, u32 target, const TensorMap& map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
-      : "memory");
-}
-
 // --- copies of scattered rows, 16 bytes at a time
 
 // Asynchronous copy of 16 bytes to shared memory, or of 16 zeros.
@@ -243,11 +235,7 @@ __device__ __forceinline__ u32 address_in_rank(u32 address, u32 rank) {
   return remote;
 }
 
-__device__ __forceinline__ void arrive_in_rank(u32 barrier, u32 rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in_rank(barrier, rank)) : "memory");
-}
-
-// For what other CTAs of the cluster have sent, or that they have arrived.
+// For what other CTAs of the cluster have sent.
 __device__ __forceinline__ void wait_for_peers(u32 barrier, u32 parity) {
   u32 done;
   do {

@@ -12,10 +12,7 @@
 // K. With sorted_rows the rows of y of the gated product are in the order of `pairs`, else in that of pair.
 // It waits for the kernel before it lets the next one start, which may read the routing before its own wait.
 //
-// CLUSTER: so many CTAs, a cluster, take the same pairs and blocks of outputs beside each other: each copies a part of the rows of x
-// for all of them. Where IN_ORDER only.
-//
-// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, CLUSTER (1 or 2), IN_ORDER, FLOAT16, GATED, ACTIVATION.
+// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, IN_ORDER, FLOAT16, GATED, ACTIVATION.
 
 #include "hopper.cuh"
 
@@ -93,10 +90,6 @@ __device__ __forceinline__ void load_weight(u32 target, const TensorMap& map, in
       : "memory");
 }
 
-__device__ __forceinline__ void synchronize_cluster() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
 struct alignas(16) Sixteen {
   u32 words[4];
 };
@@ -126,22 +119,17 @@ __device__ __forceinline__ u32 activate_two(const float* gates, const float* ups
                    activate(widen_input(gate >> 16), widen_input(up >> 16), ACTIVATION));
 }
 
-// What a role needs to go through items: from the first on every stride-th is this cluster's. Of a cluster's outputs the CTA has
-// those from own_output on.
+// What a role needs to go through items: from the first on every stride-th is this CTA's.
 struct Job {
   const Items& items;
-  int num_items, first_item, stride, num_blocks, own_output, steps;
+  int num_items, first_item, stride, num_blocks, steps;
   u32 stages, full, empty;  // addresses: of the stages, and of two mbarriers for each
 
-  __device__ __forceinline__ Item find(int index, int expert) const {
-    Item item = items.find(index, expert, num_blocks);
-    item.first_output += own_output;
-    return item;
-  }
+  __device__ __forceinline__ Item find(int index, int expert) const { return items.find(index, expert, num_blocks); }
 };
 
-// Rows of x that are in the order of places, and the weight: by one thread. A stage is free when it is in every CTA.
-__device__ __forceinline__ void copy_boxes(const Job& job, const TensorMap& weight_map, const TensorMap& x_map, int rank) {
+// Rows of x that are in the order of places, and the weight: by one thread.
+__device__ __forceinline__ void copy_boxes(const Job& job, const TensorMap& weight_map, const TensorMap& x_map) {
   Place ring;
   int count = 0, expert = 0;  // steps so far
   for (int index = job.first_item; index < job.num_items; index += job.stride) {
@@ -150,14 +138,12 @@ __device__ __forceinline__ void copy_boxes(const Job& job, const TensorMap& weig
     const int num_boxes = (item.columns + BOX_ROWS - 1) / BOX_ROWS;
     for (int step = 0; step < job.steps; ++step, ++count) {
       const u32 stage = job.stages + ring.stage * STAGE_BYTES, barrier = job.full + 8 * ring.stage;
-      if (count >= STAGES) wait_for_peers(job.empty + 8 * ring.stage, ring.parity ^ 1);
+      if (count >= STAGES) wait(job.empty + 8 * ring.stage, ring.parity ^ 1);
       arrive_and_expect(barrier, WEIGHT_BYTES + num_boxes * BOX_ROWS * STEP_BYTES);
       load_weight(stage, weight_map, step * STEP_INPUTS, item.first_output, item.expert, barrier);
-      for (int box = rank; box < num_boxes; box += CLUSTER) {
+      for (int box = 0; box < num_boxes; ++box) {
         const u32 target = stage + WEIGHT_BYTES + box * BOX_ROWS * STEP_BYTES;
-        const int row = item.first_place + box * BOX_ROWS;
-        if (CLUSTER == 1) load_box(target, x_map, step * STEP_INPUTS, row, barrier);
-        if (CLUSTER > 1) load_box_for((1 << CLUSTER) - 1, target, x_map, step * STEP_INPUTS, row, barrier);
+        load_box(target, x_map, step * STEP_INPUTS, item.first_place + box * BOX_ROWS, barrier);
       }
       ring.advance(STAGES);
     }
@@ -269,8 +255,7 @@ __device__ __forceinline__ void multiply_items(const Job& job, const float* scal
     return Operands{matrix_descriptor(stage + group * BLOCKS * 64 * STEP_BYTES), matrix_descriptor(stage + WEIGHT_BYTES)};
   };
   const auto release = [&]() {
-    if (CLUSTER == 1 && lane == 0) arrive(job.empty + 8 * released.stage);
-    if (CLUSTER > 1 && lane < CLUSTER) arrive_in_rank(job.empty + 8 * released.stage, lane);
+    if (lane == 0) arrive(job.empty + 8 * released.stage);
     released.advance(STAGES);
   };
   // store_transposed writes outputs of 16 pairs: matrices 0 and 1 of the first 8, 2 and 3 of the others. GATED: 8 outputs of each
@@ -322,7 +307,7 @@ __device__ __forceinline__ void multiply_items(const Job& job, const float* scal
   }
 }
 
-// Grid: as many CTAs as run at once, in clusters of CLUSTER. The weight's map has boxes of TILE rows x 64 inputs, see load_weight; that of x boxes of
+// Grid: as many CTAs as run at once. The weight's map has boxes of TILE rows x 64 inputs, see load_weight; that of x boxes of
 // BOX_ROWS x 64, it is read where IN_ORDER. num_outputs: of y.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const u16* x,
@@ -334,15 +319,14 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
   __shared__ Known known[GROUPS][2];  // of this item and of the next
   const u32 stages = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-  const int warp = threadIdx.x / 32, rank = blockIdx.x % CLUSTER;
-  const int num_blocks = (num_outputs + CLUSTER * OUTPUTS - 1) / (CLUSTER * OUTPUTS);  // of a cluster's outputs
+  const int warp = threadIdx.x / 32, num_blocks = (num_outputs + OUTPUTS - 1) / OUTPUTS;
 
   if (threadIdx.x == CONSUMERS) {
     prefetch_map(weight_map);
     if (IN_ORDER) prefetch_map(x_map);
     for (int stage = 0; stage < STAGES; ++stage) {
       init_barrier(full + 8 * stage, IN_ORDER ? 1 : 1 + PRODUCERS);  // the weight, and scattered rows of each thread
-      init_barrier(empty + 8 * stage, CLUSTER * CONSUMERS / 32);
+      init_barrier(empty + 8 * stage, CONSUMERS / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -352,21 +336,19 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
   __syncthreads();
   if (warp == 0) items.cut(num_experts, num_blocks, threadIdx.x);
   __syncthreads();
-  if (CLUSTER > 1) synchronize_cluster();  // every CTA's barriers are ready
 
   const Job job{
-      items,      items.first[num_experts], static_cast<int>(blockIdx.x) / CLUSTER, static_cast<int>(gridDim.x) / CLUSTER,
-      num_blocks, rank * OUTPUTS,           num_inputs / STEP_INPUTS,               stages,
-      full,       empty,
+      items,      items.first[num_experts], static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+      num_blocks, num_inputs / STEP_INPUTS, stages,                       full,
+      empty,
   };
   if (warp >= CONSUMERS / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (!IN_ORDER) copy_rows(job, weight_map, x, pairs, stride_x, pairs_per_row, threadIdx.x - CONSUMERS);
-    if (IN_ORDER && threadIdx.x == CONSUMERS) copy_boxes(job, weight_map, x_map, rank);
+    if (IN_ORDER && threadIdx.x == CONSUMERS) copy_boxes(job, weight_map, x_map);
     __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     multiply_items(job, scales, y, pairs, num_outputs, GATED && sorted_rows, known[warp / 4], warp / 4);
   }
-  if (CLUSTER > 1) synchronize_cluster();  // no CTA ends before its peers have written to it for the last time
 }

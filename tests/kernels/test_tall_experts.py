@@ -9,15 +9,13 @@ from pilotfish.kernels import tall_experts as module
 from pilotfish.kernels import tuning
 from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.gated_activation import ACTIVATIONS
-from pilotfish.kernels.gated_linear import gated_linear, gated_linear_ref
 from pilotfish.kernels.grouped_tiles import GroupedConfig
-from pilotfish.kernels.linear import MIN_TALL_ROWS, choose_skinny_config, choose_tall_config, linear, linear_ref
 from pilotfish.kernels.moe_config import parse_config, table_config
 from pilotfish.kernels.moe_gemv import GemvConfig
 from pilotfish.kernels.moe_mlp import TOLERANCE, moe_mlp, moe_mlp_ref, run_experts
 from pilotfish.kernels.moe_sort import sort_pairs
 from pilotfish.kernels.streaming_experts import StreamingConfig, streaming_experts_ref
-from pilotfish.kernels.tall_experts import MOST_PAIRS, TallConfig, shared_bytes, tall_experts, tall_linear, unfit_reason
+from pilotfish.kernels.tall_experts import MOST_PAIRS, TallConfig, shared_bytes, tall_experts, unfit_reason
 
 DTYPES = (torch.bfloat16, torch.float16)
 CONFIG = TallConfig(most_pairs=192, num_stages=3)
@@ -26,8 +24,6 @@ CONFIGS = (
     TallConfig(most_pairs=128, num_stages=3),
     TallConfig(most_pairs=96, num_stages=4),
     TallConfig(most_pairs=16, num_stages=2),
-    TallConfig(most_pairs=192, num_stages=3, cluster=2),
-    TallConfig(most_pairs=48, num_stages=4, cluster=2),
 )
 
 
@@ -103,18 +99,6 @@ def test_on_a_gpu_the_most_experts_are_right():
     assert_products_are_right(3000, (128, 64), torch.bfloat16, CONFIG, num_experts=module.MAX_EXPERTS, num_choices=8)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_on_a_gpu_a_dense_layer_is_one_expert(config, dtype):
-    for num_rows, (num_inputs, num_outputs) in product((1, 100, 193, 2000), ((64, 8), (320, 776), (1024, 3336))):
-        x = torch.randn(num_rows, num_inputs, device="cuda", dtype=dtype)
-        weight = torch.randn(2 * num_outputs, num_inputs, device="cuda", dtype=dtype) * num_inputs**-0.5
-        gated = tall_linear(x, weight, activation="silu", config=config)
-        assert_close(gated, gated_linear_ref(x, weight, None, activation="silu"))
-        assert_close(tall_linear(x, weight, activation=None, config=config), linear_ref(x, weight, None))
-
-
 GROUPED = GroupedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, tma=True, persistent=True)
 PARTNERS = [
     (CONFIG, CONFIG),
@@ -154,36 +138,11 @@ def test_on_a_gpu_the_table_chooses_it_and_x_may_lie_anywhere(monkeypatch):
         assert torch.equal(moe_mlp(some_x, *others, "silu"), expected)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_the_table_gives_it_dense_layers(monkeypatch):
-    x, weight = torch.randn(300, 512, device="cuda").bfloat16(), torch.randn(1024, 512, device="cuda").bfloat16() / 23
-    monkeypatch.setattr(tuning, "lookup", lambda *args: table_config(CONFIG))
-    assert torch.equal(linear(x, weight), tall_linear(x, weight, activation=None, config=CONFIG))
-    assert torch.equal(gated_linear(x, weight, activation="silu"), tall_linear(x, weight, activation="silu", config=CONFIG))
-    bias = torch.randn(1024, device="cuda").bfloat16()
-    assert_close(linear(x, weight, bias), linear_ref(x, weight, bias))
-
-
 # --- anywhere
 
 
-@pytest.mark.usefixtures("fresh_loader")
-def test_dense_layers_of_many_rows_follow_the_table(monkeypatch):
-    monkeypatch.setattr(loader, "can_run_on", lambda device: True)
-    monkeypatch.setattr(loader, "compile_source", lambda code, name, options: b"cubin")
-    monkeypatch.setattr(tuning, "lookup", lambda *args: table_config(CONFIG))
-    weight, bias = torch.zeros(256, 128, dtype=torch.bfloat16), torch.zeros(256, dtype=torch.bfloat16)
-    assert choose_tall_config("gated_linear", weight, None, 300) == CONFIG
-    assert choose_tall_config("linear", weight, None, MIN_TALL_ROWS - 1) is None
-    assert choose_tall_config("linear", weight, bias, 300) is None
-    assert choose_tall_config("linear", weight[:, :100], None, 300) is None
-    assert choose_skinny_config("linear", weight, 300) is None
-    monkeypatch.setattr(tuning, "lookup", lambda *args: {"kernel": "cublas"})
-    assert choose_tall_config("linear", weight, None, 300) is None
-
-
 def test_a_config_is_read_from_the_table():
-    fields = {"kernel": "tall", "most_pairs": 192, "num_stages": 3, "cluster": 1}
+    fields = {"kernel": "tall", "most_pairs": 192, "num_stages": 3}
     assert parse_config(fields) == CONFIG
     assert table_config(CONFIG) == fields
 
@@ -199,7 +158,6 @@ def weight_of(*, num_experts=4, outputs=64, inputs=128, dtype=torch.bfloat16):
         ({"most_pairs": 100}, weight_of(), "by 16"),
         ({"num_stages": 1}, weight_of(), "2 to 8 stages"),
         ({"num_stages": 4}, weight_of(), "bytes of shared memory"),
-        ({"cluster": 3}, weight_of(), "clusters of 1 or 2"),
         ({}, weight_of(num_experts=257), "at most 256 experts"),
         ({}, weight_of(inputs=96), "inputs by 64"),
         ({}, weight_of(outputs=56), "outputs by 8"),
@@ -236,8 +194,8 @@ def test_all_memory_of_a_cta_is_within_the_limit_of_the_hardware():
 @pytest.mark.parametrize(
     "macros",
     [
-        {"PAIRS": 192, "STAGES": 3, "CLUSTER": 1, "IN_ORDER": 0, "GATED": 1, "ACTIVATION": 0, "FLOAT16": 0},
-        {"PAIRS": 96, "STAGES": 4, "CLUSTER": 2, "IN_ORDER": 1, "GATED": 0, "ACTIVATION": 0, "FLOAT16": 1},
+        {"PAIRS": 192, "STAGES": 3, "IN_ORDER": 0, "GATED": 1, "ACTIVATION": 0, "FLOAT16": 0},
+        {"PAIRS": 96, "STAGES": 4, "IN_ORDER": 1, "GATED": 0, "ACTIVATION": 0, "FLOAT16": 1},
     ],
     ids=str,
 )

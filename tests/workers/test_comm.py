@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import comm_work
 import pytest
 import torch
 from pilotfish.common.errors import InternalError
+from pilotfish.common.rank_place import RankPlace
+from pilotfish.workers.comm import RankGroup, Rendezvous
 from pilotfish.workers.peer_collectives import MAX_ONE_SHOT_SENT_BYTES, MAX_TWO_SHOT_BYTES, PeerCollectives, choose_way
-from rank_group_run import run_on_ranks
+from rank_group_run import HOST, run_on_ranks
 from stream_ranks import buffers_on_cpu
 
 # --- anywhere
@@ -62,6 +66,17 @@ def test_a_rank_that_gives_no_descriptor_is_an_error():
 
 def test_data_ranks_gather_and_scatter_rows():
     assert run_on_ranks(1, comm_work.check_rows, device_type="cpu", data_size=2) == [[], []]
+
+
+def test_a_group_can_be_closed_again_and_after_the_others():
+    rendezvous = Rendezvous(host=HOST, timeout_s=10)
+    places = [RankPlace(rank=rank, size=2, epoch=0, address=rendezvous.address, host=HOST, timeout_s=10) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda place: RankGroup.join(place, torch.device("cpu")), places)
+    for group in (second, first, first):
+        group.close()
+    with pytest.raises(RuntimeError):
+        first.all_reduce(torch.zeros(1))
 
 
 # --- on two GPUs

@@ -9,19 +9,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from bench_process import BenchProcess, has_ended
 from pilotfish.common.config import EngineConfig, ModelConfig, ParallelConfig
 from pilotfish.common.errors import PilotfishError
 from pilotfish.workers.engine import Engine
 from pilotfish.workers.local_replica import LocalReplica
 
-TINY = ("--shape", "tiny", "--device", "cpu", "--batch-sizes", "1", "--input-len", "16", "--output-len", "1000")
+SHAPE = ("--shape", "tiny", "--batch-sizes", "1", "--input-len", "16")
+TINY = (*SHAPE, "--device", "cpu", "--output-len", "1000")
 
 
 @pytest.fixture
 def bench() -> Iterator[BenchProcess]:
     with BenchProcess(*TINY) as process:
         yield process
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu2,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+            ],
+        ),
+    ],
+)
+def test_at_a_normal_end_nothing_is_complained_of(device: str) -> None:
+    with BenchProcess(*SHAPE, "--device", device, "--output-len", "200") as bench:
+        assert bench.wait(60) == 0
+    for word in ("WARNING", "Warning", "Traceback", "frame #", "TCPStore", "ProcessGroup"):
+        assert word not in bench.said, bench.said
 
 
 def test_a_follower_that_dies_ends_the_leader(bench: BenchProcess) -> None:
