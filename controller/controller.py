@@ -20,6 +20,7 @@ from .front_end import FrontEnd
 from .grpc_gateway import GrpcGateway
 from .http_gateway import HttpGateway
 from .metrics import Metrics
+from .request_log import RequestLog
 from .service import Addresses, InferenceService
 from .totals import Totals
 from .worker_process import Launcher
@@ -44,7 +45,7 @@ class Controller:
             model_path, generation_config=config.model.generation_config, block_size=config.engine.block_size
         )
         self._metrics, totals = Metrics(), Totals()
-        observers = (self._metrics, totals)
+        observers = (self._metrics, totals, RequestLog())
         self._dispatcher = Dispatcher(
             max_queued=config.gateway.max_queued_requests,
             max_attempts=config.fleet.max_attempts,

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ..common import logs
 from ..common.cluster_state import ModelCard, ReplicaState
 from ..common.config import GatewayConfig
 from ..common.errors import InternalError, InvalidRequest, ModelNotFound, PilotfishError
@@ -119,7 +120,7 @@ class HttpGateway:
     async def _respond(self, request: Request, body: RequestBody, kind: str, whats: list[dict[str, Any]]) -> Response:
         call_id = body.request_id or ("chatcmpl-" if kind == "chat" else "cmpl-") + uuid.uuid4().hex[:24]
         if body.user is not None:
-            logger.info("request %s is from user %r", call_id, body.user)
+            logger.info("request %s is from user %r", call_id, body.user, extra=logs.about(call_id, user=body.user))
         sampling = body.sampling()
 
         async def start() -> list[RequestHandle]:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from .. import __version__
+from ..common import logs
 from ..common.cluster_state import ClusterState, ModelCard
 from ..common.config import ServeConfig
 from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError, Unavailable
@@ -134,6 +135,7 @@ class InferenceService:
         except PilotfishError as error:
             self._report_refused(error)
             raise
+        logs.request_id.set(stream.request_id)
         self._num_preparing += 1
         try:
             prepared = await self._front_end.prepare(
