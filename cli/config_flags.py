@@ -14,6 +14,7 @@ from ..common.config import (
     EngineConfig,
     FleetConfig,
     GatewayConfig,
+    LogConfig,
     ModelConfig,
     ParallelConfig,
     ServeConfig,
@@ -28,13 +29,14 @@ _SECTIONS: dict[str, type[Any]] = {
     "parallel": ParallelConfig,
     "gateway": GatewayConfig,
     "fleet": FleetConfig,
+    "log": LogConfig,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for every field but the model's name; what is not given stays None."""
     parser.add_argument(
-        "--config", metavar="FILE", help="a TOML file with the sections model, engine, parallel, gateway, fleet; flags win"
+        "--config", metavar="FILE", help="a TOML file with the sections model, engine, parallel, gateway, fleet, log; flags win"
     )
     for name in _SECTIONS:
         add_section(parser, name)

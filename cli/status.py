@@ -7,20 +7,38 @@ import dataclasses
 import json
 
 from ..client import Client, ClusterState, ReplicaState, ReplicaStatus
-from ..client.options import DEFAULT_PORT
+from ..client.options import DEFAULT_PORT, RetryPolicy
+from ..common.errors import ConfigError
+from .status_watch import watch
+
+_WATCH_TIMEOUT_S = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=f"127.0.0.1:{DEFAULT_PORT}", help="host:port of the server's gRPC door")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.epilog = "Exits 1 when no replica is ready."
+    parser.add_argument("--watch", action="store_true", help="show a table, again and again, until Ctrl-C")
+    parser.add_argument("--interval-s", type=_interval, default=1.0, metavar="X", help="between two looks of --watch")
+    parser.epilog = "Exits 1 when no replica is ready; --watch exits 0 at Ctrl-C."
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.watch:
+        if args.json:
+            raise ConfigError("--watch and --json do not go together: take --json without --watch, as often as you like")
+        with Client(args.address, retry=RetryPolicy(max_attempts=1), short_timeout_s=_WATCH_TIMEOUT_S) as client:
+            return watch(client, interval_s=args.interval_s)
     with Client(args.address) as client:
         state = client.status()
     print(json.dumps(dataclasses.asdict(state), indent=2, default=dict) if args.json else _text(state))
     return 0 if any(replica.state is ReplicaState.READY for replica in state.replicas) else 1
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 3600 seconds")
+    return seconds
 
 
 def _text(state: ClusterState) -> str:

@@ -25,6 +25,9 @@ def cluster_state(message: pb.ClusterStatusResponse) -> ClusterState:
         num_requests=message.num_requests,
         num_restarts=message.num_restarts,
         controller_pid=message.controller_pid,
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_cached_tokens=message.num_cached_tokens,
+        num_generated_tokens=message.num_generated_tokens,
     )
 
 
@@ -49,6 +52,7 @@ def _replica(message: pb.ReplicaStatus) -> ReplicaStatus:
         load=codec.load_from_proto(message.load),
         last_step_age_s=message.last_step_age_s,
         last_step_id=message.last_step_id,
+        num_generated_tokens=message.num_generated_tokens,
     )
 
 

@@ -24,7 +24,8 @@ class ReplicaStatus:
     """One replica, or one data rank of it (`name` ends in "/<data rank>"). `message` explains LOST and FAILED; `info` is None
     until its worker first started.
 
-    `last_step_age_s` is the age of the step that runs now, 0 when idle.
+    `last_step_age_s` is the age of the step that runs now, 0 when idle. `num_generated_tokens` counts since the controller
+    started, over restarts of the worker.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ReplicaStatus:
     load: EngineLoad
     last_step_age_s: float
     last_step_id: int
+    num_generated_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,11 @@ class ModelCard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterState:
-    """Everything at one moment. `num_queued` waits for a replica, `num_running` is on one; both count sequences (choices)."""
+    """Everything at one moment. `num_queued` waits for a replica, `num_running` is on one; both count sequences (choices).
+
+    Counts since the controller started: `num_prompt_tokens` of ended requests, of which a prefix cache saved
+    `num_cached_tokens`; `num_generated_tokens` as they come.
+    """
 
     version: str
     model: str
@@ -66,3 +72,6 @@ class ClusterState:
     num_requests: int
     num_restarts: int
     controller_pid: int
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0

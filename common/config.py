@@ -186,6 +186,19 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What the controller and its workers log, on their standard error.
+
+    Attributes:
+        log_level: from which level on; auto is PILOTFISH_LOG_LEVEL's, else info.
+        log_format: text for people, json for a log store, an object a line; auto is PILOTFISH_LOG_FORMAT's, else text.
+    """
+
+    log_level: Literal["auto", "debug", "info", "warning", "error"] = "auto"
+    log_format: Literal["auto", "text", "json"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """Everything `pilotfish serve` needs, a section a part."""
 
@@ -194,6 +207,7 @@ class ServeConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:

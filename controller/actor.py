@@ -35,7 +35,7 @@ class ControllerActor:
     async def __init__(  # type: ignore[misc]
         self, config: ServeConfig, model_path: str, worker_class: ActorClass, authority: Authority
     ) -> None:
-        logs.set_up("controller")
+        logs.set_up("controller", log_level=config.log.log_level, log_format=config.log.log_format)
         self._controller: Controller | None = None
         self._ready = asyncio.create_task(self._bring_up(config, model_path, worker_class, authority))
 

@@ -20,7 +20,9 @@ from .front_end import FrontEnd
 from .grpc_gateway import GrpcGateway
 from .http_gateway import HttpGateway
 from .metrics import Metrics
+from .request_log import RequestLog
 from .service import Addresses, InferenceService
+from .totals import Totals
 from .worker_process import Launcher
 
 logger = logging.getLogger(__name__)
@@ -42,12 +44,13 @@ class Controller:
         self._front_end = FrontEnd(
             model_path, generation_config=config.model.generation_config, block_size=config.engine.block_size
         )
-        self._metrics = Metrics()
+        self._metrics, totals = Metrics(), Totals()
+        observers = (self._metrics, totals, RequestLog())
         self._dispatcher = Dispatcher(
             max_queued=config.gateway.max_queued_requests,
             max_attempts=config.fleet.max_attempts,
             block_size=config.engine.block_size,
-            observers=(self._metrics,),
+            observers=observers,
         )
         self._fleet = Fleet(
             config.fleet,
@@ -62,7 +65,8 @@ class Controller:
             front_end=self._front_end,
             fleet=self._fleet,
             dispatcher=self._dispatcher,
-            observers=(self._metrics,),
+            totals=totals,
+            observers=observers,
         )
         self._grpc: GrpcGateway | None = None
         self._http: HttpGateway | None = None

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ..common import logs
 from ..common.errors import InternalError, Overloaded, PilotfishError
 from ..common.hashing import block_hashes, root_hash
 from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput
@@ -236,7 +237,13 @@ class Dispatcher:
                 InternalError(f"{name} lost its replica {sequence.num_attempts} times, the last time because {reason}")
             )
             return
-        logger.warning("%s goes on elsewhere after %d tokens: %s", name, num_known, reason)
+        logger.warning(
+            "%s goes on elsewhere after %d tokens: %s",
+            name,
+            num_known,
+            reason,
+            extra=logs.about(sequence.stream.request_id, replica=sequence.replica, num_tokens=num_known),
+        )
         self._returned.append(sequence)
 
     def _abort(self, sequence: SequenceState) -> None:

@@ -94,6 +94,9 @@ def status_to_proto(state: ClusterState) -> pb.ClusterStatusResponse:
         num_requests=state.num_requests,
         num_restarts=state.num_restarts,
         controller_pid=state.controller_pid,
+        num_prompt_tokens=state.num_prompt_tokens,
+        num_cached_tokens=state.num_cached_tokens,
+        num_generated_tokens=state.num_generated_tokens,
     )
 
 
@@ -148,6 +151,7 @@ def _replica_to_proto(replica: ReplicaStatus) -> pb.ReplicaStatus:
         load=codec.load_to_proto(replica.load),
         last_step_age_s=replica.last_step_age_s,
         last_step_id=replica.last_step_id,
+        num_generated_tokens=replica.num_generated_tokens,
     )
 
 

@@ -1,6 +1,6 @@
-"""The HTTP door: OpenAI-style routes, health and metrics over an InferenceService.
+"""The HTTP door: OpenAI-style routes, health, metrics and the live page over an InferenceService.
 
-POST /v1/chat/completions, POST /v1/completions, GET /v1/models[/NAME], GET /health, GET /metrics.
+POST /v1/chat/completions, POST /v1/completions, GET /v1/models[/NAME], GET /health, GET /metrics, GET /dashboard.
 Closing the connection ends the request.
 """
 
@@ -19,10 +19,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ..common import logs
 from ..common.cluster_state import ModelCard, ReplicaState
 from ..common.config import GatewayConfig
 from ..common.errors import InternalError, InvalidRequest, ModelNotFound, PilotfishError
 from ..text.tokenizer import Tokenizer
+from . import dashboard
 from .events import Delta, Started, Usage
 from .http_server import (
     EventStream,
@@ -62,6 +64,8 @@ class HttpGateway:
                 Route("/v1/models/{name:path}", self._edge(self._show_model)),
                 Route("/health", self._edge(self._health)),
                 Route("/metrics", self._edge(self._show_metrics)),
+                Route("/dashboard", self._edge(self._dashboard)),
+                Route("/dashboard/state", self._edge(self._dashboard_state)),
             ],
             exception_handlers={HTTPException: _no_route},
         )
@@ -116,7 +120,7 @@ class HttpGateway:
     async def _respond(self, request: Request, body: RequestBody, kind: str, whats: list[dict[str, Any]]) -> Response:
         call_id = body.request_id or ("chatcmpl-" if kind == "chat" else "cmpl-") + uuid.uuid4().hex[:24]
         if body.user is not None:
-            logger.info("request %s is from user %r", call_id, body.user)
+            logger.info("request %s is from user %r", call_id, body.user, extra=logs.about(call_id, user=body.user))
         sampling = body.sampling()
 
         async def start() -> list[RequestHandle]:
@@ -178,6 +182,12 @@ class HttpGateway:
     async def _show_metrics(self, _request: Request) -> Response:
         content, media_type = self._metrics.render(self._service.status())
         return Response(content, media_type=media_type)
+
+    async def _dashboard(self, _request: Request) -> Response:
+        return dashboard.page()
+
+    async def _dashboard_state(self, _request: Request) -> Response:
+        return json_response(dashboard.state_json(self._service.status()), headers={"Cache-Control": "no-store"})
 
 
 class _Call:

@@ -1,72 +1,57 @@
-"""Prometheus metrics: counted from what the service reports, and from the cluster's state when they are read.
+"""Prometheus metrics of what happens: counted from what the service and the dispatcher report.
 
-Each Metrics has a registry of its own, so that two controllers can live in one process.
+What the cluster *is* when it is asked (queue, blocks, replicas) comes from its state: state_metrics.py. Each Metrics has a
+registry of its own, so that two controllers can live in one process. Names carry units; every label has few values: outcomes
+are the codes of common/errors.py, replicas those of the fleet. docs/operating.md has the table, which a test keeps true.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import time
+from collections.abc import Sequence
 
-from ..common.cluster_state import ClusterState, ReplicaState
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+
+from ..common.cluster_state import ClusterState
 from ..common.requests import StepOutput
 from .events import RequestRecord
+from .state_metrics import StateCollector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
+_STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
+STEP_PARTS = ("plan", "forward", "sample")
 
 
 class Metrics:
-    """An Observer of the service; `render` gives the text that Prometheus reads."""
+    """An Observer of the service and the dispatcher; `render` gives the text that Prometheus reads."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "pilotfish_requests_total", "Requests ended, by outcome (ok or an error code).", ("outcome",), registry=registry
+        self._registry = CollectorRegistry()
+        self._requests = self._counter("requests_total", "Requests ended, by outcome (ok or an error code).", ("outcome",))
+        self._prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of ended requests.")
+        self._hit_tokens = self._counter(
+            "prefix_hit_tokens_total", "Prompt tokens that a prefix cache saved, of ended requests."
         )
-        self._prompt_tokens = Counter("pilotfish_prompt_tokens_total", "Prompt tokens of ended requests.", registry=registry)
-        self._hit_tokens = Counter(
-            "pilotfish_prefix_hit_tokens_total", "Prompt tokens that a prefix cache saved.", registry=registry
+        self._output_tokens = self._counter("output_tokens_total", "Tokens produced for ended requests.")
+        self._recoveries = self._counter("recoveries_total", "Times that a request went on on another replica.")
+        self._queue_wait = self._histogram("queue_wait_seconds", "From arrival until a replica had room.", _SECONDS)
+        self._ttft = self._histogram("ttft_seconds", "From arrival to the first token.", _SECONDS)
+        self._duration = self._histogram("request_seconds", "From arrival to the end.", _SECONDS)
+        self._tpot = self._histogram("tpot_seconds", "Time a token after the first, the mean of a request.", _STEP_SECONDS)
+        self._inter_token = self._histogram(
+            "inter_token_seconds", "Between a sequence's tokens as they come to the controller.", _STEP_SECONDS
         )
-        self._output_tokens = Counter("pilotfish_output_tokens_total", "Tokens produced for ended requests.", registry=registry)
-        self._recoveries = Counter(
-            "pilotfish_recoveries_total", "Times that a request went on on another replica.", registry=registry
+        self._steps = self._histogram("step_seconds", "One engine step.", _STEP_SECONDS, ("replica",))
+        self._step_parts = self._counter(
+            "step_part_seconds_total",
+            "Time in the parts of engine steps; over the steps' count it is a part's mean.",
+            ("replica", "part"),
         )
-        self._queue_wait = self._histogram("pilotfish_queue_wait_seconds", "From arrival until a replica had room.", _SECONDS)
-        self._ttft = self._histogram("pilotfish_ttft_seconds", "From arrival to the first token.", _SECONDS)
-        self._duration = self._histogram("pilotfish_request_seconds", "From arrival to the end.", _SECONDS)
-        self._tpot = self._histogram("pilotfish_tpot_seconds", "Time a token after the first.", _STEP_SECONDS)
-        self._steps = Histogram(
-            "pilotfish_step_seconds", "One engine step.", ("replica",), buckets=_STEP_SECONDS, registry=registry
-        )
-        self._batched = Counter(
-            "pilotfish_batched_tokens_total", "Tokens computed in engine steps.", ("replica",), registry=registry
-        )
-        self._queued = Gauge("pilotfish_queue_depth", "Sequences that wait for a replica.", registry=registry)
-        self._running = Gauge("pilotfish_running", "Sequences on replicas.", registry=registry)
-        self._replicas = Gauge("pilotfish_replicas", "Replicas by state.", ("state",), registry=registry)
-        self._restarts = Gauge("pilotfish_replica_restarts", "Worker restarts since the controller started.", registry=registry)
-        self._kv_usage = Gauge(
-            "pilotfish_kv_usage_ratio", "KV blocks used by running sequences, of all.", ("replica",), registry=registry
-        )
-        self._preemptions = Gauge(
-            "pilotfish_preemptions", "Preemptions since the engine started.", ("replica",), registry=registry
-        )
-
-        self._expert_balance = Gauge(
-            "pilotfish_expert_balance_ratio",
-            "Tokens that the fullest rank's experts got over the mean rank's, as last measured.",
-            ("replica",),
-            registry=registry,
-        )
-        self._expected_balance = Gauge(
-            "pilotfish_expected_expert_balance_ratio",
-            "The same as the last round of moves expected it.",
-            ("replica",),
-            registry=registry,
-        )
-        self._expert_moves = Gauge(
-            "pilotfish_expert_moves", "Experts moved or copied since the engine started.", ("replica",), registry=registry
-        )
+        self._batched = self._counter("batched_tokens_total", "Tokens computed in engine steps.", ("replica",))
+        self._generated = self._counter("generated_tokens_total", "Tokens produced, as they come.", ("replica",))
+        self._tokens_of = _TokenTimes()
+        self._state = StateCollector()
+        self._registry.register(self._state)
 
     def on_request_end(self, record: RequestRecord) -> None:
         usage = record.usage
@@ -87,26 +72,48 @@ class Metrics:
         self._requests.labels(error_code).inc()
 
     def on_step(self, replica: str, step: StepOutput) -> None:
-        self._steps.labels(replica).observe(step.timings.total_ms / 1000)
-        self._batched.labels(replica).inc(step.num_batched_tokens)
+        timings = step.timings
+        self._generated.labels(replica).inc(sum(len(output.token_ids) for output in step.sequences))
+        for gap_s in self._tokens_of.gaps_s(replica, step, now=time.monotonic()):
+            self._inter_token.observe(gap_s)
+        if step.num_batched_tokens:
+            self._steps.labels(replica).observe(timings.total_ms / 1000)
+            self._batched.labels(replica).inc(step.num_batched_tokens)
+            for part in STEP_PARTS:
+                self._step_parts.labels(replica, part).inc(getattr(timings, f"{part}_ms") / 1000)
 
     def render(self, state: ClusterState) -> tuple[bytes, str]:
         """The exposition text and its media type."""
-        self._queued.set(state.num_queued)
-        self._running.set(state.num_running)
-        self._restarts.set(state.num_restarts)
-        for kind in ReplicaState:
-            self._replicas.labels(kind.value).set(sum(replica.state is kind for replica in state.replicas))
-        for replica in state.replicas:
-            load = replica.load
-            total = load.num_free_blocks + load.num_cached_blocks + load.num_used_blocks
-            self._kv_usage.labels(replica.name).set(load.num_used_blocks / total if total else 0.0)
-            self._preemptions.labels(replica.name).set(load.num_preemptions)
-            if (balance := load.expert_balance) is not None:
-                self._expert_balance.labels(replica.name).set(balance.measured)
-                self._expected_balance.labels(replica.name).set(balance.expected)
-                self._expert_moves.labels(replica.name).set(balance.num_moves)
+        self._state.state = state
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, help_text, buckets=buckets, registry=self._registry)
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(f"pilotfish_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(f"pilotfish_{name}", text, labels, buckets=buckets, registry=self._registry)
+
+
+class _TokenTimes:
+    """When each running sequence last got tokens. A worker that was started again has new sequences, and steps from 1 on."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, dict[str, float]] = {}
+        self._last_step_ids: dict[str, int] = {}
+
+    def gaps_s(self, replica: str, step: StepOutput, *, now: float) -> list[float]:
+        """Seconds a token since each sequence's last, an entry a token; none for a first one."""
+        if step.step_id and step.step_id <= self._last_step_ids.get(replica, 0):
+            self._times.pop(replica, None)
+        if step.step_id:
+            self._last_step_ids[replica] = step.step_id
+        times = self._times.setdefault(replica, {})
+        gaps: list[float] = []
+        for output in step.sequences:
+            num_tokens = len(output.token_ids)
+            before = times.pop(output.request_id, None)
+            if num_tokens and before is not None:
+                gaps += [(now - before) / num_tokens] * num_tokens
+            if output.finish_reason is None:
+                times[output.request_id] = now if num_tokens or before is None else before
+        return gaps

@@ -22,6 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ..common import logs
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError, PilotfishError
 from ..common.rank_place import LEADER, RankPlace
@@ -130,6 +131,8 @@ class RayLauncher:
         return self._config.parallel.num_ranks
 
     def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
+        log = self._config.log
+        log_variables = logs.environment(log_level=log.log_level, log_format=log.log_format)
         return self._worker_class.options(
             name=worker_name(replica, epoch=epoch, rank=rank),
             lifetime="detached",
@@ -137,7 +140,7 @@ class RayLauncher:
             max_concurrency=_NUM_THREADS,
             num_cpus=0,
             num_gpus=1 if device == "cuda" else 0,
-            runtime_env={"env_vars": _ENVIRONMENT if self._num_ranks == 1 else _RANK_ENVIRONMENT},
+            runtime_env={"env_vars": {**(_ENVIRONMENT if self._num_ranks == 1 else _RANK_ENVIRONMENT), **log_variables}},
             **where,
         ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from .. import __version__
+from ..common import logs
 from ..common.cluster_state import ClusterState, ModelCard
 from ..common.config import ServeConfig
 from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError, Unavailable
@@ -24,6 +25,7 @@ from .events import Event, Observer
 from .fleet import Fleet
 from .front_end import FrontEnd, Tokenization
 from .streams import RequestStream
+from .totals import Totals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,12 +88,14 @@ class InferenceService:
         front_end: FrontEnd,
         fleet: Fleet,
         dispatcher: Dispatcher,
+        totals: Totals,
         observers: Sequence[Observer] = (),
     ) -> None:
         self._config = config
         self._front_end = front_end
         self._fleet = fleet
         self._dispatcher = dispatcher
+        self._totals = totals
         self._observers = observers
         self._streams: dict[str, RequestStream] = {}
         self._num_preparing = 0
@@ -131,6 +135,7 @@ class InferenceService:
         except PilotfishError as error:
             self._report_refused(error)
             raise
+        logs.request_id.set(stream.request_id)
         self._num_preparing += 1
         try:
             prepared = await self._front_end.prepare(
@@ -198,7 +203,7 @@ class InferenceService:
         )
 
     def status(self) -> ClusterState:
-        return ClusterState(
+        state = ClusterState(
             version=__version__,
             model=self._config.model.name,
             uptime_s=time.time() - self._started_unix_s,
@@ -213,6 +218,7 @@ class InferenceService:
             num_restarts=self._fleet.num_restarts,
             controller_pid=os.getpid(),
         )
+        return self._totals.add_to(state)
 
     def close(self) -> None:
         """Refuse new requests from now on."""

@@ -194,7 +194,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("name", "state", "message", "address", "node", "restarts", "info", "load", "last_step_age_s", "last_step_id")
+    __slots__ = ("name", "state", "message", "address", "node", "restarts", "info", "load", "last_step_age_s", "last_step_id", "num_generated_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +205,7 @@ class ReplicaStatus(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ReplicaState
     message: str
@@ -215,10 +216,11 @@ class ReplicaStatus(_message.Message):
     load: _common_pb2.EngineLoad
     last_step_age_s: float
     last_step_id: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., message: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., restarts: _Optional[int] = ..., info: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., last_step_age_s: _Optional[float] = ..., last_step_id: _Optional[int] = ...) -> None: ...
+    num_generated_tokens: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., message: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., restarts: _Optional[int] = ..., info: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., last_step_age_s: _Optional[float] = ..., last_step_id: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ...) -> None: ...
 
 class ClusterStatusResponse(_message.Message):
-    __slots__ = ("version", "model", "uptime_s", "replicas", "num_queued", "num_running", "generation_config", "sampling_defaults", "grpc_address", "http_address", "num_requests", "num_restarts", "controller_pid")
+    __slots__ = ("version", "model", "uptime_s", "replicas", "num_queued", "num_running", "generation_config", "sampling_defaults", "grpc_address", "http_address", "num_requests", "num_restarts", "controller_pid", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens")
     class SamplingDefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +241,9 @@ class ClusterStatusResponse(_message.Message):
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     CONTROLLER_PID_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     uptime_s: float
@@ -252,4 +257,7 @@ class ClusterStatusResponse(_message.Message):
     num_requests: int
     num_restarts: int
     controller_pid: int
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., generation_config: _Optional[str] = ..., sampling_defaults: _Optional[_Mapping[str, str]] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_restarts: _Optional[int] = ..., controller_pid: _Optional[int] = ...) -> None: ...
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., generation_config: _Optional[str] = ..., sampling_defaults: _Optional[_Mapping[str, str]] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_restarts: _Optional[int] = ..., controller_pid: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ...) -> None: ...

@@ -39,7 +39,8 @@ class WorkerActor:
     """The launcher makes it a Ray actor with a few threads (`wait` holds one). It serves from `start` until it is killed."""
 
     def __init__(self, name: str) -> None:
-        logs.set_up(name)
+        replica, _, rank = name.partition("/")
+        logs.set_up(replica, rank=int(rank) if rank else None)
         self._versions = own_versions(ray.util.get_node_ip_address())  # as loaded here, whatever is installed later
         self._serving: ServingWorker | None = None
         self._rendezvous: object = None  # held open

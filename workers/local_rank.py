@@ -116,7 +116,7 @@ def _run_rank(
 ) -> None:
     """The whole life of a rank's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the first rank too, which ends this process
-    logs.set_up(f"rank-{place.number}", level=os.environ.get("PILOTFISH_LOG_LEVEL") or "WARNING")
+    logs.set_up("rank", rank=place.number, log_level=os.environ.get(logs.LEVEL_VARIABLE) or "WARNING")
     words.send(_HERE)
 
     def end(reason: str) -> NoReturn:

@@ -24,6 +24,7 @@ from math import isfinite
 
 import torch
 
+from ..common import logs
 from ..common.config import EngineConfig
 from ..common.requests import ExpertBalance, TokenLogprob
 from ..models.causal_lm import CausalLM
@@ -203,7 +204,8 @@ class ModelRunner:
         except Exception as error:
             if not isolate_failures:
                 raise
-            logger.exception("request %s cannot be admitted", sequence.request.request_id)
+            request_id = sequence.request.request_id
+            logger.exception("request %s cannot be admitted", request_id, extra=logs.about(request_id))
             self._unusable_slots[sequence.slot] = _describe(error)
 
     def _launch_isolating(self, rows: Sequence[PlannedRow], plan: StepPlan, stopwatch: Stopwatch) -> list[PendingPart]:
@@ -213,7 +215,8 @@ class ModelRunner:
             raise  # no smaller step can succeed
         except Exception as error:
             if len(rows) <= 1:
-                logger.exception("the step of request %s failed", rows[0].request_id)
+                request_id = rows[0].request_id
+                logger.exception("the step of request %s failed", request_id, extra=logs.about(request_id))
                 return [PendingPart(rows, error=_describe(error))]
             logger.exception("a step of %d rows failed and runs again in halves", len(rows))
         # Outside the handler, where the failed pass's tensors are no longer held by its traceback.

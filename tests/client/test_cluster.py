@@ -40,6 +40,7 @@ def replica(state: ReplicaState, info: WorkerInfo | None) -> ReplicaStatus:
         load=EngineLoad(num_running=1, num_free_blocks=98, num_used_blocks=2),
         last_step_age_s=0.25,
         last_step_id=9,
+        num_generated_tokens=70,
     )
 
 
@@ -58,6 +59,9 @@ def test_the_controllers_state_arrives_whole():
         num_requests=12,
         num_restarts=1,
         controller_pid=99,
+        num_prompt_tokens=40,
+        num_cached_tokens=16,
+        num_generated_tokens=80,
     )
     assert cluster_state(pb.ClusterStatusResponse.FromString(status_to_proto(state).SerializeToString())) == state
 

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import expected_tokens
+from http_calls import get, post, raw
 from local_workers import Cluster, StartCluster
 from pilotfish.common.requests import ExpertBalance
 from reading import eventually
@@ -39,28 +40,6 @@ def answer_to(cluster: Cluster, text: str, num_tokens: int) -> str:
 
 def used_blocks(cluster: Cluster) -> int:
     return cluster.launcher.launched[0].engine.scheduler.load().num_used_blocks
-
-
-async def raw(cluster: Cluster, request: bytes) -> tuple[int, dict[str, str], Any]:
-    """One request over a bare socket: status, headers, JSON body."""
-    host, _, port = cluster.service.addresses.http.rpartition(":")
-    async with asyncio.timeout(20):
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(request)
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
-        body = await reader.readexactly(int(headers["content-length"]))
-        writer.close()
-    return int(head[0].split()[1]), headers, json.loads(body) if "json" in headers["content-type"] else body
-
-
-async def post(cluster: Cluster, path: str, body: Any) -> tuple[int, dict[str, str], Any]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return await raw(cluster, f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
-
-
-async def get(cluster: Cluster, path: str) -> tuple[int, dict[str, str], Any]:
-    return await raw(cluster, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
 
 
 async def test_a_completion_and_its_usage(start_cluster: StartCluster, client_of: ClientOf) -> None:
@@ -268,7 +247,7 @@ async def test_metrics_count_what_happened(start_cluster: StartCluster, client_o
     assert 'pilotfish_replicas{state="ready"} 1.0' in lines
     assert 'pilotfish_expert_balance_ratio{replica="replica-0"} 1.5' in lines
     assert 'pilotfish_expected_expert_balance_ratio{replica="replica-0"} 1.25' in lines
-    assert 'pilotfish_expert_moves{replica="replica-0"} 9.0' in lines
+    assert 'pilotfish_expert_moves_total{replica="replica-0"} 9.0' in lines
 
 
 async def test_a_port_in_use_is_named(start_cluster: StartCluster) -> None:
