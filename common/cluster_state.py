@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .requests import EngineLoad, WorkerInfo
+from .routing import RoutingState
 
 
 class ReplicaState(StrEnum):
@@ -24,7 +25,7 @@ class ReplicaStatus:
     """One replica, or one data rank of it (`name` ends in "/<data rank>"). `message` explains LOST and FAILED; `info` is None
     until its worker first started.
 
-    `last_step_age_s` is the age of the step that runs now, 0 when idle.
+    `last_step_age_s` is the age of the step that runs now, 0 when idle. `routing` is None while the router does not know it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ReplicaStatus:
     load: EngineLoad
     last_step_age_s: float
     last_step_id: int
+    routing: RoutingState | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

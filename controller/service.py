@@ -18,6 +18,7 @@ from .. import __version__
 from ..common.cluster_state import ClusterState, ModelCard
 from ..common.config import ServeConfig
 from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError, Unavailable
+from ..common.routing import RouteDecision
 from ..text.prepare import check_request_id
 from .dispatcher import Dispatcher
 from .events import Event, Observer
@@ -202,7 +203,7 @@ class InferenceService:
             version=__version__,
             model=self._config.model.name,
             uptime_s=time.time() - self._started_unix_s,
-            replicas=self._fleet.statuses(),
+            replicas=tuple(map(self._dispatcher.with_routing, self._fleet.statuses())),
             num_queued=self._dispatcher.num_queued,
             num_running=self._dispatcher.num_running,
             generation_config=self._config.model.generation_config,
@@ -213,6 +214,10 @@ class InferenceService:
             num_restarts=self._fleet.num_restarts,
             controller_pid=os.getpid(),
         )
+
+    def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
+        """The router's choices for a request that runs or has ended not long ago, oldest first; empty where none is kept."""
+        return self._dispatcher.explain(request_id)
 
     def close(self) -> None:
         """Refuse new requests from now on."""
