@@ -6,6 +6,7 @@ from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, Replic
 from ..common.errors import InternalError
 from ..proto import codec
 from ..proto import inference_pb2 as pb
+from ..proto.routing_codec import routing_from_proto
 
 _PREFIX = "REPLICA_STATE_"
 
@@ -49,6 +50,7 @@ def _replica(message: pb.ReplicaStatus) -> ReplicaStatus:
         load=codec.load_from_proto(message.load),
         last_step_age_s=message.last_step_age_s,
         last_step_id=message.last_step_id,
+        routing=routing_from_proto(message.routing) if message.HasField("routing") else None,
     )
 
 

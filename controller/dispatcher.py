@@ -115,8 +115,8 @@ class Dispatcher:
 
     def fail_queued(self, error: PilotfishError) -> None:
         """No replica will ever take what is queued."""
-        for sequence in list(self._held.values()):
-            sequence.stream.fail(error)
+        for held in list(self._held.values()):
+            held.stream.fail(error)
         while (sequence := self._next()) is not None:
             sequence.stream.fail(error)
 
