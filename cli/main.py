@@ -25,6 +25,7 @@ COMMANDS = {
     "pull": "fetch a model by its alias into the cache",
     "check-model": "prove that a checkpoint runs right: logits and greedy tokens against transformers",
     "status": "show a running cluster: replicas, load, defaults",
+    "explain": "say why the router sent a request where it went: every replica's cost, by parts",
     "env": "show what matters of this machine, and what to fix",
 }
 

@@ -79,6 +79,12 @@ def _replica_lines(replica: ReplicaStatus) -> list[str]:
             f"  experts: the fullest rank had {balance.measured:.2f} of the mean load; {balance.num_moves} have moved, "
             f"last by step {balance.last_step_id}, for {balance.expected:.2f}"
         )
+    if (routing := replica.routing) is not None:
+        lines.append(
+            f"  routed there: {routing.num_requests} sequences ({routing.num_held} more are held for it), "
+            f"{routing.queued_tokens} prompt tokens to compute; {routing.num_indexed_blocks} blocks in the router's index; "
+            f"drift {routing.drift_requests} sequences, {routing.drift_tokens} tokens, {routing.drift_blocks} blocks"
+        )
     running = f"in step {replica.last_step_id} for {replica.last_step_age_s:.1f} s" if replica.last_step_age_s else "idle"
     lines.append(
         f"  {load.num_running} running, {load.num_waiting} waiting, {load.num_preemptions} preemptions, {running}; "

@@ -5,6 +5,7 @@
 
 from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
 from ..common.requests import FinishReason
+from ..common.routing import RouteDecision, RouteScore, RoutingState
 from ..common.sampling_params import SamplingParams
 from .async_client import AsyncClient
 from .async_text_stream import AsyncTextStream
@@ -28,6 +29,9 @@ __all__ = [
     "ReplicaState",
     "ReplicaStatus",
     "RetryPolicy",
+    "RouteDecision",
+    "RouteScore",
+    "RoutingState",
     "SamplingParams",
     "TextStream",
     "TlsOptions",

@@ -11,8 +11,10 @@ import grpc
 
 from ..common.cluster_state import ClusterState, ModelCard
 from ..common.errors import Cancelled, Unavailable
+from ..common.routing import RouteDecision
 from ..proto import inference_pb2 as pb
 from ..proto.inference_pb2_grpc import InferenceStub
+from ..proto.routing_codec import decision_from_proto
 from .async_text_stream import AsyncTextStream, is_task_cancelled
 from .attempts import Attempts
 from .cluster import cluster_state, model_card
@@ -101,6 +103,12 @@ class AsyncClient:
     async def status(self) -> ClusterState:
         """The cluster at this moment: replicas, load, sampling defaults, addresses."""
         return cluster_state(await self._short_call("ClusterStatus", pb.ClusterStatusRequest()))
+
+    async def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
+        """Why a request went where it went: the router's choices for it, one for each of its choices and each replica it lost,
+        oldest first. Empty where the server keeps none: the id is unknown, still queued, or too long ago."""
+        response = await self._short_call("ExplainRoute", pb.ExplainRouteRequest(request_id=request_id))
+        return tuple(map(decision_from_proto, response.decisions))
 
     async def aclose(self) -> None:
         """End the connection; calls that run get Cancelled."""

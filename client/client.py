@@ -11,8 +11,10 @@ import grpc
 
 from ..common.cluster_state import ClusterState, ModelCard
 from ..common.errors import Unavailable
+from ..common.routing import RouteDecision
 from ..proto import inference_pb2 as pb
 from ..proto.inference_pb2_grpc import InferenceStub
+from ..proto.routing_codec import decision_from_proto
 from .attempts import Attempts
 from .cluster import cluster_state, model_card
 from .options import DEFAULT_CHANNEL, DEFAULT_RETRY, ChannelOptions, RetryPolicy, TlsOptions, bearer_metadata, parse_address
@@ -123,6 +125,12 @@ class Client:
     def status(self) -> ClusterState:
         """The cluster at this moment: replicas, load, sampling defaults, addresses."""
         return cluster_state(self._short_call(self._stub.ClusterStatus, pb.ClusterStatusRequest()))
+
+    def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
+        """Why a request went where it went: the router's choices for it, one for each of its choices and each replica it lost,
+        oldest first. Empty where the server keeps none: the id is unknown, still queued, or too long ago."""
+        response = self._short_call(self._stub.ExplainRoute, pb.ExplainRouteRequest(request_id=request_id))
+        return tuple(map(decision_from_proto, response.decisions))
 
     def close(self) -> None:
         """End the connection; calls that run get Cancelled."""

@@ -6,6 +6,7 @@ from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, Replic
 from ..common.errors import InternalError
 from ..proto import codec
 from ..proto import inference_pb2 as pb
+from ..proto.routing_codec import routing_from_proto
 
 _PREFIX = "REPLICA_STATE_"
 
@@ -53,6 +54,7 @@ def _replica(message: pb.ReplicaStatus) -> ReplicaStatus:
         last_step_age_s=message.last_step_age_s,
         last_step_id=message.last_step_id,
         num_generated_tokens=message.num_generated_tokens,
+        routing=routing_from_proto(message.routing) if message.HasField("routing") else None,
     )
 
 

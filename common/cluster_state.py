@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .requests import EngineLoad, WorkerInfo
+from .routing import RoutingState
 
 
 class ReplicaState(StrEnum):
@@ -25,7 +26,7 @@ class ReplicaStatus:
     until its worker first started.
 
     `last_step_age_s` is the age of the step that runs now, 0 when idle. `num_generated_tokens` counts since the controller
-    started, over restarts of the worker.
+    started, over restarts of the worker. `routing` is None while the router does not know it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ReplicaStatus:
     last_step_age_s: float
     last_step_id: int
     num_generated_tokens: int = 0
+    routing: RoutingState | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

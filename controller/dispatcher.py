@@ -1,12 +1,14 @@
 """Requests to replicas and outputs back: admission queue -> router -> link, and steps -> streams.
 
-Binding is late: a sequence leaves the queue only when a replica has room for it. What runs where is known exactly, since every
-submit and every last output passes here. A sequence whose replica is lost, or gives it up, goes back in front of the queue with
-its known tokens. Everything runs on the controller's event loop.
+Binding is late: a sequence leaves the queue only when a replica has room, and the router may hold it for one that has what it
+needs cached. What runs where is known exactly, since every submit and every last output passes here. A sequence whose replica
+is lost, or gives it up, goes back in front of the queue with its known tokens. Everything runs on the controller's event
+loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -16,11 +18,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..common import logs
+from ..common.cluster_state import ReplicaStatus
 from ..common.errors import InternalError, Overloaded, PilotfishError
 from ..common.hashing import block_hashes, root_hash
-from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput
+from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
+from ..common.routing import RouteDecision
 from ..scheduler.admission import AdmissionQueue
-from ..scheduler.router import Router, RouterConfig
+from ..scheduler.router import ReplicaLimits, Router, RouterConfig
 from .events import Observer
 from .streams import RequestStream, SequenceState
 
@@ -42,7 +46,6 @@ class Target(Protocol):
 @dataclass(slots=True)
 class _Replica:
     target: Target
-    capacity: int
     accepting: bool = False
 
 
@@ -50,7 +53,9 @@ class Dispatcher:
     """See the module's docstring. `num_queued` and `num_running` count sequences."""
 
     def __init__(self, *, max_queued: int, max_attempts: int, block_size: int, observers: Sequence[Observer] = ()) -> None:
-        self.router = Router(RouterConfig(block_size=block_size))
+        config = RouterConfig(block_size=block_size)
+        self.router = Router(config)
+        self._hold_s = config.hold_ticks / 1000
         self._block_size = block_size
         self._max_queued = max_queued
         self._max_attempts = max_attempts
@@ -58,6 +63,7 @@ class Dispatcher:
         self._replicas: dict[str, _Replica] = {}
         self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued)
         self._returned: deque[SequenceState] = deque()
+        self._held: dict[str, SequenceState] = {}
         self._running: dict[str, SequenceState] = {}
         self._run_id = secrets.token_hex(4)
         self._num_submits = 0
@@ -66,7 +72,7 @@ class Dispatcher:
 
     @property
     def num_queued(self) -> int:
-        return len(self._queue) + len(self._returned)
+        return len(self._queue) + len(self._returned) + len(self._held)
 
     @property
     def num_running(self) -> int:
@@ -103,34 +109,51 @@ class Dispatcher:
         """A stream has ended: what is left of it leaves the queue, or is ended on its worker."""
         for sequence in stream.sequences:
             self._queue.remove(sequence.request.request_id)
+            if self._held.pop(sequence.wire_id, None) is not None:
+                self.router.finish(sequence.wire_id)
             self._abort(sequence)
         self._returned = deque(s for s in self._returned if s.stream is not stream)
 
     def fail_queued(self, error: PilotfishError) -> None:
         """No replica will ever take what is queued."""
+        for held in list(self._held.values()):
+            held.stream.fail(error)
         while (sequence := self._next()) is not None:
             sequence.stream.fail(error)
 
     def pump(self) -> None:
-        """Hand out what is queued while a replica has room."""
-        while self._returned or len(self._queue):
-            candidates = [
-                name
-                for name, replica in self._replicas.items()
-                if replica.accepting and replica.target.connected and self.router.num_active(name) < replica.capacity
-            ]
-            sequence = self._next() if candidates else None
+        """Hand out what is held and then what is queued, while a replica has room."""
+        if not self.num_queued:
+            return
+        candidates = [name for name, replica in self._replicas.items() if replica.accepting and replica.target.connected]
+        while (wire_id := self.router.next_ready(candidates, tick=_now_ms())) is not None:
+            self._route(self._held.pop(wire_id), wire_id, candidates)
+        while (self._returned or len(self._queue)) and any(map(self.router.has_room, candidates)):
+            sequence = self._next()
             if sequence is None:
                 return
-            self._submit(sequence, candidates)
+            self._num_submits += 1
+            self._route(sequence, f"{sequence.request.request_id}~{self._run_id}.{self._num_submits}", candidates)
+
+    def explain(self, request_id: str) -> tuple[RouteDecision, ...]:
+        """The router's choices for a request, oldest first; empty where none is kept."""
+        return self.router.explain(request_id)
+
+    def with_routing(self, status: ReplicaStatus) -> ReplicaStatus:
+        """With what the router knows of the place, if it takes requests."""
+        if status.name not in self._replicas:
+            return status
+        return replace(status, routing=self.router.state(status.name, status.load))
 
     # Replicas.
 
-    def add_replica(self, name: str, target: Target, *, max_num_seqs: int) -> None:
-        """From `start_accepting` on the replica gets requests while it is connected: a few more than it runs at once, so that a
-        freed place is taken in the next step."""
-        self.router.add_replica(name)
-        self._replicas[name] = _Replica(target, capacity=max_num_seqs + max(1, max_num_seqs // 8))
+    def add_replica(self, name: str, target: Target, info: WorkerInfo) -> None:
+        """From `start_accepting` on the replica gets requests while it is connected and has room."""
+        limits = ReplicaLimits(
+            max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens, num_blocks=info.num_blocks
+        )
+        self.router.add_replica(name, limits)
+        self._replicas[name] = _Replica(target)
 
     def start_accepting(self, name: str) -> None:
         """The caller calls `pump` when all have started that start together."""
@@ -143,7 +166,7 @@ class Dispatcher:
     def remove_replica(self, name: str, reason: str) -> None:
         """The replica is gone; what ran there runs elsewhere, or ends with an error after too many attempts."""
         del self._replicas[name]
-        self.router.remove_replica(name)
+        self._returned.extend(self._held.pop(wire_id) for wire_id in self.router.remove_replica(name))
         lost = [(wire_id, sequence) for wire_id, sequence in self._running.items() if sequence.replica == name]
         for wire_id, _ in lost:
             del self._running[wire_id]
@@ -156,41 +179,43 @@ class Dispatcher:
 
     def take_step(self, name: str, step: StepOutput) -> bool:
         """Outputs to their streams, cache events to the router; False if events are missing."""
-        has_ended = False
+        complete = self.router.take_step(name, step)
         for output in step.sequences:
             sequence = self._running.get(output.request_id)
             if sequence is not None and sequence.replica == name:
                 self._take_output(sequence, output)
-                has_ended = has_ended or output.finish_reason is not None
-        self.router.step_times.observe(name, num_tokens=step.num_batched_tokens, step_ms=step.timings.total_ms)
-        complete = not step.kv_events or self.router.trie.apply(name, first_event_id=step.first_event_id, events=step.kv_events)
         for observer in self._observers:
             observer.on_step(name, step)
-        if has_ended:
+        if self.num_queued and self.router.can_start(name):
             self.pump()
         return complete
 
     def _next(self) -> SequenceState | None:
         return self._returned.popleft() if self._returned else self._queue.pop_ready(_now_ms())
 
-    def _submit(self, sequence: SequenceState, candidates: Sequence[str]) -> None:
+    def _route(self, sequence: SequenceState, wire_id: str, candidates: Sequence[str]) -> None:
+        """To the replica that the router chooses, or to those that are held for one."""
         request = sequence.request
-        known = (*request.prompt_token_ids, *sequence.output_token_ids)
+        num_known = len(request.prompt_token_ids) + len(sequence.output_token_ids)
         hashes = sequence.prompt_hashes
         if sequence.output_token_ids:
+            known = (*request.prompt_token_ids, *sequence.output_token_ids)
             hashes = block_hashes(known, self._block_size, parent=root_hash(request.salt))
-        self._num_submits += 1
-        wire_id = f"{request.request_id}~{self._run_id}.{self._num_submits}"
         tokens_left = request.sampling.max_tokens - len(sequence.output_token_ids)
         choice = self.router.route(
             wire_id,
             hashes=hashes,
-            num_tokens=len(known),
+            num_tokens=num_known,
             expected_output_tokens=min(tokens_left, self._expected_output_tokens),
             tick=_now_ms(),
             candidates=candidates,
+            client_request_id=sequence.stream.request_id,
         )
-        logger.debug("%s goes to %s: %s", wire_id, choice.replica, choice.scores)
+        if choice.is_held:
+            sequence.wire_id = wire_id
+            self._held[wire_id] = sequence
+            asyncio.get_running_loop().call_later(self._hold_s, self.pump)  # it may have to go elsewhere by then
+            return
         sequence.dispatched(wire_id, choice.replica)
         self._running[wire_id] = sequence
         self._replicas[choice.replica].target.submit(sequence.to_submit())
@@ -199,11 +224,7 @@ class Dispatcher:
         reason = output.finish_reason
         if reason is not None:
             del self._running[output.request_id]
-            self.router.finish(output.request_id)
             self._finish_times.append(time.monotonic())
-        elif sequence.awaits_first_token:
-            self.router.first_token(output.request_id)
-        sequence.awaits_first_token = False
         stream = sequence.stream
         if stream.ended or sequence.finish_reason is not None:
             return

@@ -212,7 +212,7 @@ class Fleet:
             listener=_Listener(replica, place, self._dispatcher, num_places=len(worker.places)),
         )
         replica.places = (*(replica.places if number else ()), place)
-        self._dispatcher.add_replica(place.name, place.link, max_num_seqs=serving.info.max_num_seqs)
+        self._dispatcher.add_replica(place.name, place.link, serving.info)
         return place.link
 
     async def _until_stuck(self, link: WorkerLink) -> str:

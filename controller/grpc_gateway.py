@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from ..common.config import GatewayConfig
 from ..common.errors import ConfigError, InternalError, InvalidRequest, PilotfishError, status_row
 from ..proto import inference_pb2 as pb
+from ..proto.routing_codec import decision_to_proto
 from ..text.tokenizer import Tokenizer
 from . import grpc_messages
 from .service import InferenceService
@@ -106,6 +107,7 @@ class GrpcGateway:
                 "Tokenize": unary(pb.TokenizeRequest, self._tokenize),
                 "ListModels": unary(pb.ListModelsRequest, self._list_models),
                 "ClusterStatus": unary(pb.ClusterStatusRequest, self._cluster_status),
+                "ExplainRoute": unary(pb.ExplainRouteRequest, self._explain_route),
             },
         )
 
@@ -162,6 +164,9 @@ class GrpcGateway:
 
     async def _cluster_status(self, _request: pb.ClusterStatusRequest) -> pb.ClusterStatusResponse:
         return grpc_messages.status_to_proto(self._service.status())
+
+    async def _explain_route(self, request: pb.ExplainRouteRequest) -> pb.ExplainRouteResponse:
+        return pb.ExplainRouteResponse(decisions=map(decision_to_proto, self._service.explain_route(request.request_id)))
 
 
 def _serialize(message: Message) -> bytes:

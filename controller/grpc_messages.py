@@ -19,6 +19,7 @@ from ..common.requests import TokenLogprob
 from ..proto import codec
 from ..proto import common_pb2 as common
 from ..proto import inference_pb2 as pb
+from ..proto.routing_codec import routing_to_proto
 from ..text.tokenizer import Tokenizer
 from .events import Delta, Event, Started, Usage
 
@@ -152,6 +153,7 @@ def _replica_to_proto(replica: ReplicaStatus) -> pb.ReplicaStatus:
         last_step_age_s=replica.last_step_age_s,
         last_step_id=replica.last_step_id,
         num_generated_tokens=replica.num_generated_tokens,
+        routing=None if replica.routing is None else routing_to_proto(replica.routing),
     )
 
 

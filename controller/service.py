@@ -19,6 +19,7 @@ from ..common import logs
 from ..common.cluster_state import ClusterState, ModelCard
 from ..common.config import ServeConfig
 from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError, Unavailable
+from ..common.routing import RouteDecision
 from ..text.prepare import check_request_id
 from .dispatcher import Dispatcher
 from .events import Event, Observer
@@ -207,7 +208,7 @@ class InferenceService:
             version=__version__,
             model=self._config.model.name,
             uptime_s=time.time() - self._started_unix_s,
-            replicas=self._fleet.statuses(),
+            replicas=tuple(map(self._dispatcher.with_routing, self._fleet.statuses())),
             num_queued=self._dispatcher.num_queued,
             num_running=self._dispatcher.num_running,
             generation_config=self._config.model.generation_config,
@@ -219,6 +220,10 @@ class InferenceService:
             controller_pid=os.getpid(),
         )
         return self._totals.add_to(state)
+
+    def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
+        """The router's choices for a request that runs or has ended not long ago, oldest first; empty where none is kept."""
+        return self._dispatcher.explain(request_id)
 
     def close(self) -> None:
         """Refuse new requests from now on."""

@@ -36,7 +36,6 @@ class SequenceState:
     wire_id: str = ""
     replica: str = ""
     num_attempts: int = 0
-    awaits_first_token: bool = True
     abort_sent: bool = False
     cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
@@ -45,7 +44,7 @@ class SequenceState:
         """A run on a replica begins."""
         self.wire_id, self.replica = wire_id, replica
         self.num_attempts += 1
-        self.awaits_first_token, self.abort_sent = True, False
+        self.abort_sent = False
         self.stream.mark_dispatched()
 
     def to_submit(self) -> EngineRequest:

@@ -194,7 +194,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("name", "state", "message", "address", "node", "restarts", "info", "load", "last_step_age_s", "last_step_id", "num_generated_tokens")
+    __slots__ = ("name", "state", "message", "address", "node", "restarts", "info", "load", "last_step_age_s", "last_step_id", "num_generated_tokens", "routing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,7 @@ class ReplicaStatus(_message.Message):
     LAST_STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ReplicaState
     message: str
@@ -217,7 +218,34 @@ class ReplicaStatus(_message.Message):
     last_step_age_s: float
     last_step_id: int
     num_generated_tokens: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., message: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., restarts: _Optional[int] = ..., info: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., last_step_age_s: _Optional[float] = ..., last_step_id: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ...) -> None: ...
+    routing: RoutingState
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., message: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., restarts: _Optional[int] = ..., info: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., last_step_age_s: _Optional[float] = ..., last_step_id: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., routing: _Optional[_Union[RoutingState, _Mapping]] = ...) -> None: ...
+
+class RoutingState(_message.Message):
+    __slots__ = ("num_requests", "num_held", "queued_tokens", "expected_blocks", "drift_requests", "drift_tokens", "drift_blocks", "ms_per_token", "step_overhead_ms", "num_indexed_blocks", "num_snapshots")
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_OVERHEAD_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_INDEXED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    num_requests: int
+    num_held: int
+    queued_tokens: int
+    expected_blocks: int
+    drift_requests: int
+    drift_tokens: int
+    drift_blocks: int
+    ms_per_token: float
+    step_overhead_ms: float
+    num_indexed_blocks: int
+    num_snapshots: int
+    def __init__(self, num_requests: _Optional[int] = ..., num_held: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., expected_blocks: _Optional[int] = ..., drift_requests: _Optional[int] = ..., drift_tokens: _Optional[int] = ..., drift_blocks: _Optional[int] = ..., ms_per_token: _Optional[float] = ..., step_overhead_ms: _Optional[float] = ..., num_indexed_blocks: _Optional[int] = ..., num_snapshots: _Optional[int] = ...) -> None: ...
 
 class ClusterStatusResponse(_message.Message):
     __slots__ = ("version", "model", "uptime_s", "replicas", "num_queued", "num_running", "generation_config", "sampling_defaults", "grpc_address", "http_address", "num_requests", "num_restarts", "controller_pid", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens")
@@ -261,3 +289,57 @@ class ClusterStatusResponse(_message.Message):
     num_cached_tokens: int
     num_generated_tokens: int
     def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., generation_config: _Optional[str] = ..., sampling_defaults: _Optional[_Mapping[str, str]] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_restarts: _Optional[int] = ..., controller_pid: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ...) -> None: ...
+
+class ExplainRouteRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class RouteScore(_message.Message):
+    __slots__ = ("replica", "queue_ms", "wait_ms", "prefill_ms", "work_ms", "tier_load_ms", "decode_ms", "matched_tokens", "has_room")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    WORK_MS_FIELD_NUMBER: _ClassVar[int]
+    TIER_LOAD_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_MS_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HAS_ROOM_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    queue_ms: float
+    wait_ms: float
+    prefill_ms: float
+    work_ms: float
+    tier_load_ms: float
+    decode_ms: float
+    matched_tokens: int
+    has_room: bool
+    def __init__(self, replica: _Optional[str] = ..., queue_ms: _Optional[float] = ..., wait_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., work_ms: _Optional[float] = ..., tier_load_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., matched_tokens: _Optional[int] = ..., has_room: _Optional[bool] = ...) -> None: ...
+
+class RouteDecision(_message.Message):
+    __slots__ = ("request_id", "sequence_id", "tick_ms", "num_tokens", "expected_output_tokens", "replica", "is_held", "scores")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    TICK_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    IS_HELD_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    sequence_id: str
+    tick_ms: int
+    num_tokens: int
+    expected_output_tokens: float
+    replica: str
+    is_held: bool
+    scores: _containers.RepeatedCompositeFieldContainer[RouteScore]
+    def __init__(self, request_id: _Optional[str] = ..., sequence_id: _Optional[str] = ..., tick_ms: _Optional[int] = ..., num_tokens: _Optional[int] = ..., expected_output_tokens: _Optional[float] = ..., replica: _Optional[str] = ..., is_held: _Optional[bool] = ..., scores: _Optional[_Iterable[_Union[RouteScore, _Mapping]]] = ...) -> None: ...
+
+class ExplainRouteResponse(_message.Message):
+    __slots__ = ("decisions",)
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    decisions: _containers.RepeatedCompositeFieldContainer[RouteDecision]
+    def __init__(self, decisions: _Optional[_Iterable[_Union[RouteDecision, _Mapping]]] = ...) -> None: ...

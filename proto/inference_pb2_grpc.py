@@ -64,6 +64,11 @@ class InferenceStub:
                 request_serializer=pilotfish_dot_proto_dot_inference__pb2.ClusterStatusRequest.SerializeToString,
                 response_deserializer=pilotfish_dot_proto_dot_inference__pb2.ClusterStatusResponse.FromString,
                 _registered_method=True)
+        self.ExplainRoute = channel.unary_unary(
+                '/pilotfish.v1.Inference/ExplainRoute',
+                request_serializer=pilotfish_dot_proto_dot_inference__pb2.ExplainRouteRequest.SerializeToString,
+                response_deserializer=pilotfish_dot_proto_dot_inference__pb2.ExplainRouteResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -108,6 +113,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRoute(self, request, context):
+        """Why a request went where it went: the router's choices for it, oldest first. None where it is unknown or too long ago.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -140,6 +152,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.ClusterStatus,
                     request_deserializer=pilotfish_dot_proto_dot_inference__pb2.ClusterStatusRequest.FromString,
                     response_serializer=pilotfish_dot_proto_dot_inference__pb2.ClusterStatusResponse.SerializeToString,
+            ),
+            'ExplainRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRoute,
+                    request_deserializer=pilotfish_dot_proto_dot_inference__pb2.ExplainRouteRequest.FromString,
+                    response_serializer=pilotfish_dot_proto_dot_inference__pb2.ExplainRouteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +321,33 @@ class Inference:
             '/pilotfish.v1.Inference/ClusterStatus',
             pilotfish_dot_proto_dot_inference__pb2.ClusterStatusRequest.SerializeToString,
             pilotfish_dot_proto_dot_inference__pb2.ClusterStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pilotfish.v1.Inference/ExplainRoute',
+            pilotfish_dot_proto_dot_inference__pb2.ExplainRouteRequest.SerializeToString,
+            pilotfish_dot_proto_dot_inference__pb2.ExplainRouteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,6 +28,7 @@ class _ReplicaIndex:
     blocks: dict[bytes, int] = field(default_factory=dict)
     next_event_id: int = 1
     needs_snapshot: bool = False
+    num_snapshots: int = 0
     missed: deque[tuple[int, Sequence[KvEvent]]] = field(default_factory=lambda: deque(maxlen=_MAX_MISSED_MESSAGES))
 
 
@@ -37,7 +38,7 @@ class ReplicaTrie:
     def __init__(self, *, speculative_ticks: int) -> None:
         self._speculative_ticks = speculative_ticks
         self._replicas: dict[str, _ReplicaIndex] = {}
-        self._lapses: deque[tuple[int, str, bytes]] = deque()
+        self._lapses: deque[tuple[int, str, Sequence[bytes]]] = deque()
 
     def add_replica(self, replica: str) -> None:
         """A replica with an empty cache whose next event has id 1."""
@@ -48,6 +49,14 @@ class ReplicaTrie:
 
     def num_blocks(self, replica: str) -> int:
         return len(self._replicas[replica].blocks)
+
+    def confirmed_blocks(self, replica: str) -> set[bytes]:
+        """The blocks that the replica itself has named: all of its cache, while no snapshot is needed."""
+        return {block for block, lapse in self._replicas[replica].blocks.items() if lapse == _CONFIRMED}
+
+    def num_snapshots(self, replica: str) -> int:
+        """Loaded since it was added."""
+        return self._replicas[replica].num_snapshots
 
     def needs_snapshot(self, replica: str) -> bool:
         return self._replicas[replica].needs_snapshot
@@ -78,6 +87,7 @@ class ReplicaTrie:
         index.blocks.update((block.block_hash, _CONFIRMED) for block in blocks)
         index.next_event_id = next_event_id
         index.needs_snapshot = False
+        index.num_snapshots += 1
         missed = list(index.missed)
         index.missed.clear()
         for first_event_id, events in missed:
@@ -92,7 +102,7 @@ class ReplicaTrie:
         for block_hash in hashes:
             if blocks.get(block_hash) != _CONFIRMED:
                 blocks[block_hash] = lapse
-                self._lapses.append((lapse, replica, block_hash))
+        self._lapses.append((lapse, replica, hashes))
 
     def match(self, hashes: Sequence[bytes], *, tick: int) -> Mapping[str, int]:
         """For every replica, how many leading blocks of `hashes` it holds."""
@@ -101,10 +111,11 @@ class ReplicaTrie:
 
     def _drop_lapsed(self, tick: int) -> None:
         while self._lapses and self._lapses[0][0] <= tick:
-            lapse, replica, block_hash = self._lapses.popleft()
-            index = self._replicas.get(replica)
-            if index is not None and index.blocks.get(block_hash) == lapse:  # else confirmed, or entered again later
-                del index.blocks[block_hash]
+            lapse, replica, hashes = self._lapses.popleft()
+            blocks = self._replicas[replica].blocks if replica in self._replicas else {}
+            for block_hash in hashes:
+                if blocks.get(block_hash) == lapse:  # else confirmed, or entered again later
+                    del blocks[block_hash]
 
 
 def _num_leading(blocks: Mapping[bytes, int], hashes: Sequence[bytes]) -> int:

@@ -1,13 +1,19 @@
 """Which replica takes a request: the one where it costs least, in estimated milliseconds.
 
-    cost = queued * t + (1 + work_weight) * uncached * t + tier_load + decode_weight * E[output] * step(num_active + 1)
+    cost = queued * t + wait + (1 + work_weight) * uncached * t + tier_load + decode_weight * E[output] * step(num_active + 1)
 
-t: ms a prompt token takes there; queued: uncached prompt tokens routed there that have no first token yet (a ledger, exact
-because every request passes here); uncached: this prompt less its cached prefix; tier_load: ms to bring cached blocks from a
-slower tier; step: ms of a decode step with the requests there and this one. Computing a prefix costs this request its time, and
-those behind it the same again (`work_weight`): so a burst with one prefix stays together although waiting for the prefix takes
-as long as computing it elsewhere. Cached work is not charged: affinity and load are weighed in one unit, without a mode switch.
-Replicas within `tie_ms` of the best count as equal: the one chosen longest ago takes the request.
+t: ms a prompt token takes there; queued: uncached prompt tokens routed there that are not computed yet (the ledger, exact
+because every request passes here); wait: until the batch and the KV cache have room; uncached: this prompt less its cached
+prefix; tier_load: ms to bring cached blocks from a slower tier; step: ms of a decode step with the requests there and this
+one. Computing a prefix costs this request its time, and those behind it the same again (`work_weight`): so a burst with one
+prefix stays together although waiting for the prefix takes as long as computing it elsewhere. Cached work is not charged:
+affinity and load are weighed in one unit, without a mode switch. Replicas within `tie_ms` of the best count as equal: the one
+chosen longest ago takes the request.
+
+Binding is late. A replica has room while it could start the request soon: a place in its batch, blocks in its cache, and
+prompts for no more than the next steps. Where the cheapest has none, the request is held for it (`Choice.is_held`), charged
+there like the others, and routed again when `next_ready` names it. Nothing is held for longer than `hold_ticks` while another
+replica has room.
 """
 
 from __future__ import annotations
@@ -16,10 +22,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..common.errors import Unavailable
+from ..common.requests import EngineLoad, StepOutput
+from ..common.routing import RouteDecision, RouteScore, RoutingState
+from .decision_log import DecisionLog
+from .ledger import Ledger
 from .replica_trie import ReplicaTrie
 from .step_times import StepTime, StepTimes
 
-__all__ = ["Candidate", "Choice", "ReplicaTrie", "Router", "RouterConfig", "Score", "choose"]
+__all__ = ["Candidate", "Choice", "ReplicaLimits", "ReplicaTrie", "RouteScore", "Router", "RouterConfig", "choose"]
 
 _PRIOR = StepTime(10.0, 0.1)
 
@@ -33,6 +43,10 @@ class RouterConfig:
         decode_weight: worth of a millisecond of decoding against one before the first token.
         tie_ms: costs this close are equal.
         speculative_ticks: how long a routed prompt counts as cached before the replica says so.
+        hold_ticks: how long a request may be held for a replica while another has room.
+        max_held: requests held for one replica; the next ones go elsewhere.
+        num_steps_ahead: a replica has room while the prompts queued there fill no more steps than this.
+        max_decisions: kept for `explain`.
         prior: step time assumed until steps are seen.
     """
 
@@ -41,7 +55,25 @@ class RouterConfig:
     decode_weight: float = 1.0
     tie_ms: float = 1.0
     speculative_ticks: int = 10_000
+    hold_ticks: int = 1_000
+    max_held: int = 64
+    num_steps_ahead: int = 2
+    max_decisions: int = 1024
     prior: StepTime = _PRIOR
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaLimits:
+    """What a replica's engine holds at once. `capacity` sequences are sent there, a few more than it runs: a freed place is
+    taken in the next step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_blocks: int
+
+    @property
+    def capacity(self) -> int:
+        return self.max_num_seqs + max(1, self.max_num_seqs // 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,33 +85,20 @@ class Candidate:
     matched_tokens: int = 0
     queued_tokens: int = 0
     num_active: int = 0
+    wait_ms: float = 0.0
     tier_load_ms: float = 0.0
     last_chosen: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """The parts of one replica's cost, in milliseconds."""
-
-    replica: str
-    queue_ms: float
-    prefill_ms: float
-    work_ms: float
-    tier_load_ms: float
-    decode_ms: float
-    matched_tokens: int
-
-    @property
-    def cost_ms(self) -> float:
-        return self.queue_ms + self.prefill_ms + self.work_ms + self.tier_load_ms + self.decode_ms
+    has_room: bool = True
+    may_hold: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The replica and why: the scores of all candidates, in their order."""
+    """The replica and why: the scores of all candidates, in their order. `is_held`: the request waits here for that replica."""
 
     replica: str
-    scores: tuple[Score, ...]
+    scores: tuple[RouteScore, ...]
+    is_held: bool = False
 
 
 def choose(
@@ -91,7 +110,9 @@ def choose(
     decode_weight: float = 1.0,
     tie_ms: float = 1.0,
 ) -> Choice:
-    """The cheapest candidate for a prompt of `num_tokens`; equal ones: chosen longest ago, then first in order.
+    """The cheapest candidate for a prompt of `num_tokens`; equal ones: with room, chosen longest ago, then first in order.
+
+    One that has no room and no place to hold a request is passed over while there is another.
 
     Raises:
         Unavailable: there is no candidate.
@@ -99,38 +120,38 @@ def choose(
     if not candidates:
         raise Unavailable("no replica can take requests now; try again when `pilotfish status` shows one that is ready")
     scores = tuple(_score(c, num_tokens, decode_weight * expected_output_tokens, work_weight=work_weight) for c in candidates)
-    limit = min(score.cost_ms for score in scores) + tie_ms
-    equal = [c for c, score in zip(candidates, scores, strict=True) if score.cost_ms <= limit]
-    return Choice(min(equal, key=lambda c: c.last_chosen).replica, scores)
+    scored = list(zip(candidates, scores, strict=True))
+    open_ones = [(c, score) for c, score in scored if c.has_room or c.may_hold] or scored
+    limit = min(score.cost_ms for _, score in open_ones) + tie_ms
+    equal = [c for c, score in open_ones if score.cost_ms <= limit]
+    chosen = min(equal, key=lambda c: (not c.has_room, c.last_chosen))
+    return Choice(chosen.replica, scores, is_held=not chosen.has_room)
 
 
-def _score(candidate: Candidate, num_tokens: int, decode_steps: float, *, work_weight: float) -> Score:
+def _score(candidate: Candidate, num_tokens: int, decode_steps: float, *, work_weight: float) -> RouteScore:
     ms_per_token = candidate.step_time.ms_per_token
     prefill_ms = max(num_tokens - candidate.matched_tokens, 1) * ms_per_token
-    return Score(
+    return RouteScore(
         replica=candidate.replica,
         queue_ms=candidate.queued_tokens * ms_per_token,
+        wait_ms=candidate.wait_ms,
         prefill_ms=prefill_ms,
         work_ms=work_weight * prefill_ms,
         tier_load_ms=candidate.tier_load_ms,
         decode_ms=decode_steps * candidate.step_time.step_ms(candidate.num_active + 1),
         matched_tokens=candidate.matched_tokens,
+        has_room=candidate.has_room,
     )
 
 
-@dataclass(slots=True)
-class _ReplicaLoad:
-    queued_tokens: int = 0
-    num_active: int = 0
-    last_chosen: int = 0
-
-
-@dataclass(slots=True)
-class _Routed:
-    """A request on a replica; `queued_tokens` is its share of the ledger, 0 once its prompt is computed."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A request that waits for `replica` since a tick."""
 
     replica: str
-    queued_tokens: int
+    since: int
+    hashes: Sequence[bytes]
+    num_tokens: int
 
 
 class Router:
@@ -140,20 +161,30 @@ class Router:
         self._config = config
         self.trie = ReplicaTrie(speculative_ticks=config.speculative_ticks)
         self.step_times = StepTimes(prior=config.prior)
-        self._loads: dict[str, _ReplicaLoad] = {}
-        self._requests: dict[str, _Routed] = {}
+        self.ledger = Ledger(block_size=config.block_size)
+        self._decisions = DecisionLog(max_decisions=config.max_decisions)
+        self._limits: dict[str, ReplicaLimits | None] = {}
+        self._last_chosen: dict[str, int] = {}
+        self._held: dict[str, _Held] = {}
         self._num_choices = 0
 
-    def add_replica(self, replica: str) -> None:
+    def add_replica(self, replica: str, limits: ReplicaLimits | None = None) -> None:
+        """Without limits it always has room."""
         self.trie.add_replica(replica)
-        self._loads[replica] = _ReplicaLoad()
+        self.ledger.add_replica(replica)
+        self._limits[replica] = limits
+        self._last_chosen[replica] = 0
 
-    def remove_replica(self, replica: str) -> None:
-        """The replica is lost or its engine is a new one; its requests are no longer counted."""
+    def remove_replica(self, replica: str) -> list[str]:
+        """The replica is lost or its engine is a new one; its requests are no longer counted. Returns those held for it."""
         self.trie.remove_replica(replica)
         self.step_times.forget(replica)
-        del self._loads[replica]
-        self._requests = {request_id: r for request_id, r in self._requests.items() if r.replica != replica}
+        self.ledger.remove_replica(replica)
+        del self._limits[replica], self._last_chosen[replica]
+        held = [request_id for request_id, held in self._held.items() if held.replica == replica]
+        for request_id in held:
+            del self._held[request_id]
+        return held
 
     def route(
         self,
@@ -165,29 +196,33 @@ class Router:
         tick: int,
         candidates: Sequence[str] | None = None,
         tier_load_ms: Mapping[str, float] | None = None,
+        client_request_id: str = "",
     ) -> Choice:
         """Choose among `candidates` (default: all), charge the request to the choice and expect its prompt in that cache.
 
         `hashes` are those of the full blocks of the prompt (`num_tokens` tokens, with outputs known already). A request that is
-        routed again leaves its old replica.
+        routed again leaves its old replica. `client_request_id` is what `explain` finds it by; empty: `request_id`.
 
         Raises:
             Unavailable: no candidate.
         """
+        was_held = self._held.get(request_id)
         self.finish(request_id)
         config, matches, tiers = self._config, self.trie.match(hashes, tick=tick), tier_load_ms or {}
+        may_hold = was_held is None or tick - was_held.since < config.hold_ticks
         choice = choose(
             [
-                Candidate(
-                    replica=name,
-                    step_time=self.step_times.of(name),
+                self._candidate(
+                    name,
+                    hashes=hashes,
+                    num_tokens=num_tokens,
                     matched_tokens=min(matches[name] * config.block_size, num_tokens - 1),
-                    queued_tokens=self._loads[name].queued_tokens,
-                    num_active=self._loads[name].num_active,
+                    expected_output_tokens=expected_output_tokens,
                     tier_load_ms=tiers.get(name, 0.0),
-                    last_chosen=self._loads[name].last_chosen,
+                    is_first_held=was_held is not None and was_held.replica == name,
+                    may_hold=may_hold,
                 )
-                for name in (self._loads if candidates is None else candidates)
+                for name in (self._limits if candidates is None else candidates)
             ],
             num_tokens=num_tokens,
             expected_output_tokens=expected_output_tokens,
@@ -195,35 +230,150 @@ class Router:
             decode_weight=config.decode_weight,
             tie_ms=config.tie_ms,
         )
-        chosen = next(score for score in choice.scores if score.replica == choice.replica)
+        decision = RouteDecision(
+            request_id=client_request_id or request_id,
+            sequence_id=request_id,
+            tick_ms=tick,
+            num_tokens=num_tokens,
+            expected_output_tokens=expected_output_tokens,
+            replica=choice.replica,
+            is_held=choice.is_held,
+            scores=choice.scores,
+        )
+        self._decisions.add(decision)
         self._num_choices += 1
-        routed = _Routed(choice.replica, num_tokens - chosen.matched_tokens)
-        self._requests[request_id] = routed
-        load = self._loads[choice.replica]
-        load.last_chosen = self._num_choices
-        load.num_active += 1
-        load.queued_tokens += routed.queued_tokens
+        self._last_chosen[choice.replica] = self._num_choices
+        matched_tokens = decision.chosen.matched_tokens
+        self.ledger.open(
+            request_id,
+            choice.replica,
+            hashes=hashes,
+            num_tokens=num_tokens,
+            matched_tokens=matched_tokens,
+            is_held=choice.is_held,
+        )
+        if choice.is_held:
+            self._held[request_id] = _Held(choice.replica, was_held.since if was_held else tick, hashes, num_tokens)
         self.trie.insert_speculative(choice.replica, hashes, tick=tick)
         return choice
 
+    def has_room(self, replica: str) -> bool:
+        """Whether it could start some request soon, and none is held for it."""
+        return self.ledger.of(replica).num_held == 0 and self.can_start(replica)
+
+    def can_start(self, replica: str) -> bool:
+        """Whether a place in its batch is free, and the prompts queued there fill the next steps only."""
+        account, limits = self.ledger.of(replica), self._limits[replica]
+        return limits is None or (
+            account.num_sent < limits.capacity
+            and account.queued_tokens < self._config.num_steps_ahead * limits.max_num_batched_tokens
+        )
+
+    def next_ready(self, candidates: Sequence[str], *, tick: int) -> str | None:
+        """A held request to be routed again now: the first one of a replica that has room for it, or one held for too long."""
+        if not self._held:
+            return None
+        lines_seen: set[str] = set()
+        with_room = [name for name in candidates if self.has_room(name)]
+        for request_id, held in self._held.items():
+            if held.replica not in lines_seen and held.replica in candidates and self._fits(held.replica, held):
+                return request_id
+            lines_seen.add(held.replica)
+            if tick - held.since >= self._config.hold_ticks and any(self._fits(name, held) for name in with_room):
+                return request_id
+        return None
+
+    def take_step(self, replica: str, step: StepOutput) -> bool:
+        """A replica's report: times, the ledger, cache events. False if events are missing and a snapshot is needed."""
+        self.step_times.observe(replica, num_tokens=step.num_batched_tokens, step_ms=step.timings.total_ms)
+        self.ledger.take_step(replica, step)
+        return not step.kv_events or self.trie.apply(replica, first_event_id=step.first_event_id, events=step.kv_events)
+
     def first_token(self, request_id: str) -> None:
         """The request's prompt is computed: it is no longer queued. An unknown id is ignored: it may just have ended."""
-        routed = self._requests.get(request_id)
-        if routed is not None:
-            self._loads[routed.replica].queued_tokens -= routed.queued_tokens
-            routed.queued_tokens = 0
+        self.ledger.first_token(request_id)
 
     def finish(self, request_id: str) -> None:
         """The request has ended or left its replica; an unknown id is ignored."""
-        self.first_token(request_id)
-        routed = self._requests.pop(request_id, None)
-        if routed is not None:
-            self._loads[routed.replica].num_active -= 1
+        self.ledger.close(request_id)
+        self._held.pop(request_id, None)
 
     def queued_tokens(self, replica: str) -> int:
-        """Uncached prompt tokens routed there without a first token yet."""
-        return self._loads[replica].queued_tokens
+        """Uncached prompt tokens sent there that are not computed yet."""
+        return self.ledger.of(replica).queued_tokens
 
     def num_active(self, replica: str) -> int:
-        """Requests routed there that have not ended."""
-        return self._loads[replica].num_active
+        """Requests sent there that have not ended."""
+        return self.ledger.of(replica).num_sent
+
+    def explain(self, client_request_id: str) -> tuple[RouteDecision, ...]:
+        """Every choice made for a request, oldest first, as far back as choices are kept."""
+        return self._decisions.of(client_request_id)
+
+    def state(self, replica: str, report: EngineLoad) -> RoutingState:
+        """The ledger of a replica beside its last report."""
+        account, drift, time = self.ledger.of(replica), self.ledger.drift(replica, report), self.step_times.of(replica)
+        return RoutingState(
+            num_requests=account.num_sent,
+            num_held=account.num_held,
+            queued_tokens=account.queued_tokens,
+            expected_blocks=account.num_blocks,
+            drift_requests=drift.requests,
+            drift_tokens=drift.tokens,
+            drift_blocks=drift.blocks,
+            ms_per_token=time.ms_per_token,
+            step_overhead_ms=time.overhead_ms,
+            num_indexed_blocks=self.trie.num_blocks(replica),
+            num_snapshots=self.trie.num_snapshots(replica),
+        )
+
+    def _candidate(
+        self,
+        name: str,
+        *,
+        hashes: Sequence[bytes],
+        num_tokens: int,
+        matched_tokens: int,
+        expected_output_tokens: float,
+        tier_load_ms: float,
+        is_first_held: bool,
+        may_hold: bool,
+    ) -> Candidate:
+        account, limits = self.ledger.of(name), self._limits[name]
+        num_active = account.num_sent + account.num_held
+        request = _Held(name, 0, hashes, num_tokens)
+        return Candidate(
+            replica=name,
+            step_time=self.step_times.of(name),
+            matched_tokens=matched_tokens,
+            queued_tokens=account.queued_tokens + account.held_tokens,
+            num_active=num_active if limits is None else min(num_active, limits.max_num_seqs - 1),
+            wait_ms=self._wait_ms(name, num_tokens=num_tokens, expected_output_tokens=expected_output_tokens),
+            tier_load_ms=tier_load_ms,
+            last_chosen=self._last_chosen[name],
+            has_room=(is_first_held or account.num_held == 0) and self._fits(name, request),
+            may_hold=may_hold and account.num_held < self._config.max_held,
+        )
+
+    def _wait_ms(self, replica: str, *, num_tokens: int, expected_output_tokens: float) -> float:
+        """Until as many sequences there have ended as it takes; each ends once in its length."""
+        account, limits = self.ledger.of(replica), self._limits[replica]
+        if limits is None or account.num_sent == 0:
+            return 0.0
+        num_ends = float(max(account.num_sent + account.num_held + 1 - limits.max_num_seqs, 0))
+        num_blocks_over = account.num_blocks + self.ledger.num_blocks_for(num_tokens) - limits.num_blocks
+        if num_blocks_over > 0:
+            num_ends = max(num_ends, num_blocks_over * account.num_sent / max(account.num_blocks, 1))
+        batch = min(account.num_sent, limits.max_num_seqs)
+        return num_ends * expected_output_tokens * self.step_times.of(replica).step_ms(batch) / batch
+
+    def _fits(self, replica: str, request: _Held) -> bool:
+        """Whether the replica could start this request soon; an idle one always can."""
+        account, limits = self.ledger.of(replica), self._limits[replica]
+        if limits is None or account.num_sent == 0:
+            return True
+        num_blocks = self.ledger.num_blocks_for(request.num_tokens + 1)
+        return self.can_start(replica) and (
+            account.num_blocks + num_blocks <= limits.num_blocks
+            or account.num_blocks + account.num_new_blocks(request.hashes, num_blocks) <= limits.num_blocks
+        )

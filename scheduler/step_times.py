@@ -1,7 +1,9 @@
 """How long a step takes: ms = overhead + ms_per_token * tokens, learned from the steps that replicas report.
 
-One line is fitted to all replicas of a model (weighted least squares, old steps fading), and each replica has a factor by which
-it is slower or faster, 1 until it has shown otherwise: a new replica is neither flooded nor starved.
+One line is fitted to all replicas of a model (weighted least squares, old steps fading), and each replica has a factor by
+which it is slower or faster, 1 until it has shown otherwise: a new replica is neither flooded nor starved. Its slope is the
+prefill rate, its value at a batch's size the time of a decode step. A step far from what was expected (a pause of the
+machine, a first compilation) counts only up to a limit, so that one of them moves neither.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 
 _FADE = 0.99  # weight of a step relative to the one after it
 _FACTOR_RATE = 0.05  # how fast a replica's factor follows its last step
+_FACTOR_LIMIT = 1.5  # a step moves a replica's factor as if it were at most so many times off
+_FIT_LIMIT = 8.0  # and the line
 _PRIOR_TOKENS = 1024.0
 _PRIOR_WEIGHT = 0.1
 
@@ -40,8 +44,10 @@ class StepTimes:
             return
         expected = self._fit.step_ms(num_tokens)
         factor = self._factors.get(replica, 1.0)
-        self._factors[replica] = factor + _FACTOR_RATE * (min(step_ms / expected, 10.0) - factor)
-        x, y = float(num_tokens), step_ms
+        ratio = _clipped(step_ms / expected, around=factor, limit=_FACTOR_LIMIT)
+        self._factors[replica] = factor + _FACTOR_RATE * (ratio - factor)
+        x = float(num_tokens)
+        y = step_ms if self._weight < 1 else expected * _clipped(step_ms / expected, around=factor, limit=_FIT_LIMIT)
         self._weight = self._weight * _FADE + 1
         self._x = self._x * _FADE + x
         self._y = self._y * _FADE + y
@@ -65,3 +71,7 @@ class StepTimes:
         slope = (weight * xy - x * y) / (weight * xx - x * x)
         slope = max(slope, 1e-6)
         return StepTime(max((y - slope * x) / weight, 0.0), slope)
+
+
+def _clipped(value: float, *, around: float, limit: float) -> float:
+    return min(max(value, around / limit), around * limit)

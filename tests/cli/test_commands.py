@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fake_engine import expected_tokens
 from pilotfish.cli import main as cli
+from pilotfish.client import Client
 from small_model import save_tiny_llama
 from small_server import SmallServer
 
@@ -50,8 +51,24 @@ def test_status_as_text_and_as_json(server: SmallServer, capsys: pytest.CaptureF
     text = capsys.readouterr().out
     assert "replica-0: ready" in text
     assert "OpenAI's: " in text
+    assert "drift 0 sequences, 0 tokens, 0 blocks" in text
     assert cli.main(["status", "--address", server.address, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["replicas"][0]["state"] == "ready"
+
+
+def test_explain_shows_the_scores(server: SmallServer, capsys: pytest.CaptureFixture[str]) -> None:
+    with Client(server.address) as client:
+        client.generate("abc", max_tokens=3, request_id="why")
+    assert cli.main(["explain", "--address", server.address, "why"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(("why#0~", "why~"))
+    assert "goes to replica-0" in text
+    assert text.rstrip().endswith("chosen")
+    assert cli.main(["explain", "--address", server.address, "--json", "why"]) == 0
+    (decision,) = json.loads(capsys.readouterr().out)
+    assert decision["scores"][0]["replica"] == decision["replica"] == "replica-0"
+    assert cli.main(["explain", "--address", server.address, "nobody"]) == 1
+    assert "no choice is kept for 'nobody'" in capsys.readouterr().err
 
 
 def test_env_reports_versions_kernels_and_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ from pilotfish.client.cluster import cluster_state, model_card
 from pilotfish.common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
 from pilotfish.common.errors import InternalError
 from pilotfish.common.requests import EngineLoad, WorkerInfo
+from pilotfish.common.routing import RoutingState
 from pilotfish.controller.grpc_messages import card_to_proto, status_to_proto
 from pilotfish.proto import inference_pb2 as pb
 
@@ -27,6 +28,20 @@ INFO = WorkerInfo(
     pid=42,
 )
 
+ROUTING = RoutingState(
+    num_requests=3,
+    num_held=1,
+    queued_tokens=70,
+    expected_blocks=9,
+    drift_requests=1,
+    drift_tokens=-4,
+    drift_blocks=2,
+    ms_per_token=0.25,
+    step_overhead_ms=4.5,
+    num_indexed_blocks=12,
+    num_snapshots=1,
+)
+
 
 def replica(state: ReplicaState, info: WorkerInfo | None) -> ReplicaStatus:
     return ReplicaStatus(
@@ -41,6 +56,7 @@ def replica(state: ReplicaState, info: WorkerInfo | None) -> ReplicaStatus:
         last_step_age_s=0.25,
         last_step_id=9,
         num_generated_tokens=70,
+        routing=ROUTING if info else None,
     )
 
 
