@@ -18,7 +18,7 @@ Shape letters: R rows that sample, V vocabulary, H hidden size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -103,6 +103,10 @@ class PendingStep:
         sampled = [drawn.get(row.request_id, _NOTHING_DRAWN) for row in self.plan.rows if row.samples]
         token_ids, logprobs = zip(*sampled, strict=True) if sampled else ((), ())
         return StepResult(self.plan.step_id, token_ids, logprobs, errors)
+
+    def spent_ms(self) -> Mapping[str, float]:
+        """Milliseconds by part of the step. On a GPU its work must be complete."""
+        return self.stopwatch.total_ms()
 
 
 class ModelRunner:

@@ -10,28 +10,40 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..common.errors import InternalError
 from ..common.requests import ExpertBalance, StepOutput, StepTimings
-from ..scheduler.step_plan import StepPlan
+from ..scheduler.step_plan import StepPlan, StepResult
 from ..scheduler.step_scheduler import StepScheduler
-from .model_runner import PendingStep
 from .step_agreement import StepAgreement
+
+
+class LaunchedStep(Protocol):
+    """A step that the device runs or has run: a ModelRunner's PendingStep."""
+
+    @property
+    def plan(self) -> StepPlan: ...
+
+    def result(self) -> StepResult:
+        """Waits for the step's end."""
+
+    def spent_ms(self) -> Mapping[str, float]:
+        """Where its time went on the device, by "forward" and "sample"; asked after `result`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    pending: PendingStep
+    pending: LaunchedStep
     is_planned: bool  # by this rank's scheduler, which waits for its result
     start_s: float
     plan_ms: float
 
 
 class StepRunner(Protocol):
-    """A ModelRunner, alone or at the head of others (ranks.py)."""
+    """A ModelRunner, alone or at the head of others (ranks.py), or what stands for one (timed_runner.py)."""
 
     @property
     def failure(self) -> str:
@@ -45,7 +57,7 @@ class StepRunner(Protocol):
     def agreement(self) -> StepAgreement | None:
         """With the leaders of other data ranks, where there are some."""
 
-    def launch(self, plan: StepPlan) -> PendingStep: ...
+    def launch(self, plan: StepPlan) -> LaunchedStep: ...
     def close(self) -> None: ...
 
 
@@ -114,7 +126,7 @@ class StepLoop:
         if step.is_planned:
             self.scheduler.update(result)
         now_s = time.monotonic()
-        spent_ms = step.pending.stopwatch.total_ms()
+        spent_ms = step.pending.spent_ms()
         timings = StepTimings(
             plan_ms=step.plan_ms,
             forward_ms=spent_ms.get("forward", 0.0),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -19,12 +17,11 @@ from pilotfish.scheduler.scheduler_config import SchedulerConfig
 from pilotfish.scheduler.snapshot import SchedulerSnapshot
 from pilotfish.scheduler.step_plan import StepPlan, StepResult
 from pilotfish.scheduler.step_scheduler import StepScheduler
-
-VOCAB_SIZE = 97
+from pilotfish.workers.timed_runner import VOCAB_SIZE, known_state
 
 
 def next_token(token_ids: list[int], *, seed: int) -> int:
-    return zlib.crc32(array("i", token_ids).tobytes(), seed % 2**32) % VOCAB_SIZE
+    return known_state(token_ids, state=seed % 2**32) % VOCAB_SIZE
 
 
 def expected_tokens(prompt: list[int], num_tokens: int, *, seed: int = 0) -> list[int]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import grpc
 import pytest
@@ -15,15 +14,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from parts import AUTHORITY, CONTROLLER, LEADER, LEADER_NAME, open_channel
 from pilotfish.common.errors import Overloaded
-from pilotfish.common.requests import EngineRequest, FinishReason, SequenceOutput, TokenSampling
+from pilotfish.common.requests import FinishReason
 from pilotfish.controller.authority import Authority
 from pilotfish.proto import worker_pb2, worker_pb2_grpc
-from pilotfish.proto.codec import request_to_proto, step_from_proto
 from pilotfish.proto.credentials import channel_credentials, channel_options, explain
 from pilotfish.workers.server import WorkerServer
 from pilotfish.workers.worker_service import ServerLimits
-
-PROMPT = [5, 6, 7, 8]
+from worker_session import PROMPT, session
 
 
 @dataclass
@@ -51,100 +48,15 @@ def start_worker() -> Iterator[StartWorker]:
         server.stop()
 
 
-@dataclass
-class Session:
-    """One Connect call, and everything it brought."""
-
-    call: grpc.aio.StreamStreamCall
-    steps: list[int] = field(default_factory=list)
-    outputs: list[SequenceOutput] = field(default_factory=list)
-    heartbeats: list[worker_pb2.Heartbeat] = field(default_factory=list)
-
-    async def send(self, **message: object) -> None:
-        await self.call.write(worker_pb2.ControllerMessage(**message))
-
-    async def submit(self, request_id: str, *, max_tokens: int = 5, prompt: list[int] | None = None) -> None:
-        sampling = TokenSampling(temperature=0.0, max_tokens=max_tokens, seed=0)
-        request = EngineRequest(request_id=request_id, prompt_token_ids=tuple(prompt or PROMPT), sampling=sampling)
-        await self.send(submit=request_to_proto(request))
-
-    async def receive_until(self, done: Callable[[Session], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not done(self):
-                message = await self.call.read()
-                assert message is not grpc.aio.EOF, "the worker ended the stream"
-                if message.HasField("step"):
-                    step = step_from_proto(message.step)
-                    self.steps.append(step.step_id)
-                    self.outputs.extend(step.sequences)
-                elif message.HasField("heartbeat"):
-                    self.heartbeats.append(message.heartbeat)
-
-    async def finish(self, request_id: str) -> SequenceOutput:
-        """The last output of a request."""
-        await self.receive_until(lambda s: any(o.request_id == request_id and o.finish_reason for o in s.outputs))
-        return next(output for output in self.outputs if output.request_id == request_id and output.finish_reason)
-
-    def tokens(self, request_id: str) -> list[int]:
-        """All its tokens; fails if one is missing or comes twice."""
-        tokens: list[int] = []
-        for output in self.outputs:
-            if output.request_id == request_id and output.token_ids:
-                assert output.offset == len(tokens)
-                tokens.extend(output.token_ids)
-        return tokens
-
-
-@asynccontextmanager
-async def session(
-    worker: Worker, *, acked_step_id: int = 0, epoch: int = 3, controller_id: str = "c"
-) -> AsyncIterator[Session]:
-    async with open_channel(worker.address) as channel:
-        call = worker_pb2_grpc.WorkerStub(channel).Connect()
-        made = Session(call)
-        await made.send(attach=worker_pb2.Attach(epoch=epoch, acked_step_id=acked_step_id, controller_id=controller_id))
-        hello = await asyncio.wait_for(call.read(), 10)
-        assert hello.HasField("hello")
-        assert hello.hello.info.epoch == epoch
-        yield made
-        call.cancel()
-
-
 async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.01)
 
 
-async def test_requests_run_and_their_tokens_come_in_steps(start_worker: StartWorker) -> None:
-    async with session(start_worker()) as controller:
-        await controller.submit("a", max_tokens=9)
-        await controller.submit("b", max_tokens=4, prompt=[1, 2])
-        assert (await controller.finish("a")).finish_reason is FinishReason.LENGTH
-        await controller.finish("b")
-    assert controller.tokens("a") == expected_tokens(PROMPT, 9)
-    assert controller.tokens("b") == expected_tokens([1, 2], 4)
-    assert controller.steps == list(range(1, len(controller.steps) + 1))
-
-
-async def test_what_was_not_acknowledged_comes_again_and_nothing_else(start_worker: StartWorker) -> None:
-    worker = start_worker(step_s=0.005)
-    async with session(worker) as first:
-        await first.submit("a", max_tokens=60)
-        await first.receive_until(lambda s: len(s.steps) >= 10)
-    received = 6  # as if the rest had been lost on the way
-    async with session(worker, acked_step_id=received) as second:
-        await second.finish("a")
-    assert second.steps[0] == received + 1
-    assert second.steps == list(range(received + 1, received + 1 + len(second.steps)))
-    kept = [output for step, output in zip(first.steps, first.outputs, strict=False) if step <= received]
-    second.outputs = kept + second.outputs
-    assert second.tokens("a") == expected_tokens(PROMPT, 60)
-
-
 async def test_a_request_that_is_known_is_not_run_again(start_worker: StartWorker) -> None:
     worker = start_worker()
-    async with session(worker) as controller:
+    async with session(worker.address) as controller:
         await controller.submit("a", max_tokens=3)
         await controller.submit("a", max_tokens=3)
         await controller.finish("a")
@@ -162,7 +74,7 @@ async def test_a_request_that_is_known_is_not_run_again(start_worker: StartWorke
 async def test_another_epoch_is_refused(start_worker: StartWorker) -> None:
     worker = start_worker()
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        async with session(worker, epoch=2):
+        async with session(worker.address, epoch=2):
             pass
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "epoch 3, not 2" in refused.value.details()
@@ -204,7 +116,7 @@ async def test_the_first_message_must_be_attach(start_worker: StartWorker) -> No
 
 async def test_a_new_connection_replaces_the_old_one(start_worker: StartWorker) -> None:
     worker = start_worker()
-    async with session(worker, controller_id="old") as old, session(worker, controller_id="new") as new:
+    async with session(worker.address, controller_id="old") as old, session(worker.address, controller_id="new") as new:
         assert await asyncio.wait_for(_read_past_heartbeats(old.call), 10) is grpc.aio.EOF
         await new.submit("a")
         await new.finish("a")
@@ -220,7 +132,7 @@ async def _read_past_heartbeats(call: grpc.aio.StreamStreamCall) -> object:
 async def test_a_long_step_shows_in_heartbeats_and_health_and_delays_no_call(start_worker: StartWorker) -> None:
     worker = start_worker(stall_timeout_s=0.2)
     worker.engine.gate.clear()
-    async with open_channel(worker.address) as channel, session(worker) as controller:
+    async with open_channel(worker.address) as channel, session(worker.address) as controller:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="pilotfish.v1.Worker")
         assert (await health.Check(request, timeout=5)).status == health_pb2.HealthCheckResponse.SERVING
@@ -245,22 +157,9 @@ async def test_a_long_step_shows_in_heartbeats_and_health_and_delays_no_call(sta
                 await asyncio.sleep(0.02)
 
 
-async def test_an_abort_frees_the_blocks_within_two_steps(start_worker: StartWorker) -> None:
-    worker = start_worker(step_s=0.005)
-    async with session(worker) as controller:
-        await controller.submit("a", max_tokens=1000, prompt=list(range(60)))
-        await controller.receive_until(lambda s: len(s.steps) >= 3)
-        await controller.send(abort=worker_pb2.Abort(request_id="a"))
-        await eventually(lambda: worker.engine.aborted == ["a"])
-        aborted_at = worker.engine.health().step_id
-        assert (await controller.finish("a")).finish_reason is FinishReason.ABORT
-        assert controller.steps[-1] <= aborted_at + 2
-        assert worker.engine.scheduler.load().num_used_blocks == 0
-
-
 async def test_a_full_outbox_ends_requests_and_loses_nothing(start_worker: StartWorker) -> None:
     worker = start_worker(limits=ServerLimits(outbox_bytes=3000))
-    async with session(worker) as controller:
+    async with session(worker.address) as controller:
         await controller.submit("a", max_tokens=2000)
         last = await controller.finish("a")
         assert last.finish_reason is FinishReason.ABORT
@@ -278,11 +177,11 @@ async def test_a_full_outbox_ends_requests_and_loses_nothing(start_worker: Start
 
 async def test_requests_of_a_controller_that_stays_away_are_ended(start_worker: StartWorker) -> None:
     worker = start_worker(step_s=0.005, limits=ServerLimits(away_timeout_s=0.1))
-    async with session(worker) as first:
+    async with session(worker.address) as first:
         await first.submit("a", max_tokens=4000)
         await first.receive_until(lambda s: len(s.steps) >= 2)
     await eventually(lambda: worker.engine.aborted == ["a"])
-    async with session(worker) as second:
+    async with session(worker.address) as second:
         assert (await second.finish("a")).finish_reason is FinishReason.ABORT
         tokens = second.tokens("a")
         assert tokens == expected_tokens(PROMPT, len(tokens))
@@ -292,17 +191,17 @@ async def test_requests_of_a_controller_that_stays_away_are_ended(start_worker: 
 
 async def test_a_controller_that_comes_back_in_time_finds_its_requests_running(start_worker: StartWorker) -> None:
     worker = start_worker(step_s=0.005, limits=ServerLimits(away_timeout_s=1.0))
-    async with session(worker) as first:
+    async with session(worker.address) as first:
         await first.submit("a", max_tokens=4000)
         await first.receive_until(lambda s: len(s.steps) >= 2)
-    async with session(worker):
+    async with session(worker.address):
         await asyncio.sleep(1.2)
         assert worker.engine.aborted == []
 
 
 async def test_what_the_engine_refuses_is_answered(start_worker: StartWorker) -> None:
     worker = start_worker(refuse=Overloaded("full"))
-    async with session(worker) as controller:
+    async with session(worker.address) as controller:
         await controller.submit("a")
         refused = await controller.finish("a")
         assert (refused.finish_reason, refused.error) == (FinishReason.ABORT, "full")
@@ -311,26 +210,10 @@ async def test_what_the_engine_refuses_is_answered(start_worker: StartWorker) ->
         assert set(controller.steps) == {0}
 
 
-async def test_snapshot_has_requests_and_the_prefix_index(start_worker: StartWorker) -> None:
-    worker = start_worker()
-    async with open_channel(worker.address) as channel, session(worker) as controller:
-        stub = worker_pb2_grpc.WorkerStub(channel)
-        await controller.submit("a", prompt=list(range(40)), max_tokens=1)
-        await controller.finish("a")
-        snapshot = await stub.Snapshot(worker_pb2.SnapshotRequest(), timeout=5)
-        blocks = worker.engine.scheduler.snapshot().blocks
-        assert len(blocks) == 2
-        assert list(snapshot.block_hashes) == [block.block_hash for block in blocks]
-        assert list(snapshot.parent_hashes) == [block.parent_hash for block in blocks]
-        assert snapshot.step_id == controller.steps[-1]
-        assert snapshot.epoch == 3
-        assert list(snapshot.requests) == []
-
-
 async def test_drain_waits_for_the_running_and_refuses_the_new(start_worker: StartWorker) -> None:
     worker = start_worker()
     worker.engine.gate.clear()
-    async with open_channel(worker.address) as channel, session(worker) as controller:
+    async with open_channel(worker.address) as channel, session(worker.address) as controller:
         stub = worker_pb2_grpc.WorkerStub(channel)
         await controller.submit("a", max_tokens=20)
         await eventually(lambda: len(worker.engine.submitted) == 1)
