@@ -12,8 +12,6 @@ Each of the three is a launch and a round trip to memory of its own, for half a 
 from __future__ import annotations
 
 import ctypes
-import logging
-from functools import cache
 
 import torch
 
@@ -22,8 +20,6 @@ from .cuda import loader
 from .linear import linear
 from .moe_routing import route_tokens
 from .rms_norm import rms_norm
-
-logger = logging.getLogger(__name__)
 
 SOURCE = "norm_and_route"
 NUM_RANKS, NUM_THREADS = 8, 256  # of a token's cluster, of a CTA
@@ -130,11 +126,11 @@ def unfit_reason(
     elif not router_EH.is_contiguous() or any(tensor.stride(-1) != 1 or not _is_aligned(tensor) for tensor in tensors):
         reason = "rows must be contiguous and begin at multiples of 16 bytes"
     elif not loader.can_run_on(x_TH.device):
-        reason = f"it is for compute capability {'.'.join(map(str, loader.CAPABILITY))}, x is on {x_TH.device}"
+        reason = loader.misplaced_reason("x", x_TH.device)
     elif _load(router_EH) is None:
         return f"it cannot be compiled: {loader.unavailable_reason()}"  # the loader has warned itself
     if reason is not None:
-        _warn_once(reason)
+        loader.warn_unserved(SOURCE, reason, "three kernels do")
     return reason
 
 
@@ -152,8 +148,3 @@ def _load(router_EH: torch.Tensor) -> loader.Kernel | None:
     num_experts, hidden = router_EH.shape
     macros = (("HIDDEN", hidden), ("EXPERTS", num_experts), ("FLOAT16", int(router_EH.dtype == torch.float16)))
     return loader.load(SOURCE, macros, router_EH.device.index)
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    logger.warning("norm_and_route does not serve a layer that the tuned table gives it, three kernels do: %s", reason)

@@ -91,9 +91,7 @@ def misplaced_reason(x: torch.Tensor) -> str | None:
     """Why x cannot be sent from where it lies, or None."""
     if not x.is_contiguous() or x.data_ptr() % UNIT_BYTES:
         return f"x must be contiguous and begin at a multiple of {UNIT_BYTES} bytes"
-    if not loader.can_run_on(x.device):
-        return f"it is for compute capability {'.'.join(map(str, loader.CAPABILITY))}, x is on {x.device}"
-    return None
+    return loader.misplaced_reason("x", x.device)
 
 
 def split_chunk(chunk_units: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediat
 from __future__ import annotations
 
 import ctypes
-import logging
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -21,8 +20,6 @@ import triton
 
 from .cuda import loader
 from .gated_activation import ACTIVATIONS, gated_activation_ref
-
-logger = logging.getLogger(__name__)
 
 SOURCE = "streaming_experts"
 ROWS, TILES = (8, 16, 32, 64), (64, 128, 256)
@@ -74,8 +71,7 @@ def streaming_experts(
     reason = unfit_reason(config, weight_EUK, x_RK.dtype, gated=activation is not None)
     if reason is not None:
         raise ValueError(f"streaming_experts: {reason}")
-    if x_RK.stride(0) % 8 or x_RK.data_ptr() % 16:
-        x_RK = x_RK.clone(memory_format=torch.contiguous_format)  # rows at multiples of 16 bytes
+    x_RK = with_aligned_rows(x_RK)
     num_experts, weight_rows, num_inputs = weight_EUK.shape
     num_outputs = y_PN.shape[1]
     outputs = config.tile // (1 if activation is None else 2)
@@ -141,10 +137,7 @@ def shared_bytes(config: StreamingConfig) -> int:
 
 def serves(config: StreamingConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> bool:
     """Whether the kernel can run; where not, the reason has been logged once. Compiles at the first call."""
-    reason = unfit_reason(config, weight_EUK, dtype, gated=gated)
-    if reason is not None and loader.unavailable_reason() is None:  # without a compiler the loader has warned itself
-        _warn_once(reason)
-    return reason is None
+    return loader.is_served(SOURCE, unfit_reason(config, weight_EUK, dtype, gated=gated), instead="another kernel does")
 
 
 def unfit_reason(config: StreamingConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> str | None:
@@ -168,9 +161,13 @@ def unfit_weight(
         return f"x is {dtype}, the weight {weight_EUK.dtype}: both must be bfloat16 or both float16"
     if not weight_EUK.is_contiguous() or weight_EUK.data_ptr() % 16:
         return f"the weight (strides {weight_EUK.stride()}) must be contiguous and begin at a multiple of 16 bytes"
-    if not loader.can_run_on(weight_EUK.device):
-        return f"it is for compute capability {'.'.join(map(str, loader.CAPABILITY))}, the weight is on {weight_EUK.device}"
-    return None
+    return loader.misplaced_reason("the weight", weight_EUK.device)
+
+
+def with_aligned_rows(x_RK: torch.Tensor) -> torch.Tensor:
+    """x itself, or a copy whose rows begin at multiples of 16 bytes; its inputs are a multiple of 8."""
+    is_aligned = x_RK.stride(0) % 8 == 0 and x_RK.data_ptr() % 16 == 0
+    return x_RK if is_aligned else x_RK.clone(memory_format=torch.contiguous_format)
 
 
 @cache
@@ -190,8 +187,3 @@ def _load(config: StreamingConfig, weight_EUK: torch.Tensor, *, gated: bool) -> 
         ("FLOAT16", int(weight_EUK.dtype == torch.float16)),
     )
     return loader.load(SOURCE, macros, weight_EUK.device.index)
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    logger.warning("streaming_experts does not serve a layer that the tuned table gives it, another kernel does: %s", reason)

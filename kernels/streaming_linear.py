@@ -14,7 +14,6 @@ where "twin" is the config of what serves the layer where this kernel cannot run
 from __future__ import annotations
 
 import ctypes
-import logging
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -25,8 +24,6 @@ import triton
 from .cuda import loader
 from .gated_activation import ACTIVATIONS
 from .tuning import Config
-
-logger = logging.getLogger(__name__)
 
 MAX_STREAMING_ROWS = 128
 TILES = (64, 128, 192, 256)
@@ -96,10 +93,7 @@ def launch_streaming(
 
 def serves(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gated: bool) -> bool:
     """Whether the kernel can run; where not, the reason has been logged once. Compiles at the first call."""
-    reason = unfit_reason(config, weight_NK, num_rows, gated=gated)
-    if reason is not None and loader.unavailable_reason() is None:  # without a compiler the loader has warned itself
-        _warn_once(reason)
-    return reason is None
+    return loader.is_served(SOURCE, unfit_reason(config, weight_NK, num_rows, gated=gated), instead="cuBLAS does")
 
 
 def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gated: bool) -> str | None:
@@ -112,8 +106,9 @@ def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gate
         return f"the weight is {weight_NK.dtype}, it takes bfloat16 and float16"
     if not _is_aligned(weight_NK):
         return f"the weight's rows (stride {weight_NK.stride(0)}) must lie apart by multiples of 16 bytes and begin at one"
-    if not loader.can_run_on(weight_NK.device):
-        return f"it is for compute capability {'.'.join(map(str, loader.CAPABILITY))}, the weight is on {weight_NK.device}"
+    reason = loader.misplaced_reason("the weight", weight_NK.device)
+    if reason is not None:
+        return reason
     plan = plan_launch(config, num_rows, num_outputs // 2 if gated else num_outputs, num_inputs, gated)
     if _load(plan, weight_NK) is None:
         return f"it cannot be compiled: {loader.unavailable_reason()}"
@@ -241,8 +236,3 @@ def _aligned(x_MK: torch.Tensor) -> torch.Tensor:
     num_rows, num_inputs = x_MK.shape
     copy = x_MK.new_empty(num_rows, triton.cdiv(num_inputs, 8) * 8)[:, :num_inputs]
     return copy.copy_(x_MK)
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    logger.warning("streaming_linear does not serve a layer that the tuned table gives it, cuBLAS does: %s", reason)

@@ -10,7 +10,6 @@ T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediat
 from __future__ import annotations
 
 import ctypes
-import logging
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,9 +17,7 @@ import torch
 
 from .cuda import loader
 from .gated_activation import ACTIVATIONS
-from .streaming_experts import STEP_INPUTS, unfit_weight
-
-logger = logging.getLogger(__name__)
+from .streaming_experts import STEP_INPUTS, unfit_weight, with_aligned_rows
 
 SOURCE = "tall_experts"
 TILE = 256  # rows of the weight an item; gated: half of them gates, half ups
@@ -67,8 +64,7 @@ def tall_experts(
     reason = unfit_reason(config, weight_EUK, x_RK.dtype, gated=activation is not None)
     if reason is not None:
         raise ValueError(f"tall_experts: {reason}")
-    if x_RK.stride(0) % 8 or x_RK.data_ptr() % 16:
-        x_RK = x_RK.clone(memory_format=torch.contiguous_format)  # rows at multiples of 16 bytes
+    x_RK = with_aligned_rows(x_RK)
     num_experts, num_inputs, num_outputs = weight_EUK.shape[0], weight_EUK.shape[2], y_PN.shape[1]
     kernel = _load(config, weight_EUK, activation, in_order=activation is None and sorted_rows)
     assert kernel is not None  # unfit_reason has loaded its like
@@ -105,10 +101,7 @@ def shared_bytes(config: TallConfig) -> int:
 
 def serves(config: TallConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> bool:
     """Whether the kernel can run; where not, the reason has been logged once. Compiles at the first call."""
-    reason = unfit_reason(config, weight_EUK, dtype, gated=gated)
-    if reason is not None and loader.unavailable_reason() is None:  # without a compiler the loader has warned itself
-        _warn_once(reason)
-    return reason is None
+    return loader.is_served(SOURCE, unfit_reason(config, weight_EUK, dtype, gated=gated), instead="another kernel does")
 
 
 def unfit_reason(config: TallConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> str | None:
@@ -157,8 +150,3 @@ def _weight_map(weight_EUK: torch.Tensor, *, gated: bool) -> loader.TensorMap:
 @cache
 def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    logger.warning("tall_experts does not serve a layer that the tuned table gives it, another kernel does: %s", reason)

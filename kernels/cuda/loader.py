@@ -101,6 +101,26 @@ def can_run_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
 
 
+def misplaced_reason(name: str, device: torch.device) -> str | None:
+    """Why no kernel can run where `name` lies, or None."""
+    if can_run_on(device):
+        return None
+    return f"it is for compute capability {'.'.join(map(str, CAPABILITY))}, {name} is on {device}"
+
+
+def is_served(source: str, unfit_reason: str | None, *, instead: str) -> bool:
+    """Whether there is no reason against it. A reason is logged once, with what does the work `instead`."""
+    if unfit_reason is not None and _failure is None:  # without a compiler `load` has warned itself
+        warn_unserved(source, unfit_reason, instead)
+    return unfit_reason is None
+
+
+@functools.cache
+def warn_unserved(source: str, reason: str, instead: str) -> None:
+    """Once a reason."""
+    logger.warning("%s does not serve a layer that the tuned table gives it, %s: %s", source, instead, reason)
+
+
 @functools.cache
 def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
     """The function of the name of `source`.cu, compiled with `macros`; None where it cannot be had."""

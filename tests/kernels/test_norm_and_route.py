@@ -114,7 +114,7 @@ def test_what_does_not_fit_says_why(num_tokens, hidden, num_experts, top_k, reas
 
 def test_other_misfits_say_why_once(caplog):
     x, residual, gain, _, router = make(2, 2048, 128, torch.bfloat16, "cpu")
-    module._warn_once.cache_clear()
+    loader.warn_unserved.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert "all must be bfloat16" in unfit_reason(x, residual.float(), gain, router, 8)

@@ -245,7 +245,7 @@ X = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, element
 @pytest.fixture
 def _table_of_streaming(monkeypatch):
     monkeypatch.setattr(tuning, "lookup", lambda *args: table_config(CONFIG))
-    module._warn_once.cache_clear()
+    loader.warn_unserved.cache_clear()
 
 
 @pytest.mark.usefixtures("_table_of_streaming", "fresh_loader")

@@ -175,7 +175,7 @@ def test_what_does_not_fit_says_why(changes, weight, reason):
 
 @pytest.mark.usefixtures("fresh_loader")
 def test_where_it_cannot_run_the_reason_is_logged_once(caplog):
-    module._warn_once.cache_clear()
+    loader.warn_unserved.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert not module.serves(CONFIG, weight_of(), torch.bfloat16, gated=False)
