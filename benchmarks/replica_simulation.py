@@ -181,7 +181,7 @@ class Simulation:
     def _pump(self) -> None:
         while len(self._queue):
             candidates = [name for name, replica in self._replicas.items() if replica.num_active < self._capacity]
-            request = self._queue.pop_ready(self.now_ms) if candidates else None
+            request = self._queue.pop(int(self.now_ms)) if candidates else None
             if request is None:
                 return
             request.replica = self._policy.choose(request, candidates, tick=int(self.now_ms))

@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "talk to a served model in the terminal",
     "generate": "continue one prompt, or each line of a file",
     "bench": "measure latency and throughput of an engine here, or of a running server",
+    "keys": "make API keys, by which a server tells its tenants apart",
     "pull": "fetch a model by its alias into the cache",
     "check-model": "prove that a checkpoint runs right: logits and greedy tokens against transformers",
     "status": "show a running cluster: replicas, load, defaults",

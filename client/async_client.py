@@ -18,7 +18,16 @@ from ..proto.routing_codec import decision_from_proto
 from .async_text_stream import AsyncTextStream, is_task_cancelled
 from .attempts import Attempts
 from .cluster import cluster_state, model_card
-from .options import DEFAULT_CHANNEL, DEFAULT_RETRY, ChannelOptions, RetryPolicy, TlsOptions, bearer_metadata, parse_address
+from .options import (
+    DEFAULT_CHANNEL,
+    DEFAULT_RETRY,
+    ChannelOptions,
+    RetryPolicy,
+    TlsOptions,
+    call_metadata,
+    key_metadata,
+    parse_address,
+)
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
 
@@ -39,7 +48,7 @@ class AsyncClient:
         self,
         address: str = "127.0.0.1:50051",
         *,
-        token: str | None = None,
+        api_key: str | None = None,
         tls: TlsOptions | None = None,
         retry: RetryPolicy = DEFAULT_RETRY,
         channel: ChannelOptions = DEFAULT_CHANNEL,
@@ -47,7 +56,7 @@ class AsyncClient:
         short_timeout_s: float = 30.0,
     ) -> None:
         self.address = parse_address(address)
-        self._metadata = bearer_metadata(token)
+        self._metadata = key_metadata(api_key)
         self._retry = retry
         self._timeout_s = timeout_s
         self._short_timeout_s = short_timeout_s
@@ -126,8 +135,9 @@ class AsyncClient:
 
     def _stream(self, method: str, call: TextCall) -> AsyncTextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
+        name = call_metadata()
         return AsyncTextStream(
-            lambda timeout_s: self._begin(method, call.request, timeout_s), attempts, num_choices=call.num_choices
+            lambda timeout_s: self._begin(method, call.request, timeout_s, name), attempts, num_choices=call.num_choices
         )
 
     async def _short_call(self, method: str, request: Any) -> Any:
@@ -143,7 +153,7 @@ class AsyncClient:
                 delay_s = attempts.delay_after(failure)
             await asyncio.sleep(delay_s)
 
-    def _begin(self, method: str, request: Any, timeout_s: float | None) -> Any:
+    def _begin(self, method: str, request: Any, timeout_s: float | None, *metadata: tuple[str, str]) -> Any:
         if self._is_closed:
             raise Unavailable("this client is closed")
         if self._stub is None:
@@ -153,7 +163,7 @@ class AsyncClient:
                 else grpc.aio.secure_channel(self.address, self._credentials, options=self._arguments)
             )
             self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
+        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=lambda: self._is_closed)

@@ -17,7 +17,16 @@ from ..proto.inference_pb2_grpc import InferenceStub
 from ..proto.routing_codec import decision_from_proto
 from .attempts import Attempts
 from .cluster import cluster_state, model_card
-from .options import DEFAULT_CHANNEL, DEFAULT_RETRY, ChannelOptions, RetryPolicy, TlsOptions, bearer_metadata, parse_address
+from .options import (
+    DEFAULT_CHANNEL,
+    DEFAULT_RETRY,
+    ChannelOptions,
+    RetryPolicy,
+    TlsOptions,
+    call_metadata,
+    key_metadata,
+    parse_address,
+)
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
 from .text_stream import TextStream
@@ -43,7 +52,8 @@ class Client:
 
     Args:
         address: "host:port" of the server's gRPC door.
-        token: sent with every call as `authorization: Bearer TOKEN`. Use it with `tls`, or anyone on the way can read it.
+        api_key: sent with every call as `authorization: Bearer KEY`; None takes the variable PILOTFISH_API_KEY. Use it with
+            `tls`, or anyone on the way can read it.
         tls: encrypt the connection; None sends plain text.
         retry: when a failed call is made again; `RetryPolicy(max_attempts=1)` never does.
         channel: keepalive and message size.
@@ -58,7 +68,7 @@ class Client:
         self,
         address: str = "127.0.0.1:50051",
         *,
-        token: str | None = None,
+        api_key: str | None = None,
         tls: TlsOptions | None = None,
         retry: RetryPolicy = DEFAULT_RETRY,
         channel: ChannelOptions = DEFAULT_CHANNEL,
@@ -66,7 +76,7 @@ class Client:
         short_timeout_s: float = 30.0,
     ) -> None:
         self.address = parse_address(address)
-        self._metadata = bearer_metadata(token)
+        self._metadata = key_metadata(api_key)
         self._retry = retry
         self._timeout_s = timeout_s
         self._short_timeout_s = short_timeout_s
@@ -145,8 +155,9 @@ class Client:
 
     def _stream(self, method: Any, call: TextCall) -> TextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
+        name = call_metadata()
         return TextStream(
-            lambda timeout_s: self._begin(method, call.request, timeout_s), attempts, num_choices=call.num_choices
+            lambda timeout_s: self._begin(method, call.request, timeout_s, name), attempts, num_choices=call.num_choices
         )
 
     def _short_call(self, method: Any, request: Any) -> Any:
@@ -158,10 +169,10 @@ class Client:
                 delay_s = attempts.delay_after(failure)
             self._closed.wait(delay_s)
 
-    def _begin(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+    def _begin(self, method: Any, request: Any, timeout_s: float | None, *metadata: tuple[str, str]) -> Any:
         if self._closed.is_set():
             raise Unavailable("this client is closed")
-        return method(request, timeout=timeout_s, metadata=self._metadata)
+        return method(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=self._closed.is_set)

@@ -19,6 +19,7 @@ from ..common.errors import (
     Overloaded,
     PilotfishError,
     RequestTooLarge,
+    Unauthenticated,
     Unavailable,
     error_from_code,
 )
@@ -37,12 +38,12 @@ _PLAIN_STATUSES: Mapping[str, tuple[type[PilotfishError], str]] = {
     "CANCELLED": (Unavailable, "the server at {address} ended the call; it may be shutting down ({details})"),
     "RESOURCE_EXHAUSTED": (Overloaded, "{address} has no room for the request ({details})"),
     "UNAUTHENTICATED": (
-        InvalidRequest,
-        "{address} refused the credentials ({details}): give the client a valid token= or tls=",
+        Unauthenticated,
+        "{address} refused the credentials ({details}): give the client a valid api_key= or tls=",
     ),
     "PERMISSION_DENIED": (
-        InvalidRequest,
-        "{address} refused the credentials ({details}): give the client a valid token= or tls=",
+        Unauthenticated,
+        "{address} refused the credentials ({details}): give the client a valid api_key= or tls=",
     ),
     "UNIMPLEMENTED": (
         ConfigError,

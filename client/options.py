@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from .. import __version__
 from ..common.errors import ConfigError, Overloaded, PilotfishError, Unavailable
 
 DEFAULT_PORT = 50051
+API_KEY_VARIABLE = "PILOTFISH_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,13 +134,24 @@ def parse_address(address: str) -> str:
     return f"{match[1]}:{match[2] or DEFAULT_PORT}"
 
 
-def bearer_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """Raises ConfigError for a token that cannot be sent."""
-    if token is None:
+def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """What is sent with every call; None takes the key from PILOTFISH_API_KEY, if that is set.
+
+    Raises:
+        ConfigError: the key cannot be sent; the message does not show it.
+    """
+    if api_key is None:
+        api_key = os.environ.get(API_KEY_VARIABLE) or None
+    if api_key is None:
         return ()
-    if not token.isascii() or not token.isprintable():
-        raise ConfigError("the token must be printable ASCII characters")
-    return (("authorization", f"Bearer {token}"),)
+    if not api_key.isascii() or not api_key.isprintable():
+        raise ConfigError("the API key must be printable ASCII characters")
+    return (("authorization", f"Bearer {api_key}"),)
+
+
+def call_metadata() -> tuple[str, str]:
+    """Names one call over all its attempts, so that a server that was full finds the place that it holds for it."""
+    return ("pilotfish-call-id", uuid.uuid4().hex)
 
 
 def _is_loopback(address: str) -> bool:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from .api_keys import KeyRing, check_hash_line
 from .errors import ConfigError
+from .tenants import ANONYMOUS_NAME
 
 T = TypeVar("T")
 
@@ -199,6 +201,32 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TenantConfig:
+    """One who shares the cluster with others; the section's name is the tenant's.
+
+    Attributes:
+        keys: hashes of its API keys, as `pilotfish keys new NAME` prints them. Only the tenant `anonymous` has none.
+        weight: its part of the cluster while others want it too.
+        max_requests: requests in flight at a time; None is no limit.
+        max_tokens_per_minute: prompt and output tokens; None is no limit.
+    """
+
+    keys: tuple[str, ...] = ()
+    weight: float = 1.0
+    max_requests: int | None = None
+    max_tokens_per_minute: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < 1e6:
+            raise ConfigError(f"weight must be above 0 and below a million, not {self.weight}")
+        for name in ("max_requests", "max_tokens_per_minute"):
+            if getattr(self, name) is not None:
+                _require(self, name, 1)
+        for line in self.keys:
+            check_hash_line(line)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """Everything `pilotfish serve` needs, a section a part."""
 
@@ -208,6 +236,19 @@ class ServeConfig:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    tenants: Mapping[str, TenantConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        KeyRing({name: tenant.keys for name, tenant in self.tenants.items()})  # raises for a key given twice
+        for name, tenant in self.tenants.items():
+            if name == ANONYMOUS_NAME:
+                if tenant.keys or len(self.tenants) > 1:
+                    raise ConfigError(
+                        f"tenants.{name} is who comes without a key, which is allowed only where no tenant has one: remove its "
+                        "section, or all others"
+                    )
+            elif not tenant.keys:
+                raise ConfigError(f"tenants.{name} has no keys, so nobody could be it: `pilotfish keys new {name}` makes one")
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
@@ -246,6 +287,15 @@ def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{path} must be a section, not {value!r}")
             arguments[name] = parse(typing.cast(type[Any], hint), value, where=path)
+        elif typing.get_origin(hint) is Mapping:  # sections with names of the user's
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path} must be sections [{path}.NAME], not {value!r}")
+            section = typing.get_args(hint)[1]
+            arguments[name] = {}
+            for key, entry in value.items():
+                if not isinstance(entry, Mapping):
+                    raise ConfigError(f"{path}.{key} must be a section, not {entry!r}")
+                arguments[name][key] = parse(section, entry, where=f"{path}.{key}")
         else:
             arguments[name] = _checked(value, hint, path)
     try:
@@ -260,6 +310,10 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
         if value not in typing.get_args(hint):
             raise ConfigError(f"{path} must be one of {', '.join(map(repr, typing.get_args(hint)))}, not {value!r}")
         return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+            raise ConfigError(f"{path} must be a list of texts")
+        return tuple(value)
     choices = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
     if float in choices and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

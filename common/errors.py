@@ -50,8 +50,14 @@ class ModelLoadError(PilotfishError):
     code = "model_load_error"
 
 
+class Unauthenticated(PilotfishError):
+    """The server has API keys, and the call brought none, or one that is not among them."""
+
+    code = "unauthenticated"
+
+
 class Overloaded(PilotfishError):
-    """A bounded queue is full; `retry_after_s` says when to try again."""
+    """A bounded queue is full or a limit reached; `retry_after_s` says when to try again."""
 
     code = "overloaded"
 
@@ -100,6 +106,7 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(ConfigError, "FAILED_PRECONDITION", 500, "server_error"),
     StatusRow(ModelNotFound, "NOT_FOUND", 404, "invalid_request_error"),
     StatusRow(ModelLoadError, "FAILED_PRECONDITION", 500, "server_error"),
+    StatusRow(Unauthenticated, "UNAUTHENTICATED", 401, "authentication_error"),
     StatusRow(Overloaded, "RESOURCE_EXHAUSTED", 429, "rate_limit_error"),
     StatusRow(Unavailable, "UNAVAILABLE", 503, "server_error"),
     StatusRow(DeadlineExceeded, "DEADLINE_EXCEEDED", 504, "timeout_error"),

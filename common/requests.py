@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from .tenants import ANONYMOUS, Tenant
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended. STOP: an end token or stop string; LENGTH: max_tokens or the model's context."""
@@ -47,7 +49,8 @@ class EngineRequest:
 
     `output_token_ids` are tokens generated elsewhere (a replica that was lost): they are known, count towards
     max_tokens, penalties and random positions, and are not reported again. `deadline_ms` is the time left when the request is
-    handed over. A higher `priority` is served first. `salt` separates prefix caches (model version, adapter, tenant).
+    handed over. A higher `priority` is served first. `salt` separates prefix caches (model version, adapter, tenant). Of the
+    sequences that may give way to others, those of the tenant go first that holds most of the cache for its weight.
     """
 
     request_id: str
@@ -57,6 +60,7 @@ class EngineRequest:
     priority: int = 0
     deadline_ms: float | None = None
     salt: bytes = b""
+    tenant: Tenant = ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class Controller:
             max_queued=config.gateway.max_queued_requests,
             max_attempts=config.fleet.max_attempts,
             block_size=config.engine.block_size,
+            tenant_weights={name: tenant.weight for name, tenant in config.tenants.items()},
             observers=observers,
         )
         self._fleet = Fleet(

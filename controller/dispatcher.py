@@ -2,8 +2,8 @@
 
 Binding is late: a sequence leaves the queue only when a replica has room, and the router may hold it for one that has what it
 needs cached. What runs where is known exactly, since every submit and every last output passes here. A sequence whose replica
-is lost, or gives it up, goes back in front of the queue with its known tokens. Everything runs on the controller's event
-loop.
+is lost, or gives it up, goes back in front of the queue with its known tokens. A tenant is charged what a sequence is expected
+to cost when it leaves the queue, and what it did cost when it ends. Everything runs on the controller's event loop.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..common import logs
 from ..common.cluster_state import ReplicaStatus
-from ..common.errors import InternalError, Overloaded, PilotfishError
+from ..common.errors import InternalError, PilotfishError
 from ..common.hashing import block_hashes, root_hash
 from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
 from ..common.routing import RouteDecision
 from ..scheduler.admission import AdmissionQueue
+from ..scheduler.request_cost import request_cost_ms
 from ..scheduler.router import ReplicaLimits, Router, RouterConfig
 from .events import Observer
 from .streams import RequestStream, SequenceState
@@ -46,13 +47,22 @@ class Target(Protocol):
 @dataclass(slots=True)
 class _Replica:
     target: Target
+    kv_capacity_tokens: int
     accepting: bool = False
 
 
 class Dispatcher:
     """See the module's docstring. `num_queued` and `num_running` count sequences."""
 
-    def __init__(self, *, max_queued: int, max_attempts: int, block_size: int, observers: Sequence[Observer] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        max_queued: int,
+        max_attempts: int,
+        block_size: int,
+        tenant_weights: Mapping[str, float] | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         config = RouterConfig(block_size=block_size)
         self.router = Router(config)
         self._hold_s = config.hold_ticks / 1000
@@ -61,14 +71,13 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._observers = observers
         self._replicas: dict[str, _Replica] = {}
-        self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued)
+        self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued, weights=tenant_weights)
         self._returned: deque[SequenceState] = deque()
         self._held: dict[str, SequenceState] = {}
         self._running: dict[str, SequenceState] = {}
         self._run_id = secrets.token_hex(4)
         self._num_submits = 0
-        self._finish_times: deque[float] = deque(maxlen=64)
-        self._expected_output_tokens = _OUTPUT_PRIOR_TOKENS
+        self.expected_output_tokens = _OUTPUT_PRIOR_TOKENS
 
     @property
     def num_queued(self) -> int:
@@ -80,28 +89,31 @@ class Dispatcher:
 
     # Requests.
 
-    def check_room(self, num_arriving: int) -> None:
+    def check_room(self, num_arriving: int, *, tenant: str, priority: int, retry_key: str) -> None:
         """Refuse a request before any work is spent on it.
 
         Raises:
             Overloaded: as many requests as the queue may hold are on their way to it.
         """
         if num_arriving >= self._max_queued:
-            raise Overloaded(f"{num_arriving} requests are being read already; try again in a second", retry_after_s=1.0)
+            raise self._queue.refusal(tenant, priority=priority, retry_key=retry_key, now_ms=_now_ms())
 
-    def enqueue(self, stream: RequestStream) -> None:
-        """Queue all choices of a request.
+    def enqueue(self, stream: RequestStream, *, retry_key: str = "") -> None:
+        """Queue all choices of a request; `retry_key` names its caller over several attempts.
 
         Raises:
             Overloaded: there is no room for all of them; the caller ends the stream, which takes out those that were queued.
         """
         for sequence in stream.sequences:
+            sequence.charged_ms = self._expected_cost_ms(sequence, next(iter(self._replicas), ""), num_cached=0)
             self._queue.push(
                 sequence,
                 request_id=sequence.request.request_id,
                 now_ms=_now_ms(),
+                tenant=stream.tenant.name,
                 priority=sequence.request.priority,
-                served_per_s=self._served_per_s(),
+                cost=sequence.charged_ms,
+                retry_key=retry_key,
             )
             self.pump()
 
@@ -153,7 +165,7 @@ class Dispatcher:
             max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens, num_blocks=info.num_blocks
         )
         self.router.add_replica(name, limits)
-        self._replicas[name] = _Replica(target)
+        self._replicas[name] = _Replica(target, kv_capacity_tokens=info.num_blocks * info.block_size)
 
     def start_accepting(self, name: str) -> None:
         """The caller calls `pump` when all have started that start together."""
@@ -191,7 +203,7 @@ class Dispatcher:
         return complete
 
     def _next(self) -> SequenceState | None:
-        return self._returned.popleft() if self._returned else self._queue.pop_ready(_now_ms())
+        return self._returned.popleft() if self._returned else self._queue.pop(_now_ms())
 
     def _route(self, sequence: SequenceState, wire_id: str, candidates: Sequence[str]) -> None:
         """To the replica that the router chooses, or to those that are held for one."""
@@ -201,12 +213,11 @@ class Dispatcher:
         if sequence.output_token_ids:
             known = (*request.prompt_token_ids, *sequence.output_token_ids)
             hashes = block_hashes(known, self._block_size, parent=root_hash(request.salt))
-        tokens_left = request.sampling.max_tokens - len(sequence.output_token_ids)
         choice = self.router.route(
             wire_id,
             hashes=hashes,
             num_tokens=num_known,
-            expected_output_tokens=min(tokens_left, self._expected_output_tokens),
+            expected_output_tokens=self._tokens_to_come(sequence),
             tick=_now_ms(),
             candidates=candidates,
             client_request_id=sequence.stream.request_id,
@@ -216,6 +227,8 @@ class Dispatcher:
             self._held[wire_id] = sequence
             asyncio.get_running_loop().call_later(self._hold_s, self.pump)  # it may have to go elsewhere by then
             return
+        matched = next(score.matched_tokens for score in choice.scores if score.replica == choice.replica)
+        self._recharge(sequence, self._expected_cost_ms(sequence, choice.replica, num_cached=matched))
         sequence.dispatched(wire_id, choice.replica)
         self._running[wire_id] = sequence
         self._replicas[choice.replica].target.submit(sequence.to_submit())
@@ -224,7 +237,7 @@ class Dispatcher:
         reason = output.finish_reason
         if reason is not None:
             del self._running[output.request_id]
-            self._finish_times.append(time.monotonic())
+            self._settle(sequence, num_output=output.offset + len(output.token_ids))
         stream = sequence.stream
         if stream.ended or sequence.finish_reason is not None:
             return
@@ -233,9 +246,7 @@ class Dispatcher:
                 if stream.apply(sequence, output):
                     self._abort(sequence)
                 elif reason is not None:
-                    self._expected_output_tokens += _OUTPUT_RATE * (
-                        len(sequence.output_token_ids) - self._expected_output_tokens
-                    )
+                    self.expected_output_tokens += _OUTPUT_RATE * (len(sequence.output_token_ids) - self.expected_output_tokens)
                 return
             if output.token_ids:
                 stream.apply(sequence, replace(output, finish_reason=None))
@@ -272,9 +283,39 @@ class Dispatcher:
             sequence.abort_sent = True
             self._replicas[sequence.replica].target.abort(sequence.wire_id)
 
-    def _served_per_s(self) -> float:
-        times = self._finish_times
-        return (len(times) - 1) / max(time.monotonic() - times[0], 1e-3) if len(times) > 1 else 0.0
+    # What tenants are charged.
+
+    def _tokens_to_come(self, sequence: SequenceState) -> float:
+        return min(sequence.request.sampling.max_tokens - len(sequence.output_token_ids), self.expected_output_tokens)
+
+    def _expected_cost_ms(self, sequence: SequenceState, replica: str, *, num_cached: int) -> float:
+        num_output = len(sequence.output_token_ids) + self._tokens_to_come(sequence)
+        num_active = self.router.num_active(replica) if replica in self._replicas else 1
+        return self._cost_ms(sequence, replica, num_cached=num_cached, num_output=num_output, num_active=num_active)
+
+    def _cost_ms(self, sequence: SequenceState, replica: str, *, num_cached: int, num_output: float, num_active: int) -> float:
+        """Without replicas, of one whose KV cache holds this request alone."""
+        num_prompt, known = len(sequence.request.prompt_token_ids), self._replicas.get(replica)
+        return request_cost_ms(
+            self.router.step_times.of(replica),
+            num_prompt=num_prompt,
+            num_cached=num_cached,
+            num_output=num_output,
+            num_active=num_active,
+            kv_capacity_tokens=known.kv_capacity_tokens if known else num_prompt + int(num_output),
+        )
+
+    def _settle(self, sequence: SequenceState, *, num_output: int) -> None:
+        """Its run has ended: charge what it really cost there."""
+        num_cached, num_active = sequence.cached_tokens or 0, self.router.num_active(sequence.replica) + 1
+        self._recharge(
+            sequence,
+            self._cost_ms(sequence, sequence.replica, num_cached=num_cached, num_output=num_output, num_active=num_active),
+        )
+
+    def _recharge(self, sequence: SequenceState, cost_ms: float) -> None:
+        difference, sequence.charged_ms = cost_ms - sequence.charged_ms, cost_ms
+        self._queue.correct(difference, tenant=sequence.stream.tenant.name, priority=sequence.request.priority)
 
 
 def _now_ms() -> int:

@@ -1,13 +1,16 @@
 """The gRPC door: pilotfish.v1.Inference over an InferenceService, with standard health and reflection.
 
 Requests arrive as bytes and are parsed here, so that malformed ones get the same typed errors as any other. A call's gRPC
-deadline is the request's deadline; a cancelled call ends its request.
+deadline is the request's deadline; a cancelled call ends its request. With API keys in the configuration every method of
+Inference needs one, in the metadata "authorization: Bearer KEY"; health and reflection do not.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -17,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ..common.config import GatewayConfig
 from ..common.errors import ConfigError, InternalError, InvalidRequest, PilotfishError, status_row
+from ..common.tenants import Tenant
 from ..proto import inference_pb2 as pb
 from ..proto.routing_codec import decision_to_proto
 from ..text.tokenizer import Tokenizer
@@ -26,9 +30,19 @@ from .service import InferenceService
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+CALL_ID_KEY = "pilotfish-call-id"
 _STOP_GRACE_S = 5.0
 
 Context: TypeAlias = grpc.aio.ServicerContext
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Caller:
+    """What a call's context says: whose it is, which call it is (over its attempts), and how long it may take."""
+
+    tenant: Tenant
+    call_id: str
+    timeout_s: float | None
 
 
 class GrpcGateway:
@@ -78,20 +92,31 @@ class GrpcGateway:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(_STOP_GRACE_S)
 
+    def _caller(self, context: Context) -> _Caller:
+        """Raises Unauthenticated."""
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        return _Caller(
+            tenant=self._service.tenants.authenticate(metadata.get("authorization")),
+            call_id=metadata.get(CALL_ID_KEY, ""),
+            timeout_s=_time_remaining_s(context),
+        )
+
     def _handlers(self) -> grpc.GenericRpcHandler:
-        def unary(cls: type[Message], method: Callable[[Any], Awaitable[Message]]) -> grpc.RpcMethodHandler:
+        def unary(cls: type[Message], method: Callable[[Any, _Caller], Awaitable[Message]]) -> grpc.RpcMethodHandler:
             async def handle(data: bytes, context: Context) -> Message:
                 try:
-                    return await method(grpc_messages.parse(cls, data))
+                    caller = self._caller(context)
+                    return await method(grpc_messages.parse(cls, data), caller)
                 except (PilotfishError, Exception) as error:  # noqa: BLE001 - a process's edge: logged and answered
                     await _abort(context, error)
 
             return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
 
-        def stream(cls: type[Message], method: Callable[[Any, Context], AsyncIterator[Message]]) -> grpc.RpcMethodHandler:
+        def stream(cls: type[Message], method: Callable[[Any, _Caller], AsyncIterator[Message]]) -> grpc.RpcMethodHandler:
             async def handle(data: bytes, context: Context) -> AsyncIterator[Message]:
                 try:
-                    async for message in method(grpc_messages.parse(cls, data), context):
+                    caller = self._caller(context)
+                    async for message in method(grpc_messages.parse(cls, data), caller):
                         yield message
                 except (PilotfishError, Exception) as error:  # noqa: BLE001 - a process's edge: logged and answered
                     await _abort(context, error)
@@ -111,43 +136,45 @@ class GrpcGateway:
             },
         )
 
-    async def _generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:
+    async def _generate(self, request: pb.GenerateRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt is missing: set text or tokens")
         async for event in self._events(
-            request, context, prompt=request.text if kind == "text" else list(request.tokens.ids), echo=request.echo
+            request, caller, prompt=request.text if kind == "text" else list(request.tokens.ids), echo=request.echo
         ):
             yield event
 
-    async def _chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:
+    async def _chat(self, request: pb.ChatRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
         async for event in self._events(
             request,
-            context,
+            caller,
             messages=grpc_messages.messages_from_proto(request.messages),
             continue_final_message=request.continue_final_message,
         ):
             yield event
 
     async def _events(
-        self, request: pb.GenerateRequest | pb.ChatRequest, context: Context, **what: Any
+        self, request: pb.GenerateRequest | pb.ChatRequest, caller: _Caller, **what: Any
     ) -> AsyncIterator[pb.GenerateEvent]:
         handle = await self._service.start_request(
             request_id=request.request_id or None,
             sampling=grpc_messages.sampling_fields(request.sampling),
             model=request.model,
             priority=request.priority,
-            timeout_s=_time_remaining_s(context),
+            timeout_s=caller.timeout_s,
+            tenant=caller.tenant,
+            retry_key=caller.call_id or request.request_id,
             **what,
         )
         async with handle:
             async for event in handle:
                 yield grpc_messages.event_to_proto(event, self._tokenizer)
 
-    async def _abort_request(self, request: pb.AbortRequest) -> pb.AbortResponse:
-        return pb.AbortResponse(found=await self._service.abort(request.request_id))
+    async def _abort_request(self, request: pb.AbortRequest, caller: _Caller) -> pb.AbortResponse:
+        return pb.AbortResponse(found=await self._service.abort(request.request_id, tenant=caller.tenant))
 
-    async def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+    async def _tokenize(self, request: pb.TokenizeRequest, _caller: _Caller) -> pb.TokenizeResponse:
         kind = request.WhichOneof("input")
         if kind is None:
             raise InvalidRequest("input is missing: set text or messages")
@@ -159,13 +186,13 @@ class GrpcGateway:
         )
         return pb.TokenizeResponse(token_ids=result.token_ids, tokens=result.tokens)
 
-    async def _list_models(self, _request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+    async def _list_models(self, _request: pb.ListModelsRequest, _caller: _Caller) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[grpc_messages.card_to_proto(card) for card in self._service.models()])
 
-    async def _cluster_status(self, _request: pb.ClusterStatusRequest) -> pb.ClusterStatusResponse:
+    async def _cluster_status(self, _request: pb.ClusterStatusRequest, _caller: _Caller) -> pb.ClusterStatusResponse:
         return grpc_messages.status_to_proto(self._service.status())
 
-    async def _explain_route(self, request: pb.ExplainRouteRequest) -> pb.ExplainRouteResponse:
+    async def _explain_route(self, request: pb.ExplainRouteRequest, _caller: _Caller) -> pb.ExplainRouteResponse:
         return pb.ExplainRouteResponse(decisions=map(decision_to_proto, self._service.explain_route(request.request_id)))
 
 
@@ -188,7 +215,7 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
         error = InternalError(f"pilotfish failed ({type(error).__name__}); the controller's log has the details")
     metadata = [("pilotfish-error-code", error.code)]
     if error.retry_after_s is not None:
-        metadata.append(("pilotfish-retry-after-ms", str(round(error.retry_after_s * 1000))))
+        metadata.append(("pilotfish-retry-after-ms", str(math.ceil(error.retry_after_s * 1000))))
     status = getattr(grpc.StatusCode, status_row(error).grpc)
     await context.abort(status, error.message, trailing_metadata=tuple(metadata))
     raise AssertionError("context.abort raises")

@@ -1,7 +1,9 @@
 """The HTTP door: OpenAI-style routes, health, metrics and the live page over an InferenceService.
 
 POST /v1/chat/completions, POST /v1/completions, GET /v1/models[/NAME], GET /health, GET /metrics, GET /dashboard.
-Closing the connection ends the request.
+Closing the connection ends the request. With API keys in the configuration every route but /health and the page (not its
+data) needs "Authorization: Bearer KEY". A refused call that comes back with the same Idempotency-Key (or request_id) finds the
+place that was held for it.
 """
 
 from __future__ import annotations
@@ -62,9 +64,9 @@ class HttpGateway:
                 Route("/v1/completions", self._edge(self._completions), methods=["POST"]),
                 Route("/v1/models", self._edge(self._list_models)),
                 Route("/v1/models/{name:path}", self._edge(self._show_model)),
-                Route("/health", self._edge(self._health)),
+                Route("/health", self._edge(self._health, needs_key=False)),
                 Route("/metrics", self._edge(self._show_metrics)),
-                Route("/dashboard", self._edge(self._dashboard)),
+                Route("/dashboard", self._edge(self._dashboard, needs_key=False)),
                 Route("/dashboard/state", self._edge(self._dashboard_state)),
             ],
             exception_handlers={HTTPException: _no_route},
@@ -91,9 +93,13 @@ class HttpGateway:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._serving, _STOP_TIMEOUT_S)
 
-    def _edge(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def _edge(
+        self, handler: Callable[[Request], Awaitable[Response]], *, needs_key: bool = True
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             try:
+                if needs_key:
+                    request.state.tenant = self._service.tenants.authenticate(request.headers.get("authorization"))
                 return await handler(request)
             except PilotfishError as error:
                 return error_response(error)
@@ -134,6 +140,8 @@ class HttpGateway:
                             model=body.model,
                             priority=body.priority,
                             timeout_s=body.timeout_s,
+                            tenant=request.state.tenant,
+                            retry_key=request.headers.get("idempotency-key") or body.request_id or "",
                             **what,
                         )
                     )

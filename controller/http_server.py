@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..common.errors import Cancelled, ConfigError, PilotfishError, RequestTooLarge, status_row
+from ..common.errors import Cancelled, ConfigError, PilotfishError, RequestTooLarge, Unauthenticated, status_row
 from .openai_response import error_json
 
 T = TypeVar("T")
@@ -81,7 +82,9 @@ def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | No
 
 def error_response(error: PilotfishError) -> Response:
     """The error's status and OpenAI-style body, with Retry-After in whole seconds where it is known."""
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, round(error.retry_after_s)))}
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RequestTooLarge):
         headers["Connection"] = "close"  # the rest of the body was not read
     return json_response(error_json(error), status=status_row(error).http, headers=headers)

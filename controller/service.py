@@ -20,12 +20,14 @@ from ..common.cluster_state import ClusterState, ModelCard
 from ..common.config import ServeConfig
 from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError, Unavailable
 from ..common.routing import RouteDecision
+from ..common.tenants import ANONYMOUS, Tenant
 from ..text.prepare import check_request_id
 from .dispatcher import Dispatcher
 from .events import Event, Observer
 from .fleet import Fleet
-from .front_end import FrontEnd, Tokenization
+from .front_end import FrontEnd, Prepared, Tokenization
 from .streams import RequestStream
+from .tenants import Tenants
 from .totals import Totals
 
 
@@ -98,6 +100,7 @@ class InferenceService:
         self._dispatcher = dispatcher
         self._totals = totals
         self._observers = observers
+        self.tenants = Tenants(config.tenants)
         self._streams: dict[str, RequestStream] = {}
         self._num_preparing = 0
         self._num_requests = 0
@@ -117,6 +120,8 @@ class InferenceService:
         timeout_s: float | None = None,
         continue_final_message: bool = False,
         echo: bool = False,
+        tenant: Tenant = ANONYMOUS,
+        retry_key: str = "",
     ) -> RequestHandle:
         """Accept a request: either `prompt` (text or token ids) or chat `messages`.
 
@@ -126,13 +131,22 @@ class InferenceService:
             model: the served name, or empty.
             timeout_s: until the last token; None is the configured default.
             echo: the text of every choice starts with the prompt.
+            tenant: whose request it is (`tenants.authenticate`).
+            retry_key: names the caller over several attempts of one call, for the place that a full queue holds for it.
 
         Raises:
             InvalidRequest, ModelNotFound, Overloaded (with retry_after_s), Unavailable (no replica can take it),
             DeadlineExceeded: before any event.
         """
         try:
-            stream = self._accept(request_id=request_id, model=model, priority=priority, timeout_s=timeout_s)
+            stream = self._accept(
+                request_id=request_id,
+                model=model,
+                priority=priority,
+                timeout_s=timeout_s,
+                tenant=tenant,
+                retry_key=retry_key,
+            )
         except PilotfishError as error:
             self._report_refused(error)
             raise
@@ -151,8 +165,9 @@ class InferenceService:
             )
             if stream.error is not None:  # aborted or out of time meanwhile
                 raise stream.error
+            self._take_tokens(stream, prepared)
             stream.start(prepared)
-            self._dispatcher.enqueue(stream)
+            self._dispatcher.enqueue(stream, retry_key=retry_key)
         except PilotfishError as error:
             stream.refuse()
             self._report_refused(error)
@@ -165,10 +180,10 @@ class InferenceService:
         self._num_requests += 1
         return RequestHandle(stream)
 
-    async def abort(self, request_id: str) -> bool:
-        """End a request; its reader gets Cancelled. False if none in flight has this id."""
+    async def abort(self, request_id: str, *, tenant: Tenant = ANONYMOUS) -> bool:
+        """End a request; its reader gets Cancelled. False if this tenant has none in flight of this id."""
         stream = self._streams.get(request_id)
-        if stream is None:
+        if stream is None or stream.tenant.name != tenant.name:
             return False
         stream.fail(Cancelled(f"request {request_id} was aborted"))
         return True
@@ -234,7 +249,16 @@ class InferenceService:
         for stream in list(self._streams.values()):
             stream.fail(Unavailable("the server is shutting down"))
 
-    def _accept(self, *, request_id: str | None, model: str, priority: int, timeout_s: float | None) -> RequestStream:
+    def _accept(
+        self,
+        *,
+        request_id: str | None,
+        model: str,
+        priority: int,
+        timeout_s: float | None,
+        tenant: Tenant,
+        retry_key: str,
+    ) -> RequestStream:
         if self._is_closed:
             raise Unavailable("the server is shutting down")
         self._check_model(model)
@@ -247,12 +271,24 @@ class InferenceService:
         timeout_s = self._config.gateway.default_timeout_s if timeout_s is None else timeout_s
         if not 0 < timeout_s < 1e9:
             raise InvalidRequest(f"the timeout must be a positive number of seconds, not {timeout_s!r}")
-        self._dispatcher.check_room(self._num_preparing)
+        self._dispatcher.check_room(self._num_preparing, tenant=tenant.name, priority=priority, retry_key=retry_key)
+        self.tenants.limits(tenant).enter(_now_ms())
         stream = RequestStream(
-            request_id=request_id, model=self._config.model.name, timeout_s=timeout_s, on_end=self._on_stream_end
+            request_id=request_id,
+            model=self._config.model.name,
+            timeout_s=timeout_s,
+            on_end=self._on_stream_end,
+            tenant=tenant,
         )
         self._streams[request_id] = stream
         return stream
+
+    def _take_tokens(self, stream: RequestStream, prepared: Prepared) -> None:
+        """Of the tenant's tokens a minute, what the request is expected to use; its end settles what it did."""
+        expected = self._dispatcher.expected_output_tokens
+        num_tokens = prepared.num_prompt_tokens + sum(min(r.sampling.max_tokens, expected) for r in prepared.requests)
+        self.tenants.limits(stream.tenant).take_tokens(num_tokens, _now_ms())
+        stream.tokens_taken = num_tokens
 
     def _check_model(self, model: str) -> None:
         served = self._config.model.name
@@ -262,6 +298,12 @@ class InferenceService:
     def _on_stream_end(self, stream: RequestStream) -> None:
         del self._streams[stream.request_id]
         self._dispatcher.release(stream)
+        usage = stream.usage()
+        self.tenants.limits(stream.tenant).leave(
+            _now_ms(),
+            tokens_taken=stream.tokens_taken,
+            tokens_used=usage.prompt_tokens + usage.completion_tokens if stream.accepted else 0,
+        )
         if stream.accepted:
             record = stream.record()
             for observer in self._observers:
@@ -270,3 +312,7 @@ class InferenceService:
     def _report_refused(self, error: PilotfishError) -> None:
         for observer in self._observers:
             observer.on_refused(error.code)
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1000

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from ..common.errors import DeadlineExceeded, PilotfishError
 from ..common.requests import EngineRequest, FinishReason, SequenceOutput
+from ..common.tenants import ANONYMOUS, Tenant
 from ..text.output import SequenceText, TextDelta
 from .events import Delta, Event, RequestRecord, Started, Usage
 from .front_end import Prepared
@@ -24,7 +25,8 @@ class SequenceState:
     """One choice of a request, wherever it runs. `output_token_ids` is what a replay on another replica starts from.
 
     `wire_id` names its current run on a worker; every dispatch makes a new one, so that late output of an earlier run can never
-    be taken for this one's. `prompt_hashes` are those of the prompt's full blocks.
+    be taken for this one's. `prompt_hashes` are those of the prompt's full blocks. `charged_ms` is what its tenant was
+    charged for it.
     """
 
     stream: RequestStream
@@ -39,6 +41,7 @@ class SequenceState:
     abort_sent: bool = False
     cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
+    charged_ms: float = 0.0
 
     def dispatched(self, wire_id: str, replica: str) -> None:
         """A run on a replica begins."""
@@ -54,15 +57,26 @@ class SequenceState:
             request_id=self.wire_id,
             output_token_ids=tuple(self.output_token_ids),
             deadline_ms=self.stream.time_left_s() * 1000,
+            tenant=self.stream.tenant,
         )
 
 
 class RequestStream:
     """See the module's docstring. `on_end` is called once, when nothing more will be produced."""
 
-    def __init__(self, *, request_id: str, model: str, timeout_s: float, on_end: Callable[[RequestStream], None]) -> None:
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        model: str,
+        timeout_s: float,
+        on_end: Callable[[RequestStream], None],
+        tenant: Tenant = ANONYMOUS,
+    ) -> None:
         self.request_id = request_id
         self.model = model
+        self.tenant = tenant
+        self.tokens_taken = 0.0  # of its tenant's tokens a minute, until it is known what it used
         self.sequences: list[SequenceState] = []
         self.accepted = False
         self.ended = False

@@ -22,6 +22,7 @@ from ..common.requests import (
     TokenSampling,
     WorkerInfo,
 )
+from ..common.tenants import ANONYMOUS, Tenant
 from . import common_pb2, worker_pb2
 
 _FINISH_TO_PROTO: dict[FinishReason | None, common_pb2.FinishReason] = {
@@ -71,6 +72,8 @@ def request_to_proto(request: EngineRequest) -> worker_pb2.Submit:
         priority=request.priority,
         deadline_ms=request.deadline_ms,
         salt=request.salt,
+        tenant=request.tenant.name,
+        tenant_weight=request.tenant.weight,
     )
 
 
@@ -99,6 +102,7 @@ def request_from_proto(message: worker_pb2.Submit) -> EngineRequest:
         priority=message.priority,
         deadline_ms=message.deadline_ms if message.HasField("deadline_ms") else None,
         salt=message.salt,
+        tenant=Tenant(message.tenant, message.tenant_weight or 1.0) if message.tenant else ANONYMOUS,
     )
 
 

@@ -1,39 +1,131 @@
-"""The bounded queue in front of the replicas: by priority, then arrival, with aging; full means refused at once."""
+"""The bounded queue in front of the replicas: two classes, fair shares between tenants in each, priorities inside a tenant.
+
+- Class: `interactive` from priority 0, `batch` below it. Each has places of its own and a share of the service (15 to 1 while
+  both wait), so batch work fills what is left and never stands still.
+- Tenant: while several wait in a class, each is served by its weight in what its requests truly cost (`FairShares`). A priority
+  cannot win anything from another tenant.
+- Priority: inside a tenant, higher first; one step is worth `aging_ms` of waiting, so nothing starves.
+
+A full class refuses at once, with the time at which a place is held for the caller (`RetryPromises`). One tenant of several may
+take four times the places that stay free and no more, so that there is room for the others when they come.
+"""
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 from ..common.errors import InvalidRequest, Overloaded
+from .drain_rate import DrainRate
+from .fair_shares import FairShares
+from .retry_promises import RetryPromises
 from .sequence import line_key
 
 T = TypeVar("T")
 
-_MAX_RETRY_AFTER_S = 60.0
+INTERACTIVE, BATCH = "interactive", "batch"
+CLASS_WEIGHTS: Mapping[str, float] = {INTERACTIVE: 15.0, BATCH: 1.0}
+_TIMES_FREE = 4
+_MAX_PROMISES = 16_384
 
 
-@dataclass(slots=True)
+def priority_class(priority: int) -> str:
+    return INTERACTIVE if priority >= 0 else BATCH
+
+
 class _Entry(Generic[T]):
-    request_id: str
-    item: T
-    key: tuple[int, int]
-    deadline_ms: float | None
+    __slots__ = ("cost", "is_over", "item", "line", "pushed_ms", "request_id")
+
+    def __init__(self, request_id: str, item: T, line: _Line[T], *, cost: float, pushed_ms: int) -> None:
+        self.request_id = request_id
+        self.item = item
+        self.line = line
+        self.cost = cost
+        self.pushed_ms = pushed_ms
+        self.is_over = False
+
+
+class _Line(Generic[T]):
+    """One tenant's entries of one class: a heap, with those that were removed until they come up or are too many."""
+
+    def __init__(self, tenant: str, class_name: str) -> None:
+        self.tenant = tenant
+        self.class_name = class_name
+        self.num_entries = 0
+        self.drain = DrainRate()
+        self.promises = RetryPromises(max_promises=_MAX_PROMISES)
+        self._heap: list[tuple[tuple[int, int], _Entry[T]]] = []
+
+    def push(self, key: tuple[int, int], entry: _Entry[T]) -> None:
+        if not self.num_entries:
+            self.drain.begin(entry.pushed_ms)
+        heapq.heappush(self._heap, (key, entry))
+        self.num_entries += 1
+
+    def pop(self, now_ms: float) -> _Entry[T]:
+        while True:
+            _, entry = heapq.heappop(self._heap)
+            if not entry.is_over:
+                self.num_entries -= 1
+                self.drain.departed(now_ms, has_waited=entry.pushed_ms < now_ms, is_empty=not self.num_entries)
+                return entry
+
+    def remove(self, entry: _Entry[T]) -> None:
+        entry.is_over = True
+        self.num_entries -= 1
+        if not self.num_entries:
+            self.drain.end()
+        if len(self._heap) > 2 * self.num_entries + 32:
+            self._heap = [pair for pair in self._heap if not pair[1].is_over]
+            heapq.heapify(self._heap)
+
+
+class _Class(Generic[T]):
+    """The lines of one class; `waiting` are those with entries."""
+
+    def __init__(self, name: str, max_queued: int, weights: Mapping[str, float]) -> None:
+        self.max_queued = max_queued
+        self.shares = FairShares(weights)
+        self.waiting: dict[str, _Line[T]] = {}
+        self.num_entries = 0
+        self._name = name
+        self._is_shared = len(weights) > 1
+        self._lines: dict[str, _Line[T]] = {}
+
+    def line(self, tenant: str) -> _Line[T]:
+        line = self._lines.get(tenant)
+        if line is None:
+            line = self._lines[tenant] = _Line(tenant, self._name)
+        return line
+
+    def take_place(self, line: _Line[T], key: str, now_ms: float) -> bool:
+        """Whether there is a place for this caller, with its appointment or without."""
+        room = self.max_queued - self.num_entries
+        if self._is_shared:  # so many more that the tenant then has at most _TIMES_FREE times what is free
+            room = min(room, -((line.num_entries - _TIMES_FREE * room) // (_TIMES_FREE + 1)))
+        if room <= 0:
+            return False
+        if line.promises.redeem(key, now_ms):
+            return True
+        if room <= line.promises.num_due(now_ms):
+            return False
+        line.promises.drop(key, now_ms)
+        return True
 
 
 class AdmissionQueue(Generic[T]):
-    """At most `max_queued` items. One step of priority is worth `aging_ms` of waiting, so nothing starves.
+    """At most `max_queued` items of each class.
 
-    Times are milliseconds of the caller's clock. `remove`d entries stay in the heaps until they come up or are too many.
+    `weights` are those of the tenants that may come; others weigh 1. Times are milliseconds of the caller's clock and never
+    decrease. Costs are in any one unit.
     """
 
-    def __init__(self, *, max_queued: int, aging_ms: int = 10_000) -> None:
-        self._max_queued = max_queued
+    def __init__(self, *, max_queued: int, weights: Mapping[str, float] | None = None, aging_ms: int = 10_000) -> None:
         self._aging_ms = aging_ms
+        self._classes: dict[str, _Class[T]] = {name: _Class(name, max_queued, weights or {}) for name in CLASS_WEIGHTS}
+        self._class_shares = FairShares(CLASS_WEIGHTS)
         self._entries: dict[str, _Entry[T]] = {}
-        self._line: list[tuple[tuple[int, int], _Entry[T]]] = []
-        self._deadlines: list[tuple[float, tuple[int, int], _Entry[T]]] = []
         self._num_pushed = 0
 
     def __len__(self) -> int:
@@ -45,66 +137,81 @@ class AdmissionQueue(Generic[T]):
         *,
         request_id: str,
         now_ms: int,
+        tenant: str = "",
         priority: int = 0,
-        deadline_ms: float | None = None,
-        served_per_s: float = 0.0,
+        cost: float = 1.0,
+        retry_key: str = "",
     ) -> None:
-        """Queue an item. `deadline_ms` is a time, not a span; `served_per_s` is how fast the queue moves, for the retry hint.
+        """Queue an item.
+
+        Args:
+            cost: an estimate, charged when the item is popped; `correct` it when the true one is known.
+            retry_key: tells this caller's attempts from those of others of its tenant.
 
         Raises:
-            Overloaded: the queue is full; `retry_after_s` is the time it takes to serve what is queued, at most a minute.
+            Overloaded: there is no place; `retry_after_s` says when one is held for this caller.
             InvalidRequest: an item of this id is queued.
         """
         if request_id in self._entries:
             raise InvalidRequest(f"request id {request_id!r} is in use; give every request its own")
-        if len(self._entries) >= self._max_queued:
-            wait_s = len(self._entries) / served_per_s if served_per_s > 0 else _MAX_RETRY_AFTER_S
-            retry_after_s = min(wait_s, _MAX_RETRY_AFTER_S)
-            message = f"{self._max_queued} requests are queued already; try again in {retry_after_s:.1f} s"
-            raise Overloaded(message, retry_after_s=retry_after_s)
+        class_name = priority_class(priority)
+        queue = self._classes[class_name]
+        line = queue.line(tenant)
+        if not queue.take_place(line, retry_key, now_ms):
+            raise self.refusal(tenant, priority=priority, retry_key=retry_key, now_ms=now_ms)
+        if not queue.num_entries:
+            self._class_shares.activate(class_name)
+        if not line.num_entries:
+            queue.shares.activate(tenant)
+            queue.waiting[tenant] = line
         key = line_key(priority, arrival_tick=now_ms, arrival=self._num_pushed, aging_ticks=self._aging_ms)
         self._num_pushed += 1
-        entry = _Entry(request_id, item, key, deadline_ms)
+        entry = _Entry(request_id, item, line, cost=cost, pushed_ms=now_ms)
         self._entries[request_id] = entry
-        heapq.heappush(self._line, (key, entry))
-        if deadline_ms is not None:
-            heapq.heappush(self._deadlines, (deadline_ms, key, entry))
+        line.push(key, entry)
+        queue.num_entries += 1
 
-    def pop_ready(self, now_ms: float) -> T | None:
-        """The next item whose deadline has not passed; those that have are left for `expired`."""
-        while self._line:
-            _, entry = heapq.heappop(self._line)
-            if self._entries.get(entry.request_id) is not entry or (
-                entry.deadline_ms is not None and entry.deadline_ms <= now_ms
-            ):
-                continue
-            del self._entries[entry.request_id]
-            return entry.item
-        return None
+    def refusal(self, tenant: str, *, priority: int, retry_key: str, now_ms: float) -> Overloaded:
+        """The error of a caller that gets no place now, with the time from which one is held for it."""
+        class_name = priority_class(priority)
+        queue = self._classes[class_name]
+        line = queue.line(tenant)
+        retry_after_s = line.promises.make(retry_key, gap_ms=line.drain.gap_ms(now_ms), now_ms=now_ms) / 1000
+        counts = f"{queue.num_entries} of {queue.max_queued} places are taken, {line.num_entries} of them by this tenant"
+        message = f"the queue of {class_name} requests is full: {counts}; try again in {retry_after_s:.1f} s"
+        return Overloaded(message, retry_after_s=retry_after_s)
 
-    def remove(self, request_id: str) -> T | None:
-        """Take an item out of the queue; None if it is not there."""
-        entry = self._entries.pop(request_id, None)
-        if entry is None:
+    def pop(self, now_ms: float) -> T | None:
+        """The next item, charged to its tenant; None if nothing is queued."""
+        if not self._entries:
             return None
-        self._prune()
+        class_name = self._class_shares.first(name for name, queue in self._classes.items() if queue.num_entries)
+        queue = self._classes[class_name]
+        tenant = queue.shares.first(queue.waiting)
+        entry = queue.waiting[tenant].pop(now_ms)
+        self._left(entry)
+        self._class_shares.charge(class_name, entry.cost)
+        queue.shares.charge(tenant, entry.cost)
         return entry.item
 
-    def expired(self, now_ms: float) -> list[T]:
-        """Take out the items whose deadline has passed, earliest first."""
-        items = []
-        while self._deadlines and self._deadlines[0][0] <= now_ms:
-            _, _, entry = heapq.heappop(self._deadlines)
-            if self._entries.get(entry.request_id) is entry:
-                del self._entries[entry.request_id]
-                items.append(entry.item)
-        return items
+    def correct(self, difference: float, *, tenant: str, priority: int) -> None:
+        """An item of this tenant and priority that was popped costs `difference` more than it was charged."""
+        class_name = priority_class(priority)
+        self._class_shares.correct(class_name, difference)
+        self._classes[class_name].shares.correct(tenant, difference)
 
-    def _prune(self) -> None:
-        if len(self._line) + len(self._deadlines) <= 4 * len(self._entries) + 64:
-            return
-        alive = self._entries
-        self._line = [pair for pair in self._line if alive.get(pair[1].request_id) is pair[1]]
-        self._deadlines = [triple for triple in self._deadlines if alive.get(triple[2].request_id) is triple[2]]
-        heapq.heapify(self._line)
-        heapq.heapify(self._deadlines)
+    def remove(self, request_id: str) -> T | None:
+        """Take an item out of the queue, uncharged; None if it is not there."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return None
+        entry.line.remove(entry)
+        self._left(entry)
+        return entry.item
+
+    def _left(self, entry: _Entry[T]) -> None:
+        del self._entries[entry.request_id]
+        queue = self._classes[entry.line.class_name]
+        queue.num_entries -= 1
+        if not entry.line.num_entries:
+            del queue.waiting[entry.line.tenant]

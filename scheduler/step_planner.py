@@ -2,13 +2,14 @@
 
 Order: decode rows, then the running prefill, then admissions, each in the order of the lines (`line_key`). Rules:
 
-- Blocks are taken for the tokens of this step only. Without a free block, cached ones are evicted; then the last running
-  sequence that has no row yet is preempted; else the row waits and keeps what it has, so some row always goes on.
+- Blocks are taken for the tokens of this step only. Without a free block, cached ones are evicted; then a running sequence
+  behind it in line that has no row yet is preempted (`choose_victim`: by priority, then by what its tenant holds); else the row
+  waits and keeps what it has, so some row always goes on.
 - A prompt longer than what is left of the budget advances by a part, one prompt at a time, and first takes half of the rest
   only: shorter prompts behind it may complete in this step. What they leave it gets at the end.
 - A sequence is admitted only if there is room for all of it that is known, and for those that run to grow.
 - A waiting sequence that lacks mostly what a running prefill is computing waits for it.
-- A head of the line without a place takes that of the last running sequence, if it has a lower priority and is behind it.
+- A head of the line without a place takes that of a running sequence behind it that has a lower priority, chosen likewise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .block_trie import PrefixMatch
+from .giving_way import choose_victim
 from .scheduler_config import SchedulerConfig
 from .sequence import SequenceState
 from .sequence_cache import SequenceCache
@@ -84,7 +86,7 @@ class StepPlanner:
     def _plan_decodes(self, draft: _Draft) -> None:
         running, size = self._lines.running, self._config.block_size
         index = 0
-        while index < len(running):  # a preemption shortens the line from its end
+        while index < len(running):  # a preemption takes only sequences behind this one
             sequence = running[index]
             known = sequence.num_known
             if known - sequence.num_computed == 1 and known < sequence.max_known:
@@ -181,11 +183,16 @@ class StepPlanner:
                 if not self._cache.is_in_flight(sequence):  # else its last token may be an end token
                     self._fail(sequence)
                 return None
-            victim = self._lines.running[-1]
-            if victim is sequence or victim.last_step_id == draft.step_id or self._cache.is_waiting_for_step:
+            victim = None if self._cache.is_waiting_for_step else self._victim(sequence, draft)
+            if victim is None:
                 return None
             self._preempt(victim)
         return blocks
+
+    def _victim(self, sequence: SequenceState, draft: _Draft) -> SequenceState | None:
+        running = self._lines.running
+        behind = [s for s in running if s.key > sequence.key and s.last_step_id != draft.step_id]
+        return choose_victim(behind, running)
 
     def _give_way(self) -> None:
         head, self._blocked = self._blocked, None
@@ -193,9 +200,12 @@ class StepPlanner:
             return
         if self._lines.has_free_slot and self._would_fit(head):
             return
-        tail = self._lines.running[-1]
-        if tail.request.priority < head.request.priority and tail.key > head.key:
-            self._preempt(tail)
+        running, priority = self._lines.running, head.request.priority
+        if running[-1].key < head.key:
+            return
+        behind = [s for s in running if s.key > head.key and s.request.priority < priority]
+        if (victim := choose_victim(behind, running)) is not None:
+            self._preempt(victim)
 
     def _preempt(self, sequence: SequenceState) -> None:
         self._lines.take_out(sequence)

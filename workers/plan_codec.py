@@ -16,21 +16,22 @@ from typing import Any
 
 from ..common.errors import InternalError
 from ..common.requests import EngineRequest, TokenSampling
+from ..common.tenants import Tenant
 from ..scheduler.step_plan import AdmittedSequence, BlockReplacement, ExpertOrders, PlannedRow, SlotWrite, StepPlan
 
 Buffer = bytes | bytearray | memoryview
 
 MAGIC = b"PFsp"
-VERSION = 2
+VERSION = 3
 
 _HEADER = struct.Struct("<4sHHQqq")  # magic, version, zero, bytes of the whole message, epoch, step id
 # released slots, replaced blocks, admitted sequences, rows, new blocks of all rows, data ranks, whether all of them decode,
 # whether there are orders to experts
 _SIZES = struct.Struct("<6I2?")
 _ORDERS = struct.Struct("<?2I")  # whether loads are read, layer, writes
-# slot, num_computed, num_output, outputs known at the request's arrival, tokens, blocks, bytes of the id, bytes of the salt,
-# whether there is a deadline, the deadline, priority
-_ADMITTED = struct.Struct("<8I?dq")
+# slot, num_computed, num_output, outputs known at the request's arrival, tokens, blocks, bytes of the id, of the salt and
+# of the tenant's name, whether there is a deadline, the deadline, the tenant's weight, priority
+_ADMITTED = struct.Struct("<9I?2dq")
 # temperature, top_p, min_p, the three penalties, top_k, min_tokens, max_tokens, logprobs (-1: none), seed,
 # sizes: logit_bias, bad words, tokens of all bad words, end tokens
 _SAMPLING = struct.Struct("<6d4iq4I")
@@ -190,7 +191,7 @@ def _admitted_parts(sequence: AdmittedSequence) -> list[bytes]:
     num_prompt = len(request.prompt_token_ids)
     assert len(sequence.token_ids) == num_prompt + sequence.num_output, "a sequence's tokens are its prompt and its outputs"
     assert len(request.output_token_ids) <= sequence.num_output, "outputs known at arrival are outputs"
-    request_id = request.request_id.encode()
+    request_id, tenant = request.request_id.encode(), request.tenant.name.encode()
     bad_words = sampling.bad_words_ids
     bad_tokens = tuple(chain.from_iterable(bad_words))
     return [
@@ -203,8 +204,10 @@ def _admitted_parts(sequence: AdmittedSequence) -> list[bytes]:
             len(sequence.block_ids),
             len(request_id),
             len(request.salt),
+            len(tenant),
             request.deadline_ms is not None,
             request.deadline_ms or 0.0,
+            request.tenant.weight,
             request.priority,
         ),
         _SAMPLING.pack(
@@ -226,6 +229,7 @@ def _admitted_parts(sequence: AdmittedSequence) -> list[bytes]:
         ),
         request_id,
         request.salt,
+        tenant,
         _pack("I", sequence.token_ids),
         _pack("I", sequence.block_ids),
         _pack("I", tuple(sampling.logit_bias)),
@@ -235,8 +239,8 @@ def _admitted_parts(sequence: AdmittedSequence) -> list[bytes]:
 
 
 def _read_admitted(cursor: _Cursor) -> AdmittedSequence:
-    slot, num_computed, num_output, num_known, *sizes, has_deadline, deadline_ms, priority = cursor.read(_ADMITTED)
-    num_tokens, num_blocks, id_bytes, salt_bytes = sizes
+    slot, num_computed, num_output, num_known, *sizes, has_deadline, deadline_ms, weight, priority = cursor.read(_ADMITTED)
+    num_tokens, num_blocks, id_bytes, salt_bytes, tenant_bytes = sizes
     *settings, num_bias, num_words, num_word_tokens, num_end = cursor.read(_SAMPLING)
     *floats, top_k, min_tokens, max_tokens, logprobs, seed = settings
     temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty = floats
@@ -244,6 +248,7 @@ def _read_admitted(cursor: _Cursor) -> AdmittedSequence:
     if not 0 <= num_known <= num_output <= num_tokens:
         raise ValueError(f"slot {slot} has {num_tokens} tokens, {num_output} outputs, and {num_known} from before")
     request_id, salt = cursor.take(id_bytes).decode(), cursor.take(salt_bytes)
+    tenant = Tenant(cursor.take(tenant_bytes).decode(), weight)
     token_ids, block_ids = cursor.numbers(num_tokens), cursor.numbers(num_blocks)
     biased, bias = cursor.numbers(num_bias), cursor.numbers(num_bias, "d")
     word_lens, word_tokens, end_token_ids = cursor.numbers(num_words), cursor.numbers(num_word_tokens), cursor.numbers(num_end)
@@ -273,6 +278,7 @@ def _read_admitted(cursor: _Cursor) -> AdmittedSequence:
         priority=priority,
         deadline_ms=deadline_ms if has_deadline else None,
         salt=salt,
+        tenant=tenant,
     )
     return AdmittedSequence(request, slot, token_ids, block_ids, num_computed, num_output)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pilotfish.cli import main as cli
-from pilotfish.common.config import ServeConfig
+from pilotfish.common.api_keys import KeyRing
+from pilotfish.common.config import ServeConfig, load_toml, parse
 
 
 def test_help_of_every_command_is_quick_and_names_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +50,8 @@ def test_a_wrong_command_line_exits_2_and_says_how_to_get_help(argv, hint, capsy
         (["check-model", "no-such-model"], "Tried, in order"),
         (["serve"], "which model?"),
         (["up"], "which model?"),
+        (["keys", "new", "a b"], "a tenant's name"),
+        (["keys", "new", "anonymous"], "not 'anonymous'"),
         (["up", "m", "--placement", "spread", "--tensor-parallel", "0"], "tensor_parallel"),
         (["serve", "m", "--block-size", "20"], "power of two"),
         (["serve", "m", "--config", "/nonexistent.toml"], "cannot read the configuration"),
@@ -82,3 +86,15 @@ def test_flags_win_over_the_file(tmp_path) -> None:
     args = cli.build_parser("serve").parse_args(["serve", "--config", str(path), "--max-num-seqs", "5"])
     config = config_flags.serve_config(args)
     assert (config.model.model, config.engine.max_num_seqs, config.engine.max_num_batched_tokens) == ("a", 5, 99)
+
+
+def test_a_new_key_is_shown_with_the_lines_that_let_it_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keys", "new", "acme"]) == 0
+    out = capsys.readouterr().out
+    assert cli.main(["keys", "new", "acme"]) == 0
+    assert capsys.readouterr().out != out
+    key = next(line.strip() for line in out.splitlines() if line.startswith("  pf-"))
+    section = out[out.index("  [tenants") :].replace("  ", "")
+    (tmp_path / "serve.toml").write_text('[model]\nmodel = "m"\n' + section)
+    config = parse(ServeConfig, load_toml(tmp_path / "serve.toml"))
+    assert KeyRing({"acme": config.tenants["acme"].keys}).owner(key) == "acme"

@@ -15,6 +15,7 @@ from pilotfish.common.errors import (
     ModelNotFound,
     Overloaded,
     RequestTooLarge,
+    Unauthenticated,
     Unavailable,
 )
 from pilotfish.common.requests import FinishReason
@@ -176,8 +177,8 @@ def test_every_error_class_arrives_as_itself(server, row):
         ("CANCELLED", Unavailable, "ended the call; it may be shutting down"),
         ("DEADLINE_EXCEEDED", DeadlineExceeded, "the deadline passed"),
         ("RESOURCE_EXHAUSTED", Overloaded, "has no room"),
-        ("UNAUTHENTICATED", InvalidRequest, "valid token="),
-        ("PERMISSION_DENIED", InvalidRequest, "valid token="),
+        ("UNAUTHENTICATED", Unauthenticated, "valid api_key="),
+        ("PERMISSION_DENIED", Unauthenticated, "valid api_key="),
         ("UNIMPLEMENTED", ConfigError, "is it a pilotfish server"),
         ("INVALID_ARGUMENT", InvalidRequest, "said INVALID_ARGUMENT"),
         ("NOT_FOUND", ModelNotFound, "said NOT_FOUND"),
@@ -305,7 +306,7 @@ def test_threads_share_a_client(client):
 
 
 def test_the_token_travels_with_every_call(server):
-    with Client(server.address, token="s3cret") as client:
+    with Client(server.address, api_key="s3cret") as client:
         client.generate("count 1")
         client.abort("known")
     assert [metadata["authorization"] for metadata in server.inference.metadata] == ["Bearer s3cret"] * 2

@@ -81,4 +81,4 @@ def test_tls_files_and_tokens_are_checked_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the TLS file .*ca\.pem: No such file"):
         Client(tls=TlsOptions(ca=tmp_path / "ca.pem"))
     with pytest.raises(ConfigError, match="printable ASCII"):
-        Client(token="a\nb")
+        Client(api_key="a\nb")

@@ -52,7 +52,7 @@ def options(certificates, tls_server, **changes):
 
 
 def test_encrypted_calls(certificates, tls_server):
-    with Client(tls_server.address, tls=options(certificates, tls_server), token="t", retry=ONCE) as client:
+    with Client(tls_server.address, tls=options(certificates, tls_server), api_key="t", retry=ONCE) as client:
         assert client.generate("count 2", timeout_s=20).text == "1 2 "
     assert tls_server.inference.metadata[-1]["authorization"] == "Bearer t"
 

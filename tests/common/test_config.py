@@ -2,6 +2,8 @@ import pytest
 from pilotfish.common.config import EngineConfig, ServeConfig, load_toml, parse
 from pilotfish.common.errors import ConfigError
 
+LINE = "0" * 16 + ":" + "0" * 64
+
 
 def test_sections_become_frozen_configs(tmp_path) -> None:
     path = tmp_path / "serve.toml"
@@ -32,6 +34,15 @@ def test_sections_become_frozen_configs(tmp_path) -> None:
             "redundant_experts needs rebalance_interval_steps, 3000",
         ),
         ({"model": {"model": "m"}, "parallel": {"data_parallel": 2}}, "data_parallel needs expert_parallel.*num_replicas"),
+        ({"model": {"model": "m"}, "tenants": 3}, r"tenants must be sections \[tenants.NAME\]"),
+        ({"model": {"model": "m"}, "tenants": {"a": 3}}, "tenants.a must be a section"),
+        ({"model": {"model": "m"}, "tenants": {"a": {}}}, "tenants.a has no keys.*pilotfish keys new a"),
+        ({"model": {"model": "m"}, "tenants": {"a": {"keys": ["pf-secret"]}}}, "hashes .* never the keys themselves"),
+        ({"model": {"model": "m"}, "tenants": {"a": {"keys": "x"}}}, "tenants.a.keys must be a list"),
+        ({"model": {"model": "m"}, "tenants": {"a": {"keys": [LINE], "weight": 0}}}, "weight must be above 0"),
+        ({"model": {"model": "m"}, "tenants": {"a": {"keys": [LINE], "max_requests": 0}}}, "max_requests must be at least 1"),
+        ({"model": {"model": "m"}, "tenants": {"a": {"keys": [LINE]}, "anonymous": {}}}, "anonymous is who comes without"),
+        ({"model": {"model": "m"}, "tenants": {"a": {"keys": [LINE]}, "b": {"keys": [LINE]}}}, "given twice, to a and b"),
         ({"model": {"model": "m"}, "parallel": {"expert_parallel": True}}, "needs tensor_parallel or data_parallel"),
     ],
 )
@@ -50,3 +61,11 @@ def test_a_file_that_is_not_there_or_not_toml(tmp_path) -> None:
 
 def test_optional_values_may_be_set() -> None:
     assert parse(EngineConfig, {"num_kv_blocks": 10}).num_kv_blocks == 10
+
+
+def test_tenants_are_sections_by_name(tmp_path) -> None:
+    path = tmp_path / "serve.toml"
+    text = '[model]\nmodel = "m"\n[tenants.acme]\nkeys = ["{}"]\nweight = 2\n[tenants.zoo]\nkeys = ["{}"]\n'
+    path.write_text(text.format(LINE, "1" + LINE[1:]))
+    tenants = parse(ServeConfig, load_toml(path)).tenants
+    assert (tenants["acme"].weight, tenants["acme"].max_requests, tenants["acme"].keys) == (2.0, None, (LINE,))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from local_workers import Cluster, LocalLauncher, StartCluster
-from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
+from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig, TenantConfig
 from pilotfish.controller.controller import Controller
 from small_model import save_tokenizer
 
@@ -27,6 +27,7 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
         launcher: LocalLauncher | None = None,
         fleet: dict[str, Any] | None = None,
         gateway: dict[str, Any] | None = None,
+        tenants: dict[str, TenantConfig] | None = None,
         stall_timeout_s: float = 60.0,
         wait: bool = True,
         **engine_options: Any,
@@ -37,6 +38,7 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             engine=EngineConfig(stall_timeout_s=stall_timeout_s),
             gateway=GatewayConfig(**{"grpc_port": 0, "http_port": 0, **(gateway or {})}),
             fleet=FleetConfig(**{"heartbeat_timeout_s": 5.0, **(fleet or {})}),
+            tenants=tenants or {},
         )
         controller = Controller(
             config, model_path=tokenizer_path, launcher=launcher, authority=launcher.authority, controller_id="test"

@@ -12,6 +12,8 @@ import pytest
 from fake_engine import expected_tokens
 from http_calls import get, post, raw
 from local_workers import Cluster, StartCluster
+from pilotfish.common.api_keys import hash_line, make_key
+from pilotfish.common.config import TenantConfig
 from pilotfish.common.requests import ExpertBalance
 from reading import eventually
 
@@ -258,3 +260,43 @@ async def test_a_port_in_use_is_named(start_cluster: StartCluster) -> None:
         port = int(getattr(cluster.service.addresses, door).rpartition(":")[2])
         with pytest.raises(ConfigError, match=rf"{port}.*--{door}-port"):
             await start_cluster(gateway={f"{door}_port": port})
+
+
+async def test_with_keys_every_route_but_health_needs_one(start_cluster: StartCluster) -> None:
+    key, wrong = make_key(b"a" * 8, b"k" * 32), make_key(b"a" * 8, b"w" * 32)
+    cluster = await start_cluster(tenants={"acme": TenantConfig(keys=(hash_line(key),))})
+    for path in ("/v1/models", "/v1/models/tiny", "/metrics"):
+        status, headers, answer = await raw(cluster, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert (status, headers["www-authenticate"], answer["error"]["type"]) == (401, "Bearer", "authentication_error")
+    status, _, answer = await post(cluster, "/v1/completions", {"prompt": "x"})
+    assert (status, answer["error"]["code"]) == (401, "unauthenticated")
+    assert "PILOTFISH_API_KEY" in answer["error"]["message"]
+    assert (await raw(cluster, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == 200
+    url = f"http://{cluster.service.addresses.http}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0) as client:
+        done = await client.completions.create(model="tiny", prompt="x", max_tokens=2)
+    assert done.usage.completion_tokens == 2
+    async with openai.AsyncOpenAI(base_url=url, api_key=wrong, max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError, match="not valid here"):
+            await client.models.list()
+
+
+async def test_the_place_of_a_refused_call_is_held_for_its_idempotency_key(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(gateway={"max_queued_requests": 2}, max_num_seqs=1, step_s=0.02)
+    body = json.dumps({"prompt": "x", "max_tokens": 10}).encode()
+
+    async def call(number: int) -> list[int]:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nIdempotency-Key: {number}\r\n"
+        statuses = []
+        for _ in range(2):
+            status, headers, _ = await raw(cluster, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            statuses.append(status)
+            if status != 429:
+                break
+            await asyncio.sleep(int(headers["retry-after"]))
+        return statuses
+
+    answers = await asyncio.gather(*(call(number) for number in range(8)))
+    retried = [statuses[1] for statuses in answers if len(statuses) == 2]
+    assert len(retried) >= 3
+    assert retried.count(200) > len(retried) / 2

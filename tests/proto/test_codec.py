@@ -15,6 +15,7 @@ from pilotfish.common.requests import (
     TokenSampling,
     WorkerInfo,
 )
+from pilotfish.common.tenants import Tenant
 from pilotfish.proto import codec, common_pb2, worker_pb2
 
 SAMPLING = TokenSampling(
@@ -30,7 +31,7 @@ SAMPLING = TokenSampling(
         EngineRequest(request_id="a", prompt_token_ids=(1, 2, 3), sampling=SAMPLING),
         EngineRequest(
             request_id="b#1", prompt_token_ids=(5,), sampling=TokenSampling(temperature=0, max_tokens=1, seed=0),
-            output_token_ids=(8, 9), priority=-3, deadline_ms=12.5, salt=b"\x00s",
+            output_token_ids=(8, 9), priority=-3, deadline_ms=12.5, salt=b"\x00s", tenant=Tenant("acme", 2.5),
         ),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pilotfish.common.errors import InvalidRequest
 from pilotfish.common.requests import FinishReason
+from pilotfish.common.tenants import Tenant
 
 
 def prompt(start: int, length: int) -> list[int]:
@@ -182,3 +183,31 @@ def test_a_request_id_in_use_is_refused(make_engine):
     engine.run()
     engine.check_output(request)
     engine.add("same", prompt(9, 4))
+
+
+def preempted_first(make_engine, requests):
+    """Which of these (name, priority, tenant, prompt tokens) is computed from its start again first."""
+    engine = make_engine(num_blocks=16, block_size=4, prefix_caching=False, max_num_seqs=8)
+    for number, (name, priority, tenant, num_prompt) in enumerate(requests):
+        engine.add(name, prompt(50 * number, num_prompt), max_tokens=24, priority=priority, tenant=tenant)
+    while not engine.scheduler.load().num_preemptions:
+        before = {s.request_id for s in engine.scheduler._lines.running}
+        engine.step()
+    after = {s.request_id for s in engine.scheduler._lines.running}
+    engine.run()
+    return before - after
+
+
+def test_of_equal_priorities_the_tenant_over_its_share_gives_way(make_engine):
+    small, large = Tenant("small"), Tenant("large")
+    requests = [("l0", 0, large, 12), ("l1", 0, large, 12), ("s0", 0, small, 4)]
+    assert preempted_first(make_engine, requests) == {"l1"}, "not s0, the last in line"
+    heavy = [
+        (name, priority, Tenant(tenant.name, 10.0 if tenant is large else 1.0), n) for name, priority, tenant, n in requests
+    ]
+    assert preempted_first(make_engine, heavy) == {"s0"}, "a tenth of the blocks, but for a tenth of the weight"
+
+
+def test_the_lowest_priority_gives_way_before_the_tenant_over_its_share(make_engine):
+    small, large = Tenant("small"), Tenant("large")
+    assert preempted_first(make_engine, [("l0", 0, large, 12), ("l1", 0, large, 12), ("s0", -1, small, 4)]) == {"s0"}

@@ -8,8 +8,12 @@ from dataclasses import replace
 import pytest
 from pilotfish.common.hashing import block_hashes
 from pilotfish.common.requests import BlockStored, FinishReason
+from pilotfish.common.tenants import ANONYMOUS, Tenant
 
 END_TOKENS = (0, 1, 2)
+
+
+TENANTS = (ANONYMOUS, Tenant("large", 5.0), Tenant("small", 0.5))
 
 
 def _random_request(rng, request_of, number, *, max_prompt, max_tokens):
@@ -26,6 +30,7 @@ def _random_request(rng, request_of, number, *, max_prompt, max_tokens):
         end_token_ids=END_TOKENS if rng.random() < 0.7 else (),
         priority=rng.choice((0, 0, 0, 1, 5)),
         salt=rng.choice((b"", b"", b"tenant")),
+        tenant=rng.choice(TENANTS),
     )
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 from pilotfish.common.requests import EngineRequest, TokenSampling
+from pilotfish.common.tenants import ANONYMOUS, Tenant
 from pilotfish.scheduler.step_plan import AdmittedSequence, BlockReplacement, ExpertOrders, PlannedRow, SlotWrite, StepPlan
 
 INT32_MAX = 2**31 - 1
@@ -59,6 +60,7 @@ def _random_admission(rng: random.Random, slot: int, request_id: str) -> Admitte
         priority=rng.choice((0, -3, 2**31)),
         deadline_ms=rng.choice((None, 0.0, rng.random() * 1e4)),
         salt=rng.randbytes(rng.choice((0, 16))),
+        tenant=rng.choice((ANONYMOUS, Tenant("acme", 2.5))),
     )
     return AdmittedSequence(request, slot, prompt + outputs, _ids(rng, 6), rng.randrange(99), len(outputs))
 

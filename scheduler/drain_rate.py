@@ -1,0 +1,41 @@
+"""How fast a line moves while something waits in it: the mean gap between the last departures."""
+
+from __future__ import annotations
+
+from collections import deque
+
+_NUM_GAPS = 64
+_PRIOR_GAP_MS = 1000.0
+_MIN_GAP_MS = 0.01
+
+
+class DrainRate:
+    """Times between departures that somebody waited for; idle time says nothing. Until one is seen, a gap is a second."""
+
+    def __init__(self) -> None:
+        self._gaps: deque[float] = deque(maxlen=_NUM_GAPS)
+        self._since_ms: float | None = None
+
+    def begin(self, now_ms: float) -> None:
+        """Something waits from now on, and nothing did before."""
+        self._since_ms = now_ms
+
+    def departed(self, now_ms: float, *, has_waited: bool, is_empty: bool) -> None:
+        """One left the line; one that did not have to wait says nothing about the rate."""
+        if self._since_ms is not None and has_waited:
+            self._gaps.append(now_ms - self._since_ms)
+        self._since_ms = None if is_empty else now_ms
+
+    def end(self) -> None:
+        """Nothing waits any more, for another reason than a departure."""
+        self._since_ms = None
+
+    def gap_ms(self, now_ms: float) -> float:
+        """Mean time between departures; a line that stands still for longer than that is getting slower."""
+        standing_ms = 0.0 if self._since_ms is None else now_ms - self._since_ms
+        if not self._gaps:
+            return max(_PRIOR_GAP_MS, standing_ms)
+        total, num_gaps = sum(self._gaps), len(self._gaps)
+        if standing_ms > total / num_gaps:
+            total, num_gaps = total + standing_ms, num_gaps + 1
+        return max(total / num_gaps, _MIN_GAP_MS)
