@@ -91,3 +91,12 @@ def test_a_replica_that_was_slow_and_gets_nothing_is_tried_again():
         for name in ("a", "b"):
             times.observe(name, num_tokens=8, step_ms=10.0)
     assert times.of("slow").step_ms(8) / times.of("a").step_ms(8) == pytest.approx(1, rel=0.05)
+
+
+def test_rare_prefills_among_many_decode_steps_set_the_slope():
+    times, rng = StepTimes(prior=PRIOR), random.Random(0)
+    for number in range(2000):
+        num_tokens = 2048 if number % 200 == 0 else rng.randint(1, 32)
+        times.observe("r", num_tokens=num_tokens, step_ms=4 + 0.025 * num_tokens)
+    assert times.of("r").ms_per_token == pytest.approx(0.025, rel=0.1)
+    assert times.of("r").step_ms(16) == pytest.approx(4.4, rel=0.1)
