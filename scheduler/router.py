@@ -19,7 +19,7 @@ replica has room.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..common.errors import Unavailable
 from ..common.requests import EngineLoad, StepOutput
@@ -197,11 +197,13 @@ class Router:
         candidates: Sequence[str] | None = None,
         tier_load_ms: Mapping[str, float] | None = None,
         client_request_id: str = "",
+        may_hold: bool = True,
     ) -> Choice:
         """Choose among `candidates` (default: all), charge the request to the choice and expect its prompt in that cache.
 
         `hashes` are those of the full blocks of the prompt (`num_tokens` tokens, with outputs known already). A request that is
-        routed again leaves its old replica. `client_request_id` is what `explain` finds it by; empty: `request_id`.
+        routed again leaves its old replica. `client_request_id` is what `explain` finds it by; empty: `request_id`. Without
+        `may_hold` the choice takes the request at once, room or not: one that runs there already, say.
 
         Raises:
             Unavailable: no candidate.
@@ -209,7 +211,7 @@ class Router:
         was_held = self._held.get(request_id)
         self.finish(request_id)
         config, matches, tiers = self._config, self.trie.match(hashes, tick=tick), tier_load_ms or {}
-        may_hold = was_held is None or tick - was_held.since < config.hold_ticks
+        may_wait = may_hold and (was_held is None or tick - was_held.since < config.hold_ticks)
         choice = choose(
             [
                 self._candidate(
@@ -220,7 +222,7 @@ class Router:
                     expected_output_tokens=expected_output_tokens,
                     tier_load_ms=tiers.get(name, 0.0),
                     is_first_held=was_held is not None and was_held.replica == name,
-                    may_hold=may_hold,
+                    may_hold=may_wait,
                 )
                 for name in (self._limits if candidates is None else candidates)
             ],
@@ -230,6 +232,7 @@ class Router:
             decode_weight=config.decode_weight,
             tie_ms=config.tie_ms,
         )
+        is_held = choice.is_held and may_hold
         decision = RouteDecision(
             request_id=client_request_id or request_id,
             sequence_id=request_id,
@@ -237,7 +240,7 @@ class Router:
             num_tokens=num_tokens,
             expected_output_tokens=expected_output_tokens,
             replica=choice.replica,
-            is_held=choice.is_held,
+            is_held=is_held,
             scores=choice.scores,
         )
         self._decisions.add(decision)
@@ -250,12 +253,12 @@ class Router:
             hashes=hashes,
             num_tokens=num_tokens,
             matched_tokens=matched_tokens,
-            is_held=choice.is_held,
+            is_held=is_held,
         )
-        if choice.is_held:
+        if is_held:
             self._held[request_id] = _Held(choice.replica, was_held.since if was_held else tick, hashes, num_tokens)
         self.trie.insert_speculative(choice.replica, hashes, tick=tick)
-        return choice
+        return replace(choice, is_held=is_held)
 
     def has_room(self, replica: str) -> bool:
         """Whether it could start some request soon, and none is held for it."""

@@ -1,19 +1,20 @@
 """How long a step takes: ms = overhead + ms_per_token * tokens, learned from the steps that replicas report.
 
-One line is fitted to all replicas of a model (weighted least squares, old steps fading), and each replica has a factor by
-which it is slower or faster, 1 until it has shown otherwise: a new replica is neither flooded nor starved. Its slope is the
-prefill rate, its value at a batch's size the time of a decode step. A step far from what was expected (a pause of the
-machine, a first compilation) counts only up to a limit, so that one of them moves neither.
+One line is fitted to all replicas of a model (weighted least squares; old steps fade as others of their size come, so that
+many decode steps do not outweigh the prefills between them), and each replica has a factor by which it is slower or faster
+than the line says now, 1 until it has shown otherwise: a new replica is neither flooded nor starved. Its slope is the prefill
+rate, its value at a batch's size the time of a decode step. A step far from what was expected (a pause of the machine, a
+first compilation) counts only up to a limit, so that one of them moves neither.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_FADE = 0.99  # weight of a step relative to the one after it
-_FACTOR_RATE = 0.05  # how fast a replica's factor follows its last step
-_FACTOR_LIMIT = 1.5  # a step moves a replica's factor as if it were at most so many times off
-_FIT_LIMIT = 8.0  # and the line
+_FADE = 0.99  # weight of a step of a replica relative to its next one
+_SIZE_FADE = 0.98  # and, for the line, of a step of the fleet relative to the next one of about its size
+_AVERAGE_STEPS = 10.0  # a replica counts as average until it has shown more steps than this
+_OUTLIER = 3.0  # a step counts as at most so many times what its replica was expected to take
 _PRIOR_TOKENS = 1024.0
 _PRIOR_WEIGHT = 0.1
 
@@ -29,49 +30,91 @@ class StepTime:
         return self.overhead_ms + self.ms_per_token * num_tokens
 
 
+@dataclass(slots=True)
+class _Replica:
+    """Fading sums of its steps: number, tokens, milliseconds. `seen_at`: the fleet's count of steps at its last one."""
+
+    weight: float = 0.0
+    tokens: float = 0.0
+    ms: float = 0.0
+    seen_at: int = 0
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Of a weighted least squares line y(x)."""
+
+    weight: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float, *, weight: float = 1.0, fade: float = _SIZE_FADE) -> None:
+        self.weight = self.weight * fade + weight
+        self.x = self.x * fade + weight * x
+        self.y = self.y * fade + weight * y
+        self.xx = self.xx * fade + weight * x * x
+        self.xy = self.xy * fade + weight * x * y
+
+    def join(self, other: _Sums) -> None:
+        self.weight += other.weight
+        self.x += other.x
+        self.y += other.y
+        self.xx += other.xx
+        self.xy += other.xy
+
+
 class StepTimes:
     """See the module; `prior` holds until steps are seen and then counts as a fraction of one."""
 
     def __init__(self, *, prior: StepTime) -> None:
         self._prior = prior
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._sizes: dict[int, _Sums] = {}  # by the power of two
         self._fit = prior
-        self._factors: dict[str, float] = {}
+        self._replicas: dict[str, _Replica] = {}
+        self._num_steps = 0
 
     def observe(self, replica: str, *, num_tokens: int, step_ms: float) -> None:
         """A replica ran a step; steps without tokens say nothing."""
         if num_tokens <= 0 or step_ms <= 0:
             return
-        expected = self._fit.step_ms(num_tokens)
-        factor = self._factors.get(replica, 1.0)
-        ratio = _clipped(step_ms / expected, around=factor, limit=_FACTOR_LIMIT)
-        self._factors[replica] = factor + _FACTOR_RATE * (ratio - factor)
-        x = float(num_tokens)
-        y = step_ms if self._weight < 1 else expected * _clipped(step_ms / expected, around=factor, limit=_FIT_LIMIT)
-        self._weight = self._weight * _FADE + 1
-        self._x = self._x * _FADE + x
-        self._y = self._y * _FADE + y
-        self._xx = self._xx * _FADE + x * x
-        self._xy = self._xy * _FADE + x * y
+        step_ms = min(step_ms, _OUTLIER * self.of(replica).step_ms(num_tokens))
+        self._num_steps += 1
+        x, y = float(num_tokens), step_ms
+        shown = self._replicas.setdefault(replica, _Replica())
+        fade = self._fade(shown)
+        shown.weight, shown.tokens, shown.ms = shown.weight * fade + 1, shown.tokens * fade + x, shown.ms * fade + y
+        shown.seen_at = self._num_steps
+        self._sizes.setdefault(num_tokens.bit_length(), _Sums()).add(x, y)
         self._fit = self._fitted()
 
     def forget(self, replica: str) -> None:
-        self._factors.pop(replica, None)
+        self._replicas.pop(replica, None)
 
     def of(self, replica: str) -> StepTime:
-        factor = self._factors.get(replica, 1.0)
-        return StepTime(self._fit.overhead_ms * factor, self._fit.ms_per_token * factor)
+        shown = self._replicas.get(replica)
+        if shown is None:
+            return self._fit
+        fade, fit = self._fade(shown), self._fit
+        average_ms = _AVERAGE_STEPS * (fit.overhead_ms + fit.ms_per_token * shown.tokens / shown.weight)
+        expected_ms = fit.overhead_ms * shown.weight + fit.ms_per_token * shown.tokens
+        factor = (average_ms + fade * shown.ms) / (average_ms + fade * expected_ms)
+        return StepTime(fit.overhead_ms * factor, fit.ms_per_token * factor)
+
+    def _fade(self, shown: _Replica) -> float:
+        """Of what a replica has shown, by the steps that the others have run on average since: one without requests becomes
+        average again, and is tried again."""
+        return float(_FADE ** ((self._num_steps - shown.seen_at) / len(self._replicas)))
 
     def _fitted(self) -> StepTime:
         # The prior counts as a light step of 0 and one of _PRIOR_TOKENS tokens: without it a run of equal steps fits any line.
-        far_ms = self._prior.step_ms(int(_PRIOR_TOKENS))
-        weight = self._weight + 2 * _PRIOR_WEIGHT
-        x, y = self._x + _PRIOR_WEIGHT * _PRIOR_TOKENS, self._y + _PRIOR_WEIGHT * (self._prior.overhead_ms + far_ms)
-        xx, xy = self._xx + _PRIOR_WEIGHT * _PRIOR_TOKENS**2, self._xy + _PRIOR_WEIGHT * _PRIOR_TOKENS * far_ms
+        total = _Sums()
+        for tokens in (0.0, _PRIOR_TOKENS):
+            total.add(tokens, self._prior.step_ms(int(tokens)), weight=_PRIOR_WEIGHT, fade=1.0)
+        for sums in self._sizes.values():
+            total.join(sums)
+        weight, x, y, xx, xy = total.weight, total.x, total.y, total.xx, total.xy
         slope = (weight * xy - x * y) / (weight * xx - x * x)
         slope = max(slope, 1e-6)
         return StepTime(max((y - slope * x) / weight, 0.0), slope)
-
-
-def _clipped(value: float, *, around: float, limit: float) -> float:
-    return min(max(value, around / limit), around * limit)

@@ -59,3 +59,44 @@ def test_steps_that_say_nothing_change_nothing():
     times.observe("r", num_tokens=0, step_ms=5.0)
     times.observe("r", num_tokens=5, step_ms=0.0)
     assert times.of("r") == PRIOR
+
+
+def test_a_pause_of_the_machine_moves_neither_the_line_nor_the_replica():
+    times, rng = StepTimes(prior=PRIOR), random.Random(0)
+    for number in range(600):
+        num_tokens = rng.choice((16, 256, 1024))
+        step_ms = 10 + 0.1 * num_tokens
+        times.observe(("r", "s")[number % 2], num_tokens=num_tokens, step_ms=5000 if number % 100 == 0 else step_ms)
+    assert times.of("r").step_ms(16) == pytest.approx(11.6, rel=0.2)
+    assert times.of("r").step_ms(1024) == pytest.approx(112.4, rel=0.2)
+    assert times.of("r").step_ms(512) / times.of("s").step_ms(512) == pytest.approx(1, rel=0.1)
+
+
+def test_the_first_steps_do_not_mark_a_replica_for_ever():
+    """Measured against a wrong prior, and then without requests: it is average by what the others have shown since."""
+    times = StepTimes(prior=PRIOR)
+    times.observe("unlucky", num_tokens=512, step_ms=500.0)
+    for _ in range(400):
+        times.observe("busy", num_tokens=8, step_ms=4.0)
+    assert times.of("unlucky").step_ms(8) / times.of("busy").step_ms(8) == pytest.approx(1, rel=0.1)
+
+
+def test_a_replica_that_was_slow_and_gets_nothing_is_tried_again():
+    times = StepTimes(prior=PRIOR)
+    for _ in range(100):
+        for name, step_ms in (("a", 10.0), ("b", 10.0), ("slow", 40.0)):
+            times.observe(name, num_tokens=8, step_ms=step_ms)
+    assert times.of("slow").step_ms(8) > 2 * times.of("a").step_ms(8)
+    for _ in range(1000):
+        for name in ("a", "b"):
+            times.observe(name, num_tokens=8, step_ms=10.0)
+    assert times.of("slow").step_ms(8) / times.of("a").step_ms(8) == pytest.approx(1, rel=0.05)
+
+
+def test_rare_prefills_among_many_decode_steps_set_the_slope():
+    times, rng = StepTimes(prior=PRIOR), random.Random(0)
+    for number in range(2000):
+        num_tokens = 2048 if number % 200 == 0 else rng.randint(1, 32)
+        times.observe("r", num_tokens=num_tokens, step_ms=4 + 0.025 * num_tokens)
+    assert times.of("r").ms_per_token == pytest.approx(0.025, rel=0.1)
+    assert times.of("r").step_ms(16) == pytest.approx(4.4, rel=0.1)
