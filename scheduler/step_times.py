@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _FADE = 0.99  # weight of a step relative to the one after it
-_FACTOR_RATE = 0.05  # how fast a replica's factor follows its last step
+_FACTOR_RATE = 0.01  # how fast a replica's factor follows its last step; faster, it would follow the kind of steps instead
 _FACTOR_LIMIT = 1.5  # a step moves a replica's factor as if it were at most so many times off
 _FIT_LIMIT = 8.0  # and the line
 _PRIOR_TOKENS = 1024.0
