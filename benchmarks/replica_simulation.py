@@ -2,7 +2,7 @@
 
 Everything happens in one loop over a heap of events, so hundreds of replicas need no cores of their own and two runs with one
 seed are equal. A replica takes requests between steps and has one step in flight. Binding is late, as in the dispatcher: a
-request leaves the queue when a replica has room for it.
+request leaves the queue when a replica has room for it, and the policy may hold it for a certain one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import Protocol
 
 from pilotfish.common.errors import Overloaded
 from pilotfish.common.hashing import block_hashes, root_hash
-from pilotfish.common.requests import EngineRequest, FinishReason, KvEvent, SequenceOutput, TokenSampling
+from pilotfish.common.requests import (
+    EngineRequest,
+    FinishReason,
+    KvEvent,
+    SequenceOutput,
+    StepOutput,
+    StepTimings,
+    TokenSampling,
+)
 from pilotfish.scheduler.admission import AdmissionQueue
 from pilotfish.scheduler.scheduler_config import SchedulerConfig
 from pilotfish.scheduler.step_plan import StepPlan, StepResult
@@ -68,15 +76,22 @@ class SimulatedRequest:
 
 
 class RoutingPolicy(Protocol):
-    """Chooses replicas, and is told what the controller would be told."""
+    """Chooses replicas, and is told what the controller would be told. `hold_ms`: how long it may hold a request."""
 
-    def add_replica(self, replica: str) -> None: ...
-    def choose(self, request: SimulatedRequest, candidates: Sequence[str], *, tick: int) -> str: ...
-    def first_token(self, request_id: str) -> None: ...
-    def finish(self, request: SimulatedRequest) -> None: ...
-    def take_step(
-        self, replica: str, *, num_tokens: int, step_ms: float, first_event_id: int, events: Sequence[KvEvent]
-    ) -> None: ...
+    hold_ms: float
+
+    def add_replica(self, replica: str, sizes: ReplicaSizes) -> None: ...
+
+    def has_room(self) -> bool:
+        """Whether it takes a request from the queue."""
+
+    def choose(self, request: SimulatedRequest, *, tick: int) -> str | None:
+        """A replica, or None: the request is held, until `next_ready` names it."""
+
+    def next_ready(self, *, tick: int) -> str | None:
+        """A held request that is to be chosen for again."""
+
+    def take_step(self, replica: str, step: StepOutput) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +122,7 @@ class _Replica:
     scheduler: StepScheduler
     timing: TimingModel
     plan: StepPlan | None = None
-    num_active: int = 0
+    num_steps: int = 0
     busy_ms: float = 0.0
 
 
@@ -128,14 +143,14 @@ class Simulation:
         self.requests: list[SimulatedRequest] = []
         self._policy = policy
         self._sizes = sizes or ReplicaSizes()
-        self._capacity = self._sizes.max_num_seqs + max(1, self._sizes.max_num_seqs // 8)
         self._on_events = on_events
         names = [f"replica-{number}" for number in range(num_replicas)]
         self._replicas = {name: _Replica(name, self._sizes.scheduler(), timing) for name in names}
         for name in names:
-            policy.add_replica(name)
+            policy.add_replica(name, self._sizes)
         self._queue: AdmissionQueue[SimulatedRequest] = AdmissionQueue(max_queued=max_queued)
         self._running: dict[str, SimulatedRequest] = {}
+        self._held: dict[str, SimulatedRequest] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
 
@@ -156,8 +171,8 @@ class Simulation:
         for replica in self._replicas.values():
             replica.scheduler.check_invariants()
             assert not replica.scheduler.has_work
-            assert replica.num_active == 0
         assert not self._running
+        assert not self._held
         assert not len(self._queue)
 
     def _at(self, time_ms: float, happen: Callable[[], None]) -> None:
@@ -179,21 +194,27 @@ class Simulation:
         self._at(time_ms, arrive)
 
     def _pump(self) -> None:
-        while len(self._queue):
-            candidates = [name for name, replica in self._replicas.items() if replica.num_active < self._capacity]
-            request = self._queue.pop(int(self.now_ms)) if candidates else None
+        policy, tick = self._policy, int(self.now_ms)
+        while self._held and (request_id := policy.next_ready(tick=tick)) is not None:
+            self._route(self._held.pop(request_id))
+        while len(self._queue) and policy.has_room():
+            request = self._queue.pop(tick)
             if request is None:
                 return
-            request.replica = self._policy.choose(request, candidates, tick=int(self.now_ms))
-            replica = self._replicas[request.replica]
-            replica.num_active += 1
-            self._running[request.request_id] = request
-            sampling = TokenSampling(temperature=0.0, max_tokens=request.conversation.turns[request.turn].num_output, seed=0)
-            replica.scheduler.add(
-                EngineRequest(request_id=request.request_id, prompt_token_ids=request.prompt, sampling=sampling)
-            )
-            if replica.plan is None:
-                self._start_step(replica)
+            self._route(request)
+
+    def _route(self, request: SimulatedRequest) -> None:
+        chosen = self._policy.choose(request, tick=int(self.now_ms))
+        if chosen is None:
+            self._held[request.request_id] = request
+            self._at(self.now_ms + self._policy.hold_ms, self._pump)  # it may have to go elsewhere by then
+            return
+        request.replica, replica = chosen, self._replicas[chosen]
+        self._running[request.request_id] = request
+        sampling = TokenSampling(temperature=0.0, max_tokens=request.conversation.turns[request.turn].num_output, seed=0)
+        replica.scheduler.add(EngineRequest(request_id=request.request_id, prompt_token_ids=request.prompt, sampling=sampling))
+        if replica.plan is None:
+            self._start_step(replica)
 
     def _start_step(self, replica: _Replica) -> None:
         replica.plan = replica.scheduler.plan()
@@ -208,16 +229,23 @@ class Simulation:
         token_ids = tuple(self._token_of(row.request_id, row.output_position) for row in plan.rows if row.samples)
         replica.scheduler.update(StepResult(plan.step_id, token_ids, (None,) * len(token_ids)))
         first_event_id, events = replica.scheduler.drain_kv_events()
-        if self._on_events is not None:
-            self._on_events(replica.name, events)
-        has_ended = False
-        for output in replica.scheduler.drain_outputs():
-            has_ended = self._take_output(replica, output) or has_ended
-        self._policy.take_step(
-            replica.name, num_tokens=plan.num_tokens, step_ms=step_ms, first_event_id=first_event_id, events=events
+        replica.num_steps += 1
+        step = StepOutput(
+            step_id=replica.num_steps,
+            sequences=tuple(replica.scheduler.drain_outputs()),
+            first_event_id=first_event_id,
+            kv_events=events,
+            num_batched_tokens=plan.num_tokens,
+            timings=StepTimings(total_ms=step_ms),
+            load=replica.scheduler.load(),
         )
         replica.plan = None
-        if has_ended:
+        self._policy.take_step(replica.name, step)
+        if self._on_events is not None:
+            self._on_events(replica.name, events)
+        for output in step.sequences:
+            self._take_output(output)
+        if self._held or len(self._queue):
             self._pump()
         if replica.plan is None:
             self._start_step(replica)
@@ -225,22 +253,17 @@ class Simulation:
     def _token_of(self, request_id: str, position: int) -> int:
         return (int(request_id[1:]) * 7919 + position) % _VOCABULARY
 
-    def _take_output(self, replica: _Replica, output: SequenceOutput) -> bool:
-        """Whether the request has ended with it."""
+    def _take_output(self, output: SequenceOutput) -> None:
         request = self._running[output.request_id]
         if not request.output:
             request.first_token_ms, request.cached_tokens = self.now_ms, output.cached_tokens
-            self._policy.first_token(request.request_id)
         request.output += output.token_ids
         if output.finish_reason is None:
-            return False
+            return
         assert output.finish_reason is FinishReason.LENGTH, output.error
         del self._running[request.request_id]
         request.end_ms = self.now_ms
-        replica.num_active -= 1
-        self._policy.finish(request)
         turns, turn = request.conversation.turns, request.turn + 1
         if turn < len(turns):
             history = request.prompt + tuple(request.output)
             self._arrive_at(self.now_ms + turns[turn].think_ms, request.conversation, turn=turn, history=history)
-        return True
