@@ -156,6 +156,8 @@ class Dispatcher:
 
     def take_step(self, name: str, step: StepOutput) -> bool:
         """Outputs to their streams, cache events to the router; False if events are missing."""
+        for observer in self._observers:
+            observer.on_step(name, step)
         has_ended = False
         for output in step.sequences:
             sequence = self._running.get(output.request_id)
@@ -164,8 +166,6 @@ class Dispatcher:
                 has_ended = has_ended or output.finish_reason is not None
         self.router.step_times.observe(name, num_tokens=step.num_batched_tokens, step_ms=step.timings.total_ms)
         complete = not step.kv_events or self.router.trie.apply(name, first_event_id=step.first_event_id, events=step.kv_events)
-        for observer in self._observers:
-            observer.on_step(name, step)
         if has_ended:
             self.pump()
         return complete
@@ -193,6 +193,8 @@ class Dispatcher:
         logger.debug("%s goes to %s: %s", wire_id, choice.replica, choice.scores)
         sequence.dispatched(wire_id, choice.replica)
         self._running[wire_id] = sequence
+        for observer in self._observers:
+            observer.on_dispatch(sequence.stream.request_id, sequence.index, wire_id, choice.replica, choice.scores)
         self._replicas[choice.replica].target.submit(sequence.to_submit())
 
     def _take_output(self, sequence: SequenceState, output: SequenceOutput) -> None:
@@ -244,6 +246,8 @@ class Dispatcher:
             reason,
             extra=logs.about(sequence.stream.request_id, replica=sequence.replica, num_tokens=num_known),
         )
+        for observer in self._observers:
+            observer.on_return(sequence.stream.request_id, sequence.index, sequence.wire_id, reason)
         self._returned.append(sequence)
 
     def _abort(self, sequence: SequenceState) -> None:

@@ -136,6 +136,7 @@ class GrpcGateway:
             model=request.model,
             priority=request.priority,
             timeout_s=_time_remaining_s(context),
+            trace_headers=_trace_headers(context),
             **what,
         )
         async with handle:
@@ -172,6 +173,11 @@ def _time_remaining_s(context: Context) -> float | None:
     """The client's deadline; None where it set none (gRPC then reports an absurdly long time)."""
     remaining_s = context.time_remaining()
     return None if remaining_s is None or remaining_s > 1e8 else max(remaining_s, 1e-3)
+
+
+def _trace_headers(context: Context) -> dict[str, str]:
+    metadata = context.invocation_metadata() or ()
+    return {name: str(value) for name, value in metadata if name in ("traceparent", "tracestate")}
 
 
 async def _abort(context: Context, error: Exception) -> NoReturn:

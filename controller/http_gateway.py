@@ -134,6 +134,7 @@ class HttpGateway:
                             model=body.model,
                             priority=body.priority,
                             timeout_s=body.timeout_s,
+                            trace_headers=request.headers,
                             **what,
                         )
                     )

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..common import logs
@@ -26,6 +26,11 @@ from .fleet import Fleet
 from .front_end import FrontEnd, Tokenization
 from .streams import RequestStream
 from .totals import Totals
+
+if TYPE_CHECKING:
+    from .tracing import RequestTracing
+
+NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +94,7 @@ class InferenceService:
         fleet: Fleet,
         dispatcher: Dispatcher,
         totals: Totals,
+        tracing: RequestTracing | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         self._config = config
@@ -96,6 +102,7 @@ class InferenceService:
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._totals = totals
+        self._tracing = tracing
         self._observers = observers
         self._streams: dict[str, RequestStream] = {}
         self._num_preparing = 0
@@ -116,6 +123,7 @@ class InferenceService:
         timeout_s: float | None = None,
         continue_final_message: bool = False,
         echo: bool = False,
+        trace_headers: Mapping[str, str] = NO_HEADERS,
     ) -> RequestHandle:
         """Accept a request: either `prompt` (text or token ids) or chat `messages`.
 
@@ -125,6 +133,7 @@ class InferenceService:
             model: the served name, or empty.
             timeout_s: until the last token; None is the configured default.
             echo: the text of every choice starts with the prompt.
+            trace_headers: W3C `traceparent` and `tracestate`, where the caller traces; read only where this controller does.
 
         Raises:
             InvalidRequest, ModelNotFound, Overloaded (with retry_after_s), Unavailable (no replica can take it),
@@ -136,6 +145,8 @@ class InferenceService:
             self._report_refused(error)
             raise
         logs.request_id.set(stream.request_id)
+        if self._tracing is not None:
+            self._tracing.begin(stream.request_id, stream.model, trace_headers)
         self._num_preparing += 1
         try:
             prepared = await self._front_end.prepare(
@@ -151,13 +162,17 @@ class InferenceService:
             if stream.error is not None:  # aborted or out of time meanwhile
                 raise stream.error
             stream.start(prepared)
+            if self._tracing is not None:
+                self._tracing.accepted(
+                    stream.request_id, num_prompt_tokens=prepared.num_prompt_tokens, num_choices=len(prepared.requests)
+                )
             self._dispatcher.enqueue(stream)
         except PilotfishError as error:
-            stream.refuse()
+            self._refuse(stream, error)
             self._report_refused(error)
             raise
-        except BaseException:
-            stream.refuse()
+        except BaseException as error:
+            self._refuse(stream, error)
             raise
         finally:
             self._num_preparing -= 1
@@ -261,6 +276,11 @@ class InferenceService:
             record = stream.record()
             for observer in self._observers:
                 observer.on_request_end(record)
+
+    def _refuse(self, stream: RequestStream, error: BaseException) -> None:
+        stream.refuse()
+        if self._tracing is not None:
+            self._tracing.refused(stream.request_id, error)
 
     def _report_refused(self, error: PilotfishError) -> None:
         for observer in self._observers:
