@@ -30,6 +30,7 @@ from .options import (
 )
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
+from .tracing import Metadata, traced_call
 
 
 class AsyncClient:
@@ -135,16 +136,23 @@ class AsyncClient:
 
     def _stream(self, method: str, call: TextCall) -> AsyncTextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
-        name = call_metadata()
-        return AsyncTextStream(
-            lambda timeout_s: self._begin(method, call.request, timeout_s, name), attempts, num_choices=call.num_choices
-        )
+        named = (*self._metadata, call_metadata())
+
+        def begin(timeout_s: float | None) -> Any:
+            return traced_call(
+                method,
+                address=self.address,
+                metadata=named,
+                begin=lambda metadata: self._begin(method, call.request, timeout_s, metadata),
+            )
+
+        return AsyncTextStream(begin, attempts, num_choices=call.num_choices)
 
     async def _short_call(self, method: str, request: Any) -> Any:
         attempts = self._attempts(self._short_timeout_s)
         while True:
             try:
-                return await self._begin(method, request, attempts.remaining_s())
+                return await self._begin(method, request, attempts.remaining_s(), self._metadata)
             except asyncio.CancelledError:
                 if is_task_cancelled():
                     raise
@@ -153,7 +161,7 @@ class AsyncClient:
                 delay_s = attempts.delay_after(failure)
             await asyncio.sleep(delay_s)
 
-    def _begin(self, method: str, request: Any, timeout_s: float | None, *metadata: tuple[str, str]) -> Any:
+    def _begin(self, method: str, request: Any, timeout_s: float | None, metadata: Metadata) -> Any:
         if self._is_closed:
             raise Unavailable("this client is closed")
         if self._stub is None:
@@ -163,7 +171,7 @@ class AsyncClient:
                 else grpc.aio.secure_channel(self.address, self._credentials, options=self._arguments)
             )
             self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=lambda: self._is_closed)

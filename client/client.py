@@ -30,6 +30,7 @@ from .options import (
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
 from .text_stream import TextStream
+from .tracing import Metadata, traced_call
 
 
 class Client:
@@ -102,7 +103,7 @@ class Client:
         self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
     ) -> TextStream:
         """As `generate`, but returns at once: iterate to get the text as it is produced."""
-        return self._stream(self._stub.Generate, generate_call(prompt, params, options))
+        return self._stream("Generate", generate_call(prompt, params, options))
 
     def chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation through the model's chat template; returns when the answer is whole.
@@ -115,7 +116,7 @@ class Client:
 
     def stream_chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> TextStream:
         """As `chat`, but returns at once: iterate to get the text as it is produced."""
-        return self._stream(self._stub.Chat, chat_call(messages, params, options))
+        return self._stream("Chat", chat_call(messages, params, options))
 
     def abort(self, request_id: str) -> bool:
         """End a request, whoever made it. False if none in flight has this id."""
@@ -153,26 +154,33 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _stream(self, method: Any, call: TextCall) -> TextStream:
+    def _stream(self, method: str, call: TextCall) -> TextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
-        name = call_metadata()
-        return TextStream(
-            lambda timeout_s: self._begin(method, call.request, timeout_s, name), attempts, num_choices=call.num_choices
-        )
+        named = (*self._metadata, call_metadata())
+
+        def begin(timeout_s: float | None) -> Any:
+            return traced_call(
+                method,
+                address=self.address,
+                metadata=named,
+                begin=lambda metadata: self._begin(getattr(self._stub, method), call.request, timeout_s, metadata),
+            )
+
+        return TextStream(begin, attempts, num_choices=call.num_choices)
 
     def _short_call(self, method: Any, request: Any) -> Any:
         attempts = self._attempts(self._short_timeout_s)
         while True:
             try:
-                return self._begin(method, request, attempts.remaining_s())
+                return self._begin(method, request, attempts.remaining_s(), self._metadata)
             except grpc.RpcError as failure:
                 delay_s = attempts.delay_after(failure)
             self._closed.wait(delay_s)
 
-    def _begin(self, method: Any, request: Any, timeout_s: float | None, *metadata: tuple[str, str]) -> Any:
+    def _begin(self, method: Any, request: Any, timeout_s: float | None, metadata: Metadata) -> Any:
         if self._closed.is_set():
             raise Unavailable("this client is closed")
-        return method(request, timeout=timeout_s, metadata=(*self._metadata, *metadata))
+        return method(request, timeout=timeout_s, metadata=metadata)
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=self._closed.is_set)

@@ -23,6 +23,7 @@ from .authority import Authority
 from .controller import Controller
 from .ray_launcher import RayLauncher
 from .service import Addresses
+from .trace_setup import tracing_from_environment
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class ControllerActor:
                 launcher=RayLauncher(worker_class, config, authority),
                 authority=authority,
                 controller_id=f"{os.getpid()}-{secrets.token_hex(4)}",
+                tracing=tracing_from_environment(os.environ),
             )
             addresses = await self._controller.start(bind_timeout_s=_REBIND_TIMEOUT_S if is_restart else 0.0)
             await self._controller.wait_ready()

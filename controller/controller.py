@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError
@@ -25,6 +26,9 @@ from .service import Addresses, InferenceService
 from .totals import Totals
 from .worker_process import Launcher
 
+if TYPE_CHECKING:
+    from .tracing import RequestTracing
+
 logger = logging.getLogger(__name__)
 
 _BIND_PAUSE_S = 0.25
@@ -38,14 +42,22 @@ class Controller:
     """
 
     def __init__(
-        self, config: ServeConfig, *, model_path: str | Path, launcher: Launcher, authority: Authority, controller_id: str
+        self,
+        config: ServeConfig,
+        *,
+        model_path: str | Path,
+        launcher: Launcher,
+        authority: Authority,
+        controller_id: str,
+        tracing: RequestTracing | None = None,
     ) -> None:
         self._config = config
         self._front_end = FrontEnd(
             model_path, generation_config=config.model.generation_config, block_size=config.engine.block_size
         )
         self._metrics, totals = Metrics(), Totals()
-        observers = (self._metrics, totals, RequestLog())
+        self._tracing = tracing
+        observers = (self._metrics, totals, RequestLog(), *([tracing] if tracing else []))
         self._dispatcher = Dispatcher(
             max_queued=config.gateway.max_queued_requests,
             max_attempts=config.fleet.max_attempts,
@@ -67,6 +79,7 @@ class Controller:
             fleet=self._fleet,
             dispatcher=self._dispatcher,
             totals=totals,
+            tracing=tracing,
             observers=observers,
         )
         self._grpc: GrpcGateway | None = None
@@ -108,6 +121,9 @@ class Controller:
         self.service.end_all()
         await self._close_doors()
         self._front_end.close()
+        tracing, self._tracing = self._tracing, None
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     async def _open_doors(self) -> None:
         gateway, tokenizer = self._config.gateway, self._front_end.tokenizer

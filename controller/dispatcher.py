@@ -191,13 +191,13 @@ class Dispatcher:
 
     def take_step(self, name: str, step: StepOutput) -> bool:
         """Outputs to their streams, cache events to the router; False if events are missing."""
+        for observer in self._observers:
+            observer.on_step(name, step)
         complete = self.router.take_step(name, step)
         for output in step.sequences:
             sequence = self._running.get(output.request_id)
             if sequence is not None and sequence.replica == name:
                 self._take_output(sequence, output)
-        for observer in self._observers:
-            observer.on_step(name, step)
         if self.num_queued and self.router.can_start(name):
             self.pump()
         return complete
@@ -231,6 +231,8 @@ class Dispatcher:
         self._recharge(sequence, self._expected_cost_ms(sequence, choice.replica, num_cached=matched))
         sequence.dispatched(wire_id, choice.replica)
         self._running[wire_id] = sequence
+        for observer in self._observers:
+            observer.on_dispatch(sequence.stream.request_id, sequence.index, wire_id, choice.replica, choice.scores)
         self._replicas[choice.replica].target.submit(sequence.to_submit())
 
     def _take_output(self, sequence: SequenceState, output: SequenceOutput) -> None:
@@ -276,6 +278,8 @@ class Dispatcher:
             reason,
             extra=logs.about(sequence.stream.request_id, replica=sequence.replica, num_tokens=num_known),
         )
+        for observer in self._observers:
+            observer.on_return(sequence.stream.request_id, sequence.index, sequence.wire_id, reason)
         self._returned.append(sequence)
 
     def _abort(self, sequence: SequenceState) -> None:

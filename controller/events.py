@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..common.requests import FinishReason, StepOutput
+from ..common.routing import RouteScore
 from ..text.output import TextDelta
 
 
@@ -65,12 +66,20 @@ class RequestRecord:
     num_attempts: int
 
 
-class Observer(Protocol):
-    """Is told what happens, on the event loop; must be quick and must not raise."""
+class Observer:
+    """Is told what happens, on the event loop; must be quick and must not raise. A subclass takes what it wants to know."""
 
-    def on_request_end(self, record: RequestRecord) -> None: ...
+    def on_request_end(self, record: RequestRecord) -> None:
+        """An accepted request has ended."""
 
     def on_refused(self, error_code: str) -> None:
         """A request was refused before it was accepted."""
 
-    def on_step(self, replica: str, step: StepOutput) -> None: ...
+    def on_dispatch(self, request_id: str, index: int, wire_id: str, replica: str, scores: Sequence[RouteScore]) -> None:
+        """Choice `index` goes to a replica, in a run of the name `wire_id`."""
+
+    def on_return(self, request_id: str, index: int, wire_id: str, reason: str) -> None:
+        """The run's replica was lost or gave it up: the choice waits again."""
+
+    def on_step(self, replica: str, step: StepOutput) -> None:
+        """A replica has ended a step; its outputs go to their streams next."""

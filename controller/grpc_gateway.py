@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -38,11 +38,12 @@ Context: TypeAlias = grpc.aio.ServicerContext
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Caller:
-    """What a call's context says: whose it is, which call it is (over its attempts), and how long it may take."""
+    """What a call's context says: whose it is, which call it is (over its attempts), how long it may take, what traces it."""
 
     tenant: Tenant
     call_id: str
     timeout_s: float | None
+    trace_headers: Mapping[str, str]
 
 
 class GrpcGateway:
@@ -99,6 +100,7 @@ class GrpcGateway:
             tenant=self._service.tenants.authenticate(metadata.get("authorization")),
             call_id=metadata.get(CALL_ID_KEY, ""),
             timeout_s=_time_remaining_s(context),
+            trace_headers=_trace_headers(context),
         )
 
     def _handlers(self) -> grpc.GenericRpcHandler:
@@ -165,6 +167,7 @@ class GrpcGateway:
             timeout_s=caller.timeout_s,
             tenant=caller.tenant,
             retry_key=caller.call_id or request.request_id,
+            trace_headers=caller.trace_headers,
             **what,
         )
         async with handle:
@@ -204,6 +207,11 @@ def _time_remaining_s(context: Context) -> float | None:
     """The client's deadline; None where it set none (gRPC then reports an absurdly long time)."""
     remaining_s = context.time_remaining()
     return None if remaining_s is None or remaining_s > 1e8 else max(remaining_s, 1e-3)
+
+
+def _trace_headers(context: Context) -> dict[str, str]:
+    metadata = context.invocation_metadata() or ()
+    return {name: str(value) for name, value in metadata if name in ("traceparent", "tracestate")}
 
 
 async def _abort(context: Context, error: Exception) -> NoReturn:

@@ -142,6 +142,7 @@ class HttpGateway:
                             timeout_s=body.timeout_s,
                             tenant=request.state.tenant,
                             retry_key=request.headers.get("idempotency-key") or body.request_id or "",
+                            trace_headers=request.headers,
                             **what,
                         )
                     )

@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 
 from ..common.cluster_state import ClusterState
 from ..common.requests import StepOutput
-from .events import RequestRecord
+from .events import Observer, RequestRecord
 from .state_metrics import StateCollector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -22,7 +22,7 @@ _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3
 STEP_PARTS = ("plan", "forward", "sample")
 
 
-class Metrics:
+class Metrics(Observer):
     """An Observer of the service and the dispatcher; `render` gives the text that Prometheus reads."""
 
     def __init__(self) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 
 from ..common import logs
-from ..common.requests import StepOutput
-from .events import RequestRecord
+from .events import Observer, RequestRecord
 
 logger = logging.getLogger(__name__)
 
 
-class RequestLog:
+class RequestLog(Observer):
     """An Observer."""
 
     def on_request_end(self, record: RequestRecord) -> None:
@@ -39,9 +38,3 @@ class RequestLog:
                 total_ms=round(usage.total_ms, 3),
             ),
         )
-
-    def on_refused(self, error_code: str) -> None:
-        """The caller has the reason; /metrics counts it."""
-
-    def on_step(self, replica: str, step: StepOutput) -> None:
-        """Nothing is logged per step."""

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..common import logs
@@ -29,6 +29,11 @@ from .front_end import FrontEnd, Prepared, Tokenization
 from .streams import RequestStream
 from .tenants import Tenants
 from .totals import Totals
+
+if TYPE_CHECKING:
+    from .tracing import RequestTracing
+
+NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +97,7 @@ class InferenceService:
         fleet: Fleet,
         dispatcher: Dispatcher,
         totals: Totals,
+        tracing: RequestTracing | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         self._config = config
@@ -99,6 +105,7 @@ class InferenceService:
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._totals = totals
+        self._tracing = tracing
         self._observers = observers
         self.tenants = Tenants(config.tenants)
         self._streams: dict[str, RequestStream] = {}
@@ -122,6 +129,7 @@ class InferenceService:
         echo: bool = False,
         tenant: Tenant = ANONYMOUS,
         retry_key: str = "",
+        trace_headers: Mapping[str, str] = NO_HEADERS,
     ) -> RequestHandle:
         """Accept a request: either `prompt` (text or token ids) or chat `messages`.
 
@@ -133,6 +141,7 @@ class InferenceService:
             echo: the text of every choice starts with the prompt.
             tenant: whose request it is (`tenants.authenticate`).
             retry_key: names the caller over several attempts of one call, for the place that a full queue holds for it.
+            trace_headers: W3C `traceparent` and `tracestate`, where the caller traces; read only where this controller does.
 
         Raises:
             InvalidRequest, ModelNotFound, Overloaded (with retry_after_s), Unavailable (no replica can take it),
@@ -151,6 +160,8 @@ class InferenceService:
             self._report_refused(error)
             raise
         logs.request_id.set(stream.request_id)
+        if self._tracing is not None:
+            self._tracing.begin(stream.request_id, stream.model, trace_headers)
         self._num_preparing += 1
         try:
             prepared = await self._front_end.prepare(
@@ -167,13 +178,17 @@ class InferenceService:
                 raise stream.error
             self._take_tokens(stream, prepared)
             stream.start(prepared)
+            if self._tracing is not None:
+                self._tracing.accepted(
+                    stream.request_id, num_prompt_tokens=prepared.num_prompt_tokens, num_choices=len(prepared.requests)
+                )
             self._dispatcher.enqueue(stream, retry_key=retry_key)
         except PilotfishError as error:
-            stream.refuse()
+            self._refuse(stream, error)
             self._report_refused(error)
             raise
-        except BaseException:
-            stream.refuse()
+        except BaseException as error:
+            self._refuse(stream, error)
             raise
         finally:
             self._num_preparing -= 1
@@ -308,6 +323,11 @@ class InferenceService:
             record = stream.record()
             for observer in self._observers:
                 observer.on_request_end(record)
+
+    def _refuse(self, stream: RequestStream, error: BaseException) -> None:
+        stream.refuse()
+        if self._tracing is not None:
+            self._tracing.refused(stream.request_id, error)
 
     def _report_refused(self, error: PilotfishError) -> None:
         for observer in self._observers:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from ..common.cluster_state import ClusterState
 from ..common.requests import StepOutput
-from .events import RequestRecord
+from .events import Observer, RequestRecord
 
 
-class Totals:
+class Totals(Observer):
     """An Observer. `add_to` fills in a state's counts."""
 
     def __init__(self) -> None:
@@ -21,9 +21,6 @@ class Totals:
     def on_request_end(self, record: RequestRecord) -> None:
         self._num_prompt_tokens += record.usage.prompt_tokens
         self._num_cached_tokens += record.usage.cached_tokens
-
-    def on_refused(self, error_code: str) -> None:
-        """Brings no tokens."""
 
     def on_step(self, replica: str, step: StepOutput) -> None:
         self._generated[replica] += sum(len(output.token_ids) for output in step.sequences)
