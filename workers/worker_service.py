@@ -76,7 +76,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._running: dict[str, None] = {}
         self._ended_unacknowledged: set[str] = set()
         self._connection: _Connection | None = None
-        self._load = EngineLoad()
+        self._load = EngineLoad(num_free_blocks=info.num_blocks)
         self._draining = False
         self._given_up = ""  # why running requests were aborted; no submit is taken until the controller has caught up
         self._idle = asyncio.Event()
