@@ -59,6 +59,10 @@ def _of_replicas(replicas: list[ReplicaStatus]) -> Iterator[Metric]:
     )
     expected = _gauge("expected_expert_balance_ratio", "The same as the last round of moves expected it.")
     moves = CounterMetricFamily("pilotfish_expert_moves_total", "Experts moved or copied.", labels=("replica",))
+    drifts = {
+        unit: _gauge(f"router_drift_{unit}", f"{unit.capitalize()} that the router counts on a replica less what it reports.")
+        for unit in ("requests", "tokens", "blocks")
+    }
     for replica in replicas:
         load, labels = replica.load, (replica.name,)
         counts = (load.num_used_blocks, load.num_cached_blocks, load.num_free_blocks)
@@ -69,11 +73,14 @@ def _of_replicas(replicas: list[ReplicaStatus]) -> Iterator[Metric]:
         waiting.add_metric(labels, load.num_waiting)
         step_age.add_metric(labels, replica.last_step_age_s)
         preemptions.add_metric(labels, load.num_preemptions)
+        if replica.routing is not None:
+            for unit, family in drifts.items():
+                family.add_metric(labels, getattr(replica.routing, f"drift_{unit}"))
         if (balance := load.expert_balance) is not None:
             measured.add_metric(labels, balance.measured)
             expected.add_metric(labels, balance.expected)
             moves.add_metric(labels, balance.num_moves)
-    yield from (blocks, usage, running, waiting, step_age, preemptions, measured, expected, moves)
+    yield from (blocks, usage, running, waiting, step_age, preemptions, measured, expected, moves, *drifts.values())
 
 
 def _gauge(name: str, text: str) -> GaugeMetricFamily:
