@@ -1,0 +1,202 @@
+"""A controller and replicas without a model, in processes of their own, for benchmarks of what is around the model.
+
+One process hosts the replicas: real engines and gRPC servers over a TimedRunner, which say when a token came into being. One
+runs the Controller, as under Ray but with a launcher that asks the host. Life: `TimedFleet` starts both, its `with` block ends
+them; a process whose parent is gone ends too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+
+from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
+from pilotfish.common.identity import Identity
+from pilotfish.common.requests import ServingWorker, StepOutput
+from pilotfish.controller.authority import Authority
+from pilotfish.controller.controller import Controller
+from pilotfish.controller.worker_process import worker_name
+from pilotfish.workers.timed_runner import TimedReplica, TimingModel
+
+_START_S = 120.0
+_PROCESSES = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FleetSettings:
+    """`path` has the tokenizer; sizes are those of each replica."""
+
+    path: str
+    timing: TimingModel
+    num_replicas: int = 8
+    max_num_seqs: int = 128
+    num_kv_blocks: int = 100_000
+
+    def engine(self) -> EngineConfig:
+        return EngineConfig(device="cpu", max_num_seqs=self.max_num_seqs, num_kv_blocks=self.num_kv_blocks)
+
+
+class _Emissions:
+    """When tokens came out of the engines: (request id, output position) -> monotonic seconds."""
+
+    def __init__(self) -> None:
+        self.times_s: dict[tuple[str, int], float] = {}
+
+    def note(self, step: StepOutput) -> None:
+        now_s = time.monotonic()
+        for output in step.sequences:
+            if output.token_ids:
+                self.times_s[output.request_id.partition("~")[0], output.offset] = now_s
+
+
+def _host(settings: FleetSettings, calls: Connection, answers: Connection) -> None:
+    """The replicas' process: starts one for each (name, identity, epoch); an empty message on `answers` asks for emissions."""
+    from pilotfish.workers.engine import Engine
+    from pilotfish.workers.server import WorkerServer
+    from pilotfish.workers.worker_service import ServerLimits
+
+    emissions, replicas = _Emissions(), []
+
+    def start(identity: Identity, epoch: int) -> ServingWorker:
+        server = WorkerServer(ServerLimits(), identity)
+
+        def on_step(step: StepOutput) -> None:
+            emissions.note(step)
+            server.on_step(step)
+
+        config = settings.engine()
+        engine = Engine(ModelConfig(model="timed"), config, on_step=on_step, set_up=TimedReplica(timing=settings.timing))
+        info = replace(engine.start(), epoch=epoch, pid=os.getpid())
+        replicas.append((engine, server))
+        return ServingWorker(address=server.start(engine, info, host="127.0.0.1"), node="here", info=info)
+
+    try:
+        while True:
+            for connection in multiprocessing.connection.wait([calls, answers]):
+                if connection is calls:
+                    calls.send(start(*calls.recv()))
+                else:
+                    answers.recv()
+                    answers.send(emissions.times_s)
+                    emissions.times_s = {}
+    except EOFError:
+        os._exit(0)  # whoever asked is gone
+
+
+@dataclass(slots=True)
+class _HostedWorker:
+    places: Sequence[ServingWorker]
+
+    async def wait_dead(self) -> str:
+        """Its process lives as long as the benchmark."""
+        await asyncio.Event().wait()
+        raise AssertionError("nothing ends this wait")
+
+    async def end(self) -> None:
+        """The host ends all at once."""
+
+
+class _HostLauncher:
+    """The fleet's Launcher: asks the host for one replica after the other."""
+
+    def __init__(self, calls: Connection, authority: Authority) -> None:
+        self._calls = calls
+        self._authority = authority
+        self._lock = asyncio.Lock()
+
+    async def launch(self, replica: str, *, epoch: int) -> _HostedWorker:
+        async with self._lock:
+            self._calls.send((self._authority.issue(worker_name(replica, epoch=epoch)), epoch))
+            return _HostedWorker([await asyncio.to_thread(self._calls.recv)])
+
+    async def find(self) -> Mapping[str, _HostedWorker]:
+        return {}
+
+
+def _control(settings: FleetSettings, calls: Connection, parent: Connection) -> None:
+    """The controller's process: sends its gRPC address, then serves until the parent closes the connection."""
+
+    async def serve() -> None:
+        authority = Authority.create()
+        config = ServeConfig(
+            model=ModelConfig(model="timed"),
+            engine=settings.engine(),
+            gateway=GatewayConfig(grpc_port=0, http_port=0, max_queued_requests=4096),
+            fleet=FleetConfig(num_replicas=settings.num_replicas),
+        )
+        controller = Controller(
+            config,
+            model_path=Path(settings.path),
+            launcher=_HostLauncher(calls, authority),
+            authority=authority,
+            controller_id="benchmark",
+        )
+        addresses = await controller.start()
+        await controller.wait_ready()
+        parent.send(addresses.grpc)
+        await asyncio.to_thread(_until_closed, parent)
+        await controller.stop()
+
+    asyncio.run(serve())
+
+
+def _until_closed(connection: Connection) -> None:
+    try:
+        connection.recv()
+    except EOFError:
+        return
+
+
+class TimedFleet:
+    """See the module. Entered, the controller serves at `address` (gRPC)."""
+
+    def __init__(self, settings: FleetSettings) -> None:
+        host_calls, controller_calls = _PROCESSES.Pipe()
+        self._answers, host_answers = _PROCESSES.Pipe()
+        self._parent, controller_parent = _PROCESSES.Pipe()
+        self._ends = (host_calls, controller_calls, host_answers, controller_parent)
+        self._host = _PROCESSES.Process(target=_host, args=(settings, host_calls, host_answers), daemon=True)
+        self._controller = _PROCESSES.Process(
+            target=_control, args=(settings, controller_calls, controller_parent), daemon=True
+        )
+        self.address = ""
+
+    def __enter__(self) -> TimedFleet:
+        self._host.start()
+        self._controller.start()
+        for end in self._ends:
+            end.close()
+        if not self._parent.poll(_START_S):
+            raise SystemExit(f"the controller did not serve within {_START_S:g} s; its messages are above")
+        self.address = self._parent.recv()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._parent.close()
+        self._controller.join(30)
+        self._answers.close()
+        self._host.join(30)
+        for process in (self._controller, self._host):
+            process.kill()
+
+    def emissions(self) -> Mapping[tuple[str, int], float]:
+        """When the tokens since the last call came into being, by (request id, output position); monotonic seconds."""
+        self._answers.send(None)
+        return self._answers.recv()
+
+    def controller_cpu_s(self) -> float:
+        """CPU time of the controller's process so far."""
+        fields = Path(f"/proc/{self._controller.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def controller_rss_mib(self) -> float:
+        """Memory of the controller's process."""
+        lines = Path(f"/proc/{self._controller.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
