@@ -31,11 +31,12 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     else:
-        print("\n\n".join(_text(decision) for decision in decisions))
+        print("\n\n".join(decision_text(decision) for decision in decisions))
     return 0 if decisions else 1
 
 
-def _text(decision: RouteDecision) -> str:
+def decision_text(decision: RouteDecision) -> str:
+    """The choice in one line, then a line for each replica, the cheapest first."""
     went = "is held for" if decision.is_held else "goes to"
     width = max(len("replica"), *(len(score.replica) for score in decision.scores))
     lines = [

@@ -27,6 +27,7 @@ COMMANDS = {
     "check-model": "prove that a checkpoint runs right: logits and greedy tokens against transformers",
     "status": "show a running cluster: replicas, load, defaults",
     "explain": "say why the router sent a request where it went: every replica's cost, by parts",
+    "replay": "run a trace of arrivals through the router, in virtual time and without a model",
     "env": "show what matters of this machine, and what to fix",
 }
 

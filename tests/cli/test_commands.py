@@ -87,3 +87,16 @@ def test_local_generate_and_check_model_on_a_tiny_checkpoint(tmp_path: Path, cap
     os.truncate(weights, weights.stat().st_size - 8)
     assert cli.main(["check-model", model]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_replay_prints_figures_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"time_ms": 5 * i, "token_ids": [*range(100), i], "output_tokens": 4} for i in range(10)]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["replay", str(tmp_path / "trace.jsonl"), "--replicas", "2", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["num_requests"], figures["num_failed"]) == (10, 0)
+    assert figures["hit_rate"] > 0.8
+    assert cli.main(["replay", str(tmp_path / "trace.jsonl"), "--replicas", "2", "--explain", "3"]) == 0
+    assert "r3: 101 tokens, 4 more expected, goes to replica-0" in capsys.readouterr().out
+    assert cli.main(["replay", str(tmp_path / "nowhere")]) == 1
+    assert "cannot read the trace" in capsys.readouterr().err
