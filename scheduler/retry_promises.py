@@ -3,7 +3,7 @@
 A retry-after that is only an estimate is wrong under overload, however good the estimate: whoever comes first takes the place
 that became free. So every refused caller gets a time of its own, one drained place after the last one's, and from then on a
 place is held for it for a while (newcomers are refused meanwhile, with appointments of their own). Held places cost no
-throughput: the rest of the queue is full.
+throughput while the rest of the queue is full; at most half of the queue is held, for those who may not come back.
 
 Callers are told apart by a key. Those without one cannot be: whichever of them comes next takes the earliest appointment.
 """

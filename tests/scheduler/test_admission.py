@@ -54,6 +54,20 @@ def test_a_full_class_refuses_at_once_and_says_when_to_come_back():
     assert len(queue) == 4, "batch requests have places of their own"
 
 
+def test_callers_that_never_come_back_hold_half_of_the_places_at_most():
+    queue = AdmissionQueue(max_queued=20)
+    now = refused = 0
+    for number in range(3000):  # 1000 arrive and 500 leave a second, and no caller makes a second attempt
+        now = number
+        try:
+            push(queue, f"{number}", now_ms=now, retry_key=f"{number}")
+        except Overloaded:
+            refused += 1
+        if number % 2:
+            assert queue.pop(now) is not None, "it never stands empty"
+    assert 1400 < refused < 1600
+
+
 def test_an_id_in_use_is_refused_and_a_removed_one_is_free():
     queue = AdmissionQueue(max_queued=5)
     push(queue, "same")
