@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -19,6 +21,8 @@ from .cluster import cluster_state, model_card
 from .options import DEFAULT_CHANNEL, DEFAULT_RETRY, ChannelOptions, RetryPolicy, TlsOptions, bearer_metadata, parse_address
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
+
+_END_TIMEOUT_S = 2.0
 
 
 class AsyncClient:
@@ -52,6 +56,9 @@ class AsyncClient:
         self._is_closed = False
         self._arguments = channel.arguments(address=self.address, tls=tls)
         self._credentials = None if tls is None else tls.credentials()
+        self._streams: weakref.WeakSet[AsyncTextStream] = weakref.WeakSet()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: Any = None
         self._stub: Any = None
 
@@ -68,7 +75,7 @@ class AsyncClient:
         self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncTextStream:
         """As `generate`, but to iterate with `async for`: the text as it is produced."""
-        return self._stream("Generate", generate_call(prompt, params, options))
+        return self._stream(generate_call(prompt, params, options))
 
     async def chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation through the model's chat template; returns when the answer is whole.
@@ -81,7 +88,7 @@ class AsyncClient:
 
     def stream_chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> AsyncTextStream:
         """As `chat`, but to iterate with `async for`: the text as it is produced."""
-        return self._stream("Chat", chat_call(messages, params, options))
+        return self._stream(chat_call(messages, params, options))
 
     async def abort(self, request_id: str) -> bool:
         """End a request, whoever made it. False if none in flight has this id."""
@@ -103,8 +110,12 @@ class AsyncClient:
         return cluster_state(await self._short_call("ClusterStatus", pb.ClusterStatusRequest()))
 
     async def aclose(self) -> None:
-        """End the connection; calls that run get Cancelled."""
+        """End the connection; calls that run get Cancelled, and the server is told to stop working on them."""
+        for stream in list(self._streams):
+            await stream.aclose()
         self._is_closed = True
+        if self._ending:
+            await asyncio.wait(list(self._ending), timeout=_END_TIMEOUT_S)
         if self._channel is not None:
             await self._channel.close()
 
@@ -116,11 +127,26 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
-    def _stream(self, method: str, call: TextCall) -> AsyncTextStream:
+    def _stream(self, call: TextCall) -> AsyncTextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
-        return AsyncTextStream(
-            lambda timeout_s: self._begin(method, call.request, timeout_s), attempts, num_choices=call.num_choices
-        )
+        stream = AsyncTextStream(self._begin, self._end_request, attempts, call)
+        self._streams.add(stream)
+        return stream
+
+    def _end_request(self, request_id: str) -> None:
+        """Tell the server that nobody waits for an answer; without this it would run on for a while, to be resumed."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._begin_end, request_id)
+
+    def _begin_end(self, request_id: str) -> None:
+        async def abort() -> None:
+            with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+                await self._begin("Abort", pb.AbortRequest(request_id=request_id), _END_TIMEOUT_S)
+
+        if not self._is_closed:
+            task = asyncio.get_running_loop().create_task(abort())
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     async def _short_call(self, method: str, request: Any) -> Any:
         attempts = self._attempts(self._short_timeout_s)
@@ -139,6 +165,7 @@ class AsyncClient:
         if self._is_closed:
             raise Unavailable("this client is closed")
         if self._stub is None:
+            self._loop = asyncio.get_running_loop()
             self._channel = (
                 grpc.aio.insecure_channel(self.address, options=self._arguments)
                 if self._credentials is None

@@ -19,6 +19,7 @@ from .fleet import Fleet
 from .front_end import FrontEnd
 from .grpc_gateway import GrpcGateway
 from .http_gateway import HttpGateway
+from .journal import Journal
 from .metrics import Metrics
 from .service import Addresses, InferenceService
 from .worker_process import Launcher
@@ -31,12 +32,22 @@ _BIND_PAUSE_S = 0.25
 class Controller:
     """See the module's docstring.
 
+    `journal_path` is where a successor finds the requests in flight; None: they end with this controller.
+
     Raises:
+        ConfigError: the journal cannot be opened.
         ModelLoadError: the model's directory lacks a readable tokenizer, template or generation configuration.
     """
 
     def __init__(
-        self, config: ServeConfig, *, model_path: str | Path, launcher: Launcher, authority: Authority, controller_id: str
+        self,
+        config: ServeConfig,
+        *,
+        model_path: str | Path,
+        launcher: Launcher,
+        authority: Authority,
+        controller_id: str,
+        journal_path: Path | None = None,
     ) -> None:
         self._config = config
         self._front_end = FrontEnd(
@@ -62,6 +73,7 @@ class Controller:
             front_end=self._front_end,
             fleet=self._fleet,
             dispatcher=self._dispatcher,
+            journal=Journal(journal_path),
             observers=(self._metrics,),
         )
         self._grpc: GrpcGateway | None = None
@@ -76,6 +88,7 @@ class Controller:
         Raises:
             ConfigError: a port is in use.
         """
+        self.service.restore()
         deadline = time.monotonic() + bind_timeout_s
         while True:
             try:

@@ -20,8 +20,10 @@ from ..common.hashing import block_hashes, root_hash
 from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput
 from ..scheduler.admission import AdmissionQueue
 from ..scheduler.router import Router, RouterConfig
+from ..scheduler.snapshot import RunningRequest
 from .events import Observer
-from .streams import RequestStream, SequenceState
+from .sequence_state import SequenceState
+from .streams import RequestStream
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Dispatcher:
         self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued)
         self._returned: deque[SequenceState] = deque()
         self._running: dict[str, SequenceState] = {}
+        self._expected: dict[str, SequenceState] = {}
         self._run_id = secrets.token_hex(4)
         self._num_submits = 0
         self._finish_times: deque[float] = deque(maxlen=64)
@@ -98,9 +101,53 @@ class Dispatcher:
             )
             self.pump()
 
+    def expect(self, stream: RequestStream) -> None:
+        """A request of an earlier controller: its choices may be running on a worker, which `adopt` will hear of."""
+        for sequence in stream.sequences:
+            self._expected[sequence.request.request_id] = sequence
+
+    def adopt(self, name: str, runs: Sequence[RunningRequest]) -> dict[str, EngineRequest]:
+        """Take over what runs on a replica for an earlier controller; returns those runs, by their names on the wire.
+
+        The rest has to be ended there: nobody waits for it, it runs elsewhere, or part of its output is missing here (a worker
+        keeps a run's tokens, but not their log probabilities).
+        """
+        adopted: dict[str, EngineRequest] = {}
+        for run in runs:
+            sequence = self._expected.get(run.request_id.rpartition("~")[0])
+            if sequence is None or sequence.request.sampling.logprobs is not None:
+                continue
+            if sequence.output_token_ids != list(run.output_token_ids[: len(sequence.output_token_ids)]):
+                continue
+            del self._expected[sequence.request.request_id]
+            sequence.learn(run.output_token_ids)
+            if sequence.finish_reason is not None:
+                sequence.stream.end_if_complete()
+                continue
+            if sequence in self._returned:
+                self._returned.remove(sequence)
+            self._place(sequence, run.request_id, [name])
+            adopted[run.request_id] = sequence.to_submit()
+        return adopted
+
+    def resume(self, sequence: SequenceState, token_ids: Sequence[int]) -> None:
+        """Go on with a choice of an earlier controller from what its client has, unless a worker has got as far.
+
+        Raises:
+            InvalidRequest: what the client has is not of this answer.
+        """
+        if len(token_ids) > len(sequence.output_token_ids) and sequence.wire_id in self._running:
+            self._abort(sequence)
+            self._forget(sequence)
+        sequence.learn(token_ids)
+        if sequence.finish_reason is None and sequence.wire_id not in self._running:
+            self._returned.append(sequence)
+
     def release(self, stream: RequestStream) -> None:
         """A stream has ended: what is left of it leaves the queue, or is ended on its worker."""
         for sequence in stream.sequences:
+            if self._expected.get(sequence.request.request_id) is sequence:
+                del self._expected[sequence.request.request_id]
             self._queue.remove(sequence.request.request_id)
             self._abort(sequence)
         self._returned = deque(s for s in self._returned if s.stream is not stream)
@@ -173,13 +220,19 @@ class Dispatcher:
         return self._returned.popleft() if self._returned else self._queue.pop_ready(_now_ms())
 
     def _submit(self, sequence: SequenceState, candidates: Sequence[str]) -> None:
+        self._num_submits += 1
+        self._expected.pop(sequence.request.request_id, None)
+        wire_id = f"{sequence.request.request_id}~{self._run_id}.{self._num_submits}"
+        self._place(sequence, wire_id, candidates)
+        self._replicas[sequence.replica].target.submit(sequence.to_submit())
+
+    def _place(self, sequence: SequenceState, wire_id: str, candidates: Sequence[str]) -> None:
+        """Give a run to the best of the candidates, in the books."""
         request = sequence.request
         known = (*request.prompt_token_ids, *sequence.output_token_ids)
         hashes = sequence.prompt_hashes
         if sequence.output_token_ids:
             hashes = block_hashes(known, self._block_size, parent=root_hash(request.salt))
-        self._num_submits += 1
-        wire_id = f"{request.request_id}~{self._run_id}.{self._num_submits}"
         tokens_left = request.sampling.max_tokens - len(sequence.output_token_ids)
         choice = self.router.route(
             wire_id,
@@ -192,7 +245,11 @@ class Dispatcher:
         logger.debug("%s goes to %s: %s", wire_id, choice.replica, choice.scores)
         sequence.dispatched(wire_id, choice.replica)
         self._running[wire_id] = sequence
-        self._replicas[choice.replica].target.submit(sequence.to_submit())
+
+    def _forget(self, sequence: SequenceState) -> None:
+        """What its run still brings is for nobody."""
+        del self._running[sequence.wire_id]
+        self.router.finish(sequence.wire_id)
 
     def _take_output(self, sequence: SequenceState, output: SequenceOutput) -> None:
         reason = output.finish_reason

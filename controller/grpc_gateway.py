@@ -20,7 +20,8 @@ from ..common.errors import ConfigError, InternalError, InvalidRequest, Pilotfis
 from ..proto import inference_pb2 as pb
 from ..text.tokenizer import Tokenizer
 from . import grpc_messages
-from .service import InferenceService
+from .sequence_state import Received
+from .service import InferenceService, RequestHandle
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class GrpcGateway:
             {
                 "Generate": stream(pb.GenerateRequest, self._generate),
                 "Chat": stream(pb.ChatRequest, self._chat),
+                "Resume": stream(pb.ResumeRequest, self._resume),
                 "Abort": unary(pb.AbortRequest, self._abort_request),
                 "Tokenize": unary(pb.TokenizeRequest, self._tokenize),
                 "ListModels": unary(pb.ListModelsRequest, self._list_models),
@@ -136,8 +138,18 @@ class GrpcGateway:
             model=request.model,
             priority=request.priority,
             timeout_s=_time_remaining_s(context),
+            resumable=request.resumable,
             **what,
         )
+        async for event in self._read(handle):
+            yield event
+
+    async def _resume(self, request: pb.ResumeRequest, _context: Context) -> AsyncIterator[pb.GenerateEvent]:
+        received = [Received(tuple(choice.token_ids), choice.num_chars) for choice in request.choices]
+        async for event in self._read(self._service.resume(request.request_id, received)):
+            yield event
+
+    async def _read(self, handle: RequestHandle) -> AsyncIterator[pb.GenerateEvent]:
         async with handle:
             async for event in handle:
                 yield grpc_messages.event_to_proto(event, self._tokenizer)

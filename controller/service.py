@@ -23,7 +23,10 @@ from .dispatcher import Dispatcher
 from .events import Event, Observer
 from .fleet import Fleet
 from .front_end import FrontEnd, Tokenization
-from .streams import RequestStream
+from .journal import Journal
+from .sequence_state import Received
+from .stream_table import StreamTable
+from .streams import RequestStream, StreamReader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +40,13 @@ class Addresses:
 class RequestHandle:
     """The events of one request: `async with handle: async for event in handle`. Typed errors are raised from the iterator.
 
-    Leaving the `async with`, cancelling the task that waits for the next event, or `cancel()` ends the request on its worker.
+    Leaving the `async with`, or cancelling the task that waits for the next event, ends the request on its worker; one that is
+    resumable runs on for a while then, in which `InferenceService.resume` takes it up. `cancel()` ends any at once.
     """
 
-    def __init__(self, stream: RequestStream) -> None:
+    def __init__(self, stream: RequestStream, reader: StreamReader) -> None:
         self._stream = stream
+        self._reader = reader
 
     @property
     def request_id(self) -> str:
@@ -56,16 +61,16 @@ class RequestHandle:
 
     async def __anext__(self) -> Event:
         try:
-            event = await self._stream.next_event()
+            event = await self._reader.next_event()
         except BaseException:
-            self.cancel()
+            self._leave()
             raise
         if event is None:
             raise StopAsyncIteration
         return event
 
     async def aclose(self) -> None:
-        self.cancel()
+        self._leave()
 
     async def __aenter__(self) -> RequestHandle:
         return self
@@ -73,7 +78,10 @@ class RequestHandle:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._stream.leave(self._reader)
 
 
 class InferenceService:
@@ -86,6 +94,7 @@ class InferenceService:
         front_end: FrontEnd,
         fleet: Fleet,
         dispatcher: Dispatcher,
+        journal: Journal,
         observers: Sequence[Observer] = (),
     ) -> None:
         self._config = config
@@ -93,7 +102,13 @@ class InferenceService:
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._observers = observers
-        self._streams: dict[str, RequestStream] = {}
+        self._streams = StreamTable(
+            model=config.model.name,
+            dispatcher=dispatcher,
+            journal=journal,
+            window_s=config.gateway.resume_window_s,
+            on_end=self._on_stream_end,
+        )
         self._num_preparing = 0
         self._num_requests = 0
         self._started_unix_s = time.time()
@@ -112,6 +127,7 @@ class InferenceService:
         timeout_s: float | None = None,
         continue_final_message: bool = False,
         echo: bool = False,
+        resumable: bool = False,
     ) -> RequestHandle:
         """Accept a request: either `prompt` (text or token ids) or chat `messages`.
 
@@ -121,13 +137,16 @@ class InferenceService:
             model: the served name, or empty.
             timeout_s: until the last token; None is the configured default.
             echo: the text of every choice starts with the prompt.
+            resumable: a reader that leaves does not end it (see `resume`), and it survives this controller.
 
         Raises:
             InvalidRequest, ModelNotFound, Overloaded (with retry_after_s), Unavailable (no replica can take it),
             DeadlineExceeded: before any event.
         """
         try:
-            stream = self._accept(request_id=request_id, model=model, priority=priority, timeout_s=timeout_s)
+            stream = self._accept(
+                request_id=request_id, model=model, priority=priority, timeout_s=timeout_s, resumable=resumable
+            )
         except PilotfishError as error:
             self._report_refused(error)
             raise
@@ -145,7 +164,7 @@ class InferenceService:
             )
             if stream.error is not None:  # aborted or out of time meanwhile
                 raise stream.error
-            stream.start(prepared)
+            self._streams.start(stream, prepared)
             self._dispatcher.enqueue(stream)
         except PilotfishError as error:
             stream.refuse()
@@ -157,7 +176,20 @@ class InferenceService:
         finally:
             self._num_preparing -= 1
         self._num_requests += 1
-        return RequestHandle(stream)
+        return RequestHandle(stream, stream.read())
+
+    def resume(self, request_id: str, received: Sequence[Received]) -> RequestHandle:
+        """Go on reading a resumable request behind what its client has of each choice.
+
+        Raises:
+            RequestNotFound: it ended more than `resume_window_s` ago, was not resumable, or is not of this server.
+            InvalidRequest: the client has what this answer does not have.
+        """
+        return RequestHandle(*self._streams.resume(request_id, received))
+
+    def restore(self) -> None:
+        """Take up the requests of an earlier controller, which wait for their clients then."""
+        self._streams.restore(self._front_end)
 
     async def abort(self, request_id: str) -> bool:
         """End a request; its reader gets Cancelled. False if none in flight has this id."""
@@ -220,28 +252,25 @@ class InferenceService:
 
     def end_all(self) -> None:
         """End what is still in flight."""
-        for stream in list(self._streams.values()):
+        for stream in self._streams.in_flight():
             stream.fail(Unavailable("the server is shutting down"))
+        self._streams.close()
 
-    def _accept(self, *, request_id: str | None, model: str, priority: int, timeout_s: float | None) -> RequestStream:
+    def _accept(
+        self, *, request_id: str | None, model: str, priority: int, timeout_s: float | None, resumable: bool
+    ) -> RequestStream:
         if self._is_closed:
             raise Unavailable("the server is shutting down")
         self._check_model(model)
         request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
         check_request_id(request_id)
-        if request_id in self._streams:
-            raise InvalidRequest(f"request_id {request_id!r} is in flight already; ids must be unique among running requests")
         if not -(2**31) <= priority < 2**31:
             raise InvalidRequest(f"priority must fit 32 bits, not {priority}")
         timeout_s = self._config.gateway.default_timeout_s if timeout_s is None else timeout_s
         if not 0 < timeout_s < 1e9:
             raise InvalidRequest(f"the timeout must be a positive number of seconds, not {timeout_s!r}")
         self._dispatcher.check_room(self._num_preparing)
-        stream = RequestStream(
-            request_id=request_id, model=self._config.model.name, timeout_s=timeout_s, on_end=self._on_stream_end
-        )
-        self._streams[request_id] = stream
-        return stream
+        return self._streams.add(request_id, timeout_s=timeout_s, resumable=resumable)
 
     def _check_model(self, model: str) -> None:
         served = self._config.model.name
@@ -249,7 +278,6 @@ class InferenceService:
             raise ModelNotFound(f"the model {model!r} is not served here; the model served is {served!r}")
 
     def _on_stream_end(self, stream: RequestStream) -> None:
-        del self._streams[stream.request_id]
         self._dispatcher.release(stream)
         if stream.accepted:
             record = stream.record()

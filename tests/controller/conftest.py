@@ -29,6 +29,7 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
         gateway: dict[str, Any] | None = None,
         stall_timeout_s: float = 60.0,
         wait: bool = True,
+        journal_path: Path | None = None,
         **engine_options: Any,
     ) -> Cluster:
         launcher = launcher or LocalLauncher(engine_options=engine_options)
@@ -39,7 +40,12 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             fleet=FleetConfig(**{"heartbeat_timeout_s": 5.0, **(fleet or {})}),
         )
         controller = Controller(
-            config, model_path=tokenizer_path, launcher=launcher, authority=launcher.authority, controller_id="test"
+            config,
+            model_path=tokenizer_path,
+            launcher=launcher,
+            authority=launcher.authority,
+            controller_id="test",
+            journal_path=journal_path,
         )
         started.append(controller)
         await controller.start()
