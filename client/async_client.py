@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Unpack
@@ -31,6 +33,8 @@ from .options import (
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
 from .tracing import Metadata, traced_call
+
+_END_TIMEOUT_S = 2.0
 
 
 class AsyncClient:
@@ -64,6 +68,9 @@ class AsyncClient:
         self._is_closed = False
         self._arguments = channel.arguments(address=self.address, tls=tls)
         self._credentials = None if tls is None else tls.credentials()
+        self._streams: weakref.WeakSet[AsyncTextStream] = weakref.WeakSet()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: Any = None
         self._stub: Any = None
 
@@ -80,7 +87,7 @@ class AsyncClient:
         self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncTextStream:
         """As `generate`, but to iterate with `async for`: the text as it is produced."""
-        return self._stream("Generate", generate_call(prompt, params, options))
+        return self._stream(generate_call(prompt, params, options))
 
     async def chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation through the model's chat template; returns when the answer is whole.
@@ -93,7 +100,7 @@ class AsyncClient:
 
     def stream_chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> AsyncTextStream:
         """As `chat`, but to iterate with `async for`: the text as it is produced."""
-        return self._stream("Chat", chat_call(messages, params, options))
+        return self._stream(chat_call(messages, params, options))
 
     async def abort(self, request_id: str) -> bool:
         """End a request, whoever made it. False if none in flight has this id."""
@@ -121,8 +128,12 @@ class AsyncClient:
         return tuple(map(decision_from_proto, response.decisions))
 
     async def aclose(self) -> None:
-        """End the connection; calls that run get Cancelled."""
+        """End the connection; calls that run get Cancelled, and the server is told to stop working on them."""
+        for stream in list(self._streams):
+            await stream.aclose()
         self._is_closed = True
+        if self._ending:
+            await asyncio.wait(list(self._ending), timeout=_END_TIMEOUT_S)
         if self._channel is not None:
             await self._channel.close()
 
@@ -134,19 +145,36 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
-    def _stream(self, method: str, call: TextCall) -> AsyncTextStream:
+    def _stream(self, call: TextCall) -> AsyncTextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
         named = (*self._metadata, call_metadata())
 
-        def begin(timeout_s: float | None) -> Any:
+        def begin(method: str, request: Any, timeout_s: float | None) -> Any:
             return traced_call(
                 method,
                 address=self.address,
                 metadata=named,
-                begin=lambda metadata: self._begin(method, call.request, timeout_s, metadata),
+                begin=lambda metadata: self._begin(method, request, timeout_s, metadata),
             )
 
-        return AsyncTextStream(begin, attempts, num_choices=call.num_choices)
+        stream = AsyncTextStream(begin, self._end_request, attempts, call)
+        self._streams.add(stream)
+        return stream
+
+    def _end_request(self, request_id: str) -> None:
+        """Tell the server that nobody waits for an answer; without this it would run on for a while, to be resumed."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._begin_end, request_id)
+
+    def _begin_end(self, request_id: str) -> None:
+        async def abort() -> None:
+            with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+                await self._begin("Abort", pb.AbortRequest(request_id=request_id), _END_TIMEOUT_S, self._metadata)
+
+        if not self._is_closed:
+            task = asyncio.get_running_loop().create_task(abort())
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     async def _short_call(self, method: str, request: Any) -> Any:
         attempts = self._attempts(self._short_timeout_s)
@@ -165,6 +193,7 @@ class AsyncClient:
         if self._is_closed:
             raise Unavailable("this client is closed")
         if self._stub is None:
+            self._loop = asyncio.get_running_loop()
             self._channel = (
                 grpc.aio.insecure_channel(self.address, options=self._arguments)
                 if self._credentials is None

@@ -11,6 +11,8 @@ import grpc
 
 from ..common.errors import Cancelled, InternalError
 from .attempts import Attempts
+from .continuation import Continuation
+from .requests import TextCall
 from .results import Completion, CompletionBuilder, Delta
 
 
@@ -25,18 +27,25 @@ class AsyncTextStream:
 
     The call begins with the first delta that is asked for. It ends with the answer, with an error, when the task that reads is
     cancelled, or when the stream is left: `await aclose()`, the end of an `async with` block, or the last reference to it gone;
-    the server then stops working on it.
+    the server then stops working on it. Where the connection breaks, or the server's process is replaced, the answer goes on at
+    the next token.
 
     Raises, from the iteration:
         PilotfishError: the class says what happened. What had arrived stays in `completion`.
     """
 
-    def __init__(self, begin: Callable[[float | None], Any], attempts: Attempts, *, num_choices: int) -> None:
-        """`begin(timeout_s)` makes a gRPC call that returns a stream of events."""
+    def __init__(
+        self, begin: Callable[[str, Any, float | None], Any], end: Callable[[str], None], attempts: Attempts, call: TextCall
+    ) -> None:
+        """`begin(method, request, timeout_s)` makes a call that returns a stream of events; `end(request_id)` aborts, from
+        any thread."""
         self._begin = begin
+        self._end = end
         self._attempts = attempts
-        self._builder = CompletionBuilder(num_choices=num_choices)
+        self._builder = CompletionBuilder(num_choices=call.num_choices)
+        self._continuation = Continuation(call.method, call.request, self._builder)
         self._is_closed = False
+        self._is_refused = False  # the server ended it with an error
         self._call: Any = None
 
     def __aiter__(self) -> AsyncIterator[Delta]:
@@ -57,16 +66,21 @@ class AsyncTextStream:
             raise Cancelled("the stream was closed")
         try:
             if self._call is None:
-                self._call = self._begin(self._attempts.remaining_s())
+                self._call = self._begin(*self._continuation.next(), self._attempts.remaining_s())
             event = await self._call.read()
         except asyncio.CancelledError:
             if is_task_cancelled():
+                self._leave()
                 raise
             raise Cancelled("the call was ended by this client") from None
         except grpc.RpcError as failure:
-            await asyncio.sleep(self._attempts.delay_after(failure, answering=self._builder.has_delta))
+            self._is_refused = True
+            delay_s = self._attempts.delay_before_next(failure, self._continuation, answering=self._builder.has_delta)
+            self._is_refused = False
+            await asyncio.sleep(delay_s)
             self._call = None
             return None
+        self._attempts.progressed()
         if event is grpc.aio.EOF:
             if not self._builder.is_whole:
                 raise InternalError(f"the server ended request {self.request_id} before its answer was complete")
@@ -95,12 +109,17 @@ class AsyncTextStream:
 
     async def aclose(self) -> None:
         """End the call if it has not ended. A task that waits for the next delta gets Cancelled."""
-        self._is_closed = True
-        if self._call is not None:
-            self._call.cancel()
+        self._leave()
 
     def __del__(self) -> None:
         if self._call is not None and not self._call.done():  # gRPC itself keeps a running call alive
+            self._leave()
+
+    def _leave(self) -> None:
+        was_closed, self._is_closed = self._is_closed, True
+        if self._call is not None:
+            if not (was_closed or self._is_refused or self._builder.is_whole):
+                self._end(self._continuation.request_id)
             self._call.cancel()
 
     async def __aenter__(self) -> AsyncTextStream:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -31,6 +33,8 @@ from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, 
 from .results import Completion, Tokenization
 from .text_stream import TextStream
 from .tracing import Metadata, traced_call
+
+_END_TIMEOUT_S = 2.0
 
 
 class Client:
@@ -82,6 +86,8 @@ class Client:
         self._timeout_s = timeout_s
         self._short_timeout_s = short_timeout_s
         self._closed = threading.Event()
+        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+        self._ending: set[Future[None]] = set()
         arguments = channel.arguments(address=self.address, tls=tls)
         self._channel = (
             grpc.insecure_channel(self.address, options=arguments)
@@ -103,7 +109,7 @@ class Client:
         self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
     ) -> TextStream:
         """As `generate`, but returns at once: iterate to get the text as it is produced."""
-        return self._stream("Generate", generate_call(prompt, params, options))
+        return self._stream(generate_call(prompt, params, options))
 
     def chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> Completion:
         """Answer a conversation through the model's chat template; returns when the answer is whole.
@@ -116,36 +122,39 @@ class Client:
 
     def stream_chat(self, messages: Messages, params: Params | None = None, **options: Unpack[ChatOptions]) -> TextStream:
         """As `chat`, but returns at once: iterate to get the text as it is produced."""
-        return self._stream("Chat", chat_call(messages, params, options))
+        return self._stream(chat_call(messages, params, options))
 
     def abort(self, request_id: str) -> bool:
         """End a request, whoever made it. False if none in flight has this id."""
-        found: bool = self._short_call(self._stub.Abort, pb.AbortRequest(request_id=request_id)).found
+        found: bool = self._short_call("Abort", pb.AbortRequest(request_id=request_id)).found
         return found
 
     def tokenize(self, text: Messages, *, model: str = "", add_special_tokens: bool = True) -> Tokenization:
         """Token ids of a text, or of chat messages through the model's template (then `add_special_tokens` has no meaning)."""
         request = tokenize_request(text, model=model, add_special_tokens=add_special_tokens)
-        response = self._short_call(self._stub.Tokenize, request)
+        response = self._short_call("Tokenize", request)
         return Tokenization(token_ids=tuple(response.token_ids), tokens=tuple(response.tokens))
 
     def models(self) -> tuple[ModelCard, ...]:
         """What is served."""
-        return tuple(map(model_card, self._short_call(self._stub.ListModels, pb.ListModelsRequest()).models))
+        return tuple(map(model_card, self._short_call("ListModels", pb.ListModelsRequest()).models))
 
     def status(self) -> ClusterState:
         """The cluster at this moment: replicas, load, sampling defaults, addresses."""
-        return cluster_state(self._short_call(self._stub.ClusterStatus, pb.ClusterStatusRequest()))
+        return cluster_state(self._short_call("ClusterStatus", pb.ClusterStatusRequest()))
 
     def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
         """Why a request went where it went: the router's choices for it, one for each of its choices and each replica it lost,
         oldest first. Empty where the server keeps none: the id is unknown, still queued, or too long ago."""
-        response = self._short_call(self._stub.ExplainRoute, pb.ExplainRouteRequest(request_id=request_id))
+        response = self._short_call("ExplainRoute", pb.ExplainRouteRequest(request_id=request_id))
         return tuple(map(decision_from_proto, response.decisions))
 
     def close(self) -> None:
-        """End the connection; calls that run get Cancelled."""
+        """End the connection; calls that run get Cancelled, and the server is told to stop working on them."""
+        for stream in list(self._streams):
+            stream.close()
         self._closed.set()
+        wait(list(self._ending), _END_TIMEOUT_S)
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -154,21 +163,37 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _stream(self, method: str, call: TextCall) -> TextStream:
+    def _stream(self, call: TextCall) -> TextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
         named = (*self._metadata, call_metadata())
 
-        def begin(timeout_s: float | None) -> Any:
+        def begin(method: str, request: Any, timeout_s: float | None) -> Any:
             return traced_call(
                 method,
                 address=self.address,
                 metadata=named,
-                begin=lambda metadata: self._begin(getattr(self._stub, method), call.request, timeout_s, metadata),
+                begin=lambda metadata: self._begin(method, request, timeout_s, metadata),
             )
 
-        return TextStream(begin, attempts, num_choices=call.num_choices)
+        stream = TextStream(begin, self._end_request, attempts, call)
+        self._streams.add(stream)
+        return stream
 
-    def _short_call(self, method: Any, request: Any) -> Any:
+    def _end_request(self, request_id: str) -> None:
+        """Tell the server that nobody waits for an answer; without this it would run on for a while, to be resumed."""
+        if self._closed.is_set():
+            return
+        call = self._stub.Abort.future(pb.AbortRequest(request_id=request_id), timeout=_END_TIMEOUT_S, metadata=self._metadata)
+        ended: Future[None] = Future()
+        self._ending.add(ended)
+
+        def done(_: object) -> None:
+            ended.set_result(None)
+            self._ending.discard(ended)
+
+        call.add_done_callback(done)
+
+    def _short_call(self, method: str, request: Any) -> Any:
         attempts = self._attempts(self._short_timeout_s)
         while True:
             try:
@@ -177,10 +202,10 @@ class Client:
                 delay_s = attempts.delay_after(failure)
             self._closed.wait(delay_s)
 
-    def _begin(self, method: Any, request: Any, timeout_s: float | None, metadata: Metadata) -> Any:
+    def _begin(self, method: str, request: Any, timeout_s: float | None, metadata: Metadata) -> Any:
         if self._closed.is_set():
             raise Unavailable("this client is closed")
-        return method(request, timeout=timeout_s, metadata=metadata)
+        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=self._closed.is_set)

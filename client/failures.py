@@ -56,6 +56,12 @@ _PLAIN_STATUSES: Mapping[str, tuple[type[PilotfishError], str]] = {
 _OTHER_STATUS = (InternalError, "{address} ended the call with {status} ({details})")
 
 
+def is_break(failure: grpc.RpcError) -> bool:
+    """Whether the connection broke, or the server's process ended: nothing was decided about the request."""
+    named = any(key == ERROR_CODE_KEY for key, _ in failure.trailing_metadata() or ())
+    return not named and failure.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
 def error_from_call(
     code: grpc.StatusCode,
     details: str | None,

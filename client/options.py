@@ -20,13 +20,16 @@ API_KEY_VARIABLE = "PILOTFISH_API_KEY"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """When a failed call is made again. A stream is tried again only while nothing of its answer has arrived.
+    """When a failed call is made again. A request for text that a server refused is tried again only while nothing of its
+    answer has arrived; one whose connection broke is resumed where it was, with nothing lost or repeated.
 
     The wait before attempt k + 1 is initial_backoff_s * multiplier**(k - 1), at most max_backoff_s, but never less than
     what the server asks for (retry-after). A wait that would not end before the call's deadline is not begun.
 
     Attributes:
         max_attempts: calls in all; 1 never tries again.
+        reconnect_timeout_s: a request that a server has taken is resumed until its connection has been broken for so long,
+            however many calls that takes.
         jitter: shorten each wait by a random share of up to a half, so that many clients do not come back together.
         retry_on: the error classes worth another attempt.
     """
@@ -37,6 +40,7 @@ class RetryPolicy:
     max_backoff_s: float = 5.0
     jitter: bool = True
     retry_on: tuple[type[PilotfishError], ...] = (Unavailable, Overloaded)
+    reconnect_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -56,7 +60,21 @@ class RetryPolicy:
         """
         if num_attempts >= self.max_attempts or not isinstance(error, self.retry_on):
             return None
-        backoff_s = min(self.initial_backoff_s * self.multiplier ** (num_attempts - 1), self.max_backoff_s)
+        return self._wait_s(error, num_attempts=num_attempts, remaining_s=remaining_s, random_unit=random_unit)
+
+    def resume_delay_s(
+        self, error: PilotfishError, *, num_attempts: int, broken_s: float, remaining_s: float | None, random_unit: float
+    ) -> float | None:
+        """As `delay_s`, for a request that a server has taken and whose connection has been broken for `broken_s`."""
+        if self.max_attempts == 1 or broken_s >= self.reconnect_timeout_s:
+            return None
+        return self._wait_s(error, num_attempts=num_attempts, remaining_s=remaining_s, random_unit=random_unit)
+
+    def _wait_s(
+        self, error: PilotfishError, *, num_attempts: int, remaining_s: float | None, random_unit: float
+    ) -> float | None:
+        exponent = min(num_attempts - 1, 64)
+        backoff_s = min(self.initial_backoff_s * self.multiplier**exponent, self.max_backoff_s)
         if self.jitter:
             backoff_s *= 1 - random_unit / 2
         delay_s = max(backoff_s, error.retry_after_s or 0.0)
@@ -109,6 +127,9 @@ class ChannelOptions:
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_s * 1000)),
             ("grpc.max_receive_message_length", self.max_receive_bytes),
             ("grpc.max_send_message_length", -1),
+            ("grpc.initial_reconnect_backoff_ms", 100),  # RetryPolicy waits; gRPC's own second would be on top of it
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.primary_user_agent", f"pilotfish/{__version__}"),
         ]
         if _is_loopback(address):

@@ -68,8 +68,9 @@ class ChatOptions(CallOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextCall:
-    """A request for text, ready to send; its answer has `num_choices` choices."""
+    """A request for text, ready to send with `method`; its answer has `num_choices` choices."""
 
+    method: str
     request: pb.GenerateRequest | pb.ChatRequest
     num_choices: int
     timeout_s: float | None
@@ -88,7 +89,7 @@ def generate_call(prompt: str | Sequence[int], params: Params | None, options: M
             call.tokens.CopyFrom(pb.TokenIds(ids=tuple(prompt)))
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the prompt must be text or token ids, and the options of their types: {error}") from error
-    return TextCall(request=call, num_choices=num_choices, timeout_s=timeout_s)
+    return TextCall(method="Generate", request=call, num_choices=num_choices, timeout_s=timeout_s)
 
 
 def chat_call(messages: Messages, params: Params | None, options: Mapping[str, Any]) -> TextCall:
@@ -101,7 +102,7 @@ def chat_call(messages: Messages, params: Params | None, options: Mapping[str, A
         call = pb.ChatRequest(messages=chat, sampling=message, **request)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"an option has a wrong type: {error}") from error
-    return TextCall(request=call, num_choices=num_choices, timeout_s=timeout_s)
+    return TextCall(method="Chat", request=call, num_choices=num_choices, timeout_s=timeout_s)
 
 
 def tokenize_request(text: Messages, *, model: str, add_special_tokens: bool) -> pb.TokenizeRequest:

@@ -131,7 +131,7 @@ class _GrowingChoice:
 
 
 class CompletionBuilder:
-    """Adds up the events of one call. A call that is made again, while there was no delta, goes on with the same builder."""
+    """Adds up the events of one answer, over all the calls that it takes."""
 
     def __init__(self, *, num_choices: int) -> None:
         self._started = pb.RequestStarted()
@@ -162,6 +162,12 @@ class CompletionBuilder:
             return self._add_delta(event.delta)
         return None
 
+    def received(self) -> list[pb.ReceivedChoice]:
+        """How far the answer is here, for a Resume."""
+        return [
+            pb.ReceivedChoice(token_ids=choice.token_ids, num_chars=sum(map(len, choice.texts))) for choice in self._choices
+        ]
+
     def text(self, index: int = 0) -> str:
         return "".join(self._choices[index].texts)
 
@@ -185,11 +191,13 @@ class CompletionBuilder:
             usage=self._usage,
         )
 
-    def _add_delta(self, message: pb.TextDelta) -> Delta:
+    def _add_delta(self, message: pb.TextDelta) -> Delta | None:
         self.has_delta = True
         if message.index >= len(self._choices):
             raise InternalError(f"request {self.request_id}: the server sent choice {message.index}, which was not asked for")
         choice = self._choices[message.index]
+        if choice.finish_reason is not None and not message.token_ids and not message.text:
+            return None  # a call that resumed says the end again
         if message.offset != len(choice.token_ids):
             raise InternalError(
                 f"request {self.request_id}: choice {message.index} went on at token {message.offset} instead of "

@@ -11,6 +11,8 @@ import grpc
 
 from ..common.errors import Cancelled, InternalError
 from .attempts import Attempts
+from .continuation import Continuation
+from .requests import TextCall
 from .results import Completion, CompletionBuilder, Delta
 
 
@@ -19,18 +21,25 @@ class TextStream:
 
     The call begins at once. It ends with the answer, with an error, or when the stream is left: `close()`, the end of a
     `with` block, or the last reference to it gone; the server then stops working on it. One thread reads; any may close.
+    Where the connection breaks, or the server's process is replaced, the answer goes on at the next token.
 
     Raises, from the iteration:
         PilotfishError: the class says what happened. What had arrived stays in `completion`.
     """
 
-    def __init__(self, begin: Callable[[float | None], Any], attempts: Attempts, *, num_choices: int) -> None:
-        """`begin(timeout_s)` makes a gRPC call that returns a stream of events."""
+    def __init__(
+        self, begin: Callable[[str, Any, float | None], Any], end: Callable[[str], None], attempts: Attempts, call: TextCall
+    ) -> None:
+        """`begin(method, request, timeout_s)` makes a call that returns a stream of events; `end(request_id)` aborts."""
+        self._call: Any = None
         self._begin = begin
+        self._end = end
         self._attempts = attempts
-        self._builder = CompletionBuilder(num_choices=num_choices)
+        self._builder = CompletionBuilder(num_choices=call.num_choices)
+        self._continuation = Continuation(call.method, call.request, self._builder)
         self._closed = threading.Event()
-        self._call = begin(attempts.remaining_s())
+        self._is_refused = False  # the server ended it with an error
+        self._call = self._begin_next()
 
     def __iter__(self) -> Iterator[Delta]:
         return self
@@ -46,6 +55,7 @@ class TextStream:
             except grpc.RpcError as failure:
                 self._try_again(failure)
                 continue
+            self._attempts.progressed()
             delta = self._builder.add(event)
             if delta is not None:
                 return delta
@@ -72,8 +82,16 @@ class TextStream:
 
     def close(self) -> None:
         """End the call if it has not ended. A thread that waits for the next delta gets Cancelled."""
+        was_closed = self._closed.is_set()
         self._closed.set()
+        if not was_closed and not self._is_over:
+            self._end(self._continuation.request_id)
         self._call.cancel()
+
+    def __del__(self) -> None:
+        if self._call is not None and not self._closed.is_set() and not self._is_over:
+            # Not here: this may run inside of gRPC, which holds its locks then.
+            threading.Thread(target=self._end, args=(self._continuation.request_id,), daemon=True).start()
 
     def __enter__(self) -> TextStream:
         return self
@@ -81,8 +99,19 @@ class TextStream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def _is_over(self) -> bool:
+        return self._is_refused or self._builder.is_whole
+
     def _try_again(self, failure: grpc.RpcError) -> None:
-        delay_s = self._attempts.delay_after(failure, answering=self._builder.has_delta, cancelled_here=self._closed.is_set())
+        self._is_refused = True
+        delay_s = self._attempts.delay_before_next(
+            failure, self._continuation, answering=self._builder.has_delta, cancelled_here=self._closed.is_set()
+        )
+        self._is_refused = False
         if self._closed.wait(delay_s):
             raise Cancelled("the stream was closed")
-        self._call = self._begin(self._attempts.remaining_s())
+        self._call = self._begin_next()
+
+    def _begin_next(self) -> Any:
+        return self._begin(*self._continuation.next(), self._attempts.remaining_s())

@@ -96,6 +96,7 @@ class GatewayConfig:
         max_queued_requests: requests waiting for a replica beyond this are refused at once with OVERLOADED.
         max_body_bytes: larger requests are refused with REQUEST_TOO_LARGE.
         default_timeout_s: deadline of a request that brings none.
+        resume_window_s: how long a resumable request (the SDK's are) runs on while its client is away, and its end is kept.
     """
 
     host: str = "127.0.0.1"
@@ -104,6 +105,7 @@ class GatewayConfig:
     max_queued_requests: int = 1024
     max_body_bytes: int = 4 * 1024 * 1024
     default_timeout_s: float = 600.0
+    resume_window_s: float = 15.0
 
     def __post_init__(self) -> None:
         for name in ("grpc_port", "http_port"):
@@ -111,6 +113,8 @@ class GatewayConfig:
                 raise ConfigError(f"{name} must be in [0, 65535], not {getattr(self, name)}")
         _require(self, "max_queued_requests", 1)
         _require(self, "max_body_bytes", 1024)
+        if not self.resume_window_s > 0:
+            raise ConfigError(f"resume_window_s must be above 0, not {self.resume_window_s}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

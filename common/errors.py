@@ -44,6 +44,12 @@ class ModelNotFound(PilotfishError):
     code = "model_not_found"
 
 
+class RequestNotFound(PilotfishError):
+    """No request of this id can be resumed here: it ended a while ago, was not resumable, or another server had it."""
+
+    code = "request_not_found"
+
+
 class ModelLoadError(PilotfishError):
     """A checkpoint exists but cannot be loaded as it is."""
 
@@ -105,6 +111,7 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(RequestTooLarge, "RESOURCE_EXHAUSTED", 413, "invalid_request_error"),
     StatusRow(ConfigError, "FAILED_PRECONDITION", 500, "server_error"),
     StatusRow(ModelNotFound, "NOT_FOUND", 404, "invalid_request_error"),
+    StatusRow(RequestNotFound, "NOT_FOUND", 404, "invalid_request_error"),
     StatusRow(ModelLoadError, "FAILED_PRECONDITION", 500, "server_error"),
     StatusRow(Unauthenticated, "UNAUTHENTICATED", 401, "authentication_error"),
     StatusRow(Overloaded, "RESOURCE_EXHAUSTED", 429, "rate_limit_error"),

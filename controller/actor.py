@@ -1,16 +1,19 @@
 """The controller as a Ray actor: detached, restarted by Ray whenever its process dies, serving on the actor's own event loop.
 
-Ray makes a new one with the same arguments; it opens the same ports, takes over the workers that live and ends requests whose
-clients went with the old one.
+Ray makes a new one with the same arguments; it opens the same ports, takes over the workers that live, and goes on with the
+requests whose clients come back (the SDK's do by themselves).
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import secrets
+import tempfile
 import warnings
+from pathlib import Path
 
 import ray
 from ray.actor import ActorClass
@@ -76,6 +79,7 @@ class ControllerActor:
                 authority=authority,
                 controller_id=f"{os.getpid()}-{secrets.token_hex(4)}",
                 tracing=tracing_from_environment(os.environ),
+                journal_path=_journal_path(authority),
             )
             addresses = await self._controller.start(bind_timeout_s=_REBIND_TIMEOUT_S if is_restart else 0.0)
             await self._controller.wait_ready()
@@ -86,3 +90,9 @@ class ControllerActor:
             logger.exception("cannot serve")
             raise InternalError(f"the controller failed while starting: {type(error).__name__}: {error}") from error
         return addresses
+
+
+def _journal_path(authority: Authority) -> Path:
+    """The same for every restart of one deployment's controller on a node, and for no other deployment."""
+    name = hashlib.sha256(authority.certificate).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"pilotfish-{os.getuid()}" / f"requests-{name}.sqlite"

@@ -20,6 +20,7 @@ from .fleet import Fleet
 from .front_end import FrontEnd
 from .grpc_gateway import GrpcGateway
 from .http_gateway import HttpGateway
+from .journal import Journal
 from .metrics import Metrics
 from .request_log import RequestLog
 from .service import Addresses, InferenceService
@@ -37,7 +38,10 @@ _BIND_PAUSE_S = 0.25
 class Controller:
     """See the module's docstring.
 
+    `journal_path` is where a successor finds the requests in flight; None: they end with this controller.
+
     Raises:
+        ConfigError: the journal cannot be opened.
         ModelLoadError: the model's directory lacks a readable tokenizer, template or generation configuration.
     """
 
@@ -50,6 +54,7 @@ class Controller:
         authority: Authority,
         controller_id: str,
         tracing: RequestTracing | None = None,
+        journal_path: Path | None = None,
     ) -> None:
         self._config = config
         self._front_end = FrontEnd(
@@ -79,6 +84,7 @@ class Controller:
             fleet=self._fleet,
             dispatcher=self._dispatcher,
             totals=totals,
+            journal=Journal(journal_path),
             tracing=tracing,
             observers=observers,
         )
@@ -94,6 +100,7 @@ class Controller:
         Raises:
             ConfigError: a port is in use.
         """
+        self.service.restore()
         deadline = time.monotonic() + bind_timeout_s
         while True:
             try:

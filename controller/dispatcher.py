@@ -25,9 +25,11 @@ from ..common.requests import BlockStored, EngineRequest, FinishReason, Sequence
 from ..common.routing import RouteDecision
 from ..scheduler.admission import AdmissionQueue
 from ..scheduler.request_cost import request_cost_ms
-from ..scheduler.router import ReplicaLimits, Router, RouterConfig
+from ..scheduler.router import Choice, ReplicaLimits, Router, RouterConfig
+from ..scheduler.snapshot import RunningRequest
 from .events import Observer
-from .streams import RequestStream, SequenceState
+from .sequence_state import SequenceState
+from .streams import RequestStream
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class Dispatcher:
         self._returned: deque[SequenceState] = deque()
         self._held: dict[str, SequenceState] = {}
         self._running: dict[str, SequenceState] = {}
+        self._expected: dict[str, SequenceState] = {}
         self._run_id = secrets.token_hex(4)
         self._num_submits = 0
         self.expected_output_tokens = _OUTPUT_PRIOR_TOKENS
@@ -117,9 +120,53 @@ class Dispatcher:
             )
             self.pump()
 
+    def expect(self, stream: RequestStream) -> None:
+        """A request of an earlier controller: its choices may be running on a worker, which `adopt` will hear of."""
+        for sequence in stream.sequences:
+            self._expected[sequence.request.request_id] = sequence
+
+    def adopt(self, name: str, runs: Sequence[RunningRequest]) -> dict[str, EngineRequest]:
+        """Take over what runs on a replica for an earlier controller; returns those runs, by their names on the wire.
+
+        The rest has to be ended there: nobody waits for it, it runs elsewhere, or part of its output is missing here (a worker
+        keeps a run's tokens, but not their log probabilities).
+        """
+        adopted: dict[str, EngineRequest] = {}
+        for run in runs:
+            sequence = self._expected.get(run.request_id.rpartition("~")[0])
+            if sequence is None or sequence.request.sampling.logprobs is not None:
+                continue
+            if sequence.output_token_ids != list(run.output_token_ids[: len(sequence.output_token_ids)]):
+                continue
+            del self._expected[sequence.request.request_id]
+            sequence.learn(run.output_token_ids)
+            if sequence.finish_reason is not None:
+                sequence.stream.end_if_complete()
+                continue
+            if sequence in self._returned:
+                self._returned.remove(sequence)
+            self._place(sequence, run.request_id, [name], may_hold=False)
+            adopted[run.request_id] = sequence.to_submit()
+        return adopted
+
+    def resume(self, sequence: SequenceState, token_ids: Sequence[int]) -> None:
+        """Go on with a choice of an earlier controller from what its client has, unless a worker has got as far.
+
+        Raises:
+            InvalidRequest: what the client has is not of this answer.
+        """
+        if len(token_ids) > len(sequence.output_token_ids):
+            self._withdraw(sequence)
+        sequence.learn(token_ids)
+        is_under_way = sequence.wire_id in self._running or sequence.wire_id in self._held or sequence in self._returned
+        if sequence.finish_reason is None and not is_under_way:
+            self._returned.append(sequence)
+
     def release(self, stream: RequestStream) -> None:
         """A stream has ended: what is left of it leaves the queue, or is ended on its worker."""
         for sequence in stream.sequences:
+            if self._expected.get(sequence.request.request_id) is sequence:
+                del self._expected[sequence.request.request_id]
             self._queue.remove(sequence.request.request_id)
             if self._held.pop(sequence.wire_id, None) is not None:
                 self.router.finish(sequence.wire_id)
@@ -207,6 +254,17 @@ class Dispatcher:
 
     def _route(self, sequence: SequenceState, wire_id: str, candidates: Sequence[str]) -> None:
         """To the replica that the router chooses, or to those that are held for one."""
+        self._expected.pop(sequence.request.request_id, None)
+        choice = self._place(sequence, wire_id, candidates)
+        if choice.is_held:
+            sequence.wire_id = wire_id
+            self._held[wire_id] = sequence
+            asyncio.get_running_loop().call_later(self._hold_s, self.pump)  # it may have to go elsewhere by then
+        else:
+            self._replicas[choice.replica].target.submit(sequence.to_submit())
+
+    def _place(self, sequence: SequenceState, wire_id: str, candidates: Sequence[str], *, may_hold: bool = True) -> Choice:
+        """Give a run to the best of the candidates, in the books, unless it is held; the caller tells the replica."""
         request = sequence.request
         num_known = len(request.prompt_token_ids) + len(sequence.output_token_ids)
         hashes = sequence.prompt_hashes
@@ -221,19 +279,25 @@ class Dispatcher:
             tick=_now_ms(),
             candidates=candidates,
             client_request_id=sequence.stream.request_id,
+            may_hold=may_hold,
         )
         if choice.is_held:
-            sequence.wire_id = wire_id
-            self._held[wire_id] = sequence
-            asyncio.get_running_loop().call_later(self._hold_s, self.pump)  # it may have to go elsewhere by then
-            return
+            return choice
         matched = next(score.matched_tokens for score in choice.scores if score.replica == choice.replica)
         self._recharge(sequence, self._expected_cost_ms(sequence, choice.replica, num_cached=matched))
         sequence.dispatched(wire_id, choice.replica)
         self._running[wire_id] = sequence
         for observer in self._observers:
             observer.on_dispatch(sequence.stream.request_id, sequence.index, wire_id, choice.replica, choice.scores)
-        self._replicas[choice.replica].target.submit(sequence.to_submit())
+        return choice
+
+    def _withdraw(self, sequence: SequenceState) -> None:
+        """It neither runs nor waits afterwards; what its run still brings is for nobody."""
+        self._abort(sequence)
+        if self._running.pop(sequence.wire_id, None) or self._held.pop(sequence.wire_id, None):
+            self.router.finish(sequence.wire_id)
+        if sequence in self._returned:
+            self._returned.remove(sequence)
 
     def _take_output(self, sequence: SequenceState, output: SequenceOutput) -> None:
         reason = output.finish_reason

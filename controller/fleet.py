@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping, Sequence
 
 from ..common.cluster_state import ReplicaState, ReplicaStatus
 from ..common.config import FleetConfig
 from ..common.errors import ConfigError, InternalError, ModelLoadError, ModelNotFound, PilotfishError, Unavailable
-from ..common.requests import BlockStored, StepOutput, WorkerInfo
+from ..common.requests import BlockStored, EngineRequest, StepOutput, WorkerInfo
 from ..proto import worker_pb2
+from ..scheduler.snapshot import RunningRequest
 from ..text.prepare import ModelLimits
 from .authority import Authority
 from .dispatcher import Dispatcher
@@ -70,6 +72,7 @@ class Fleet:
         found = dict(await self._launcher.find())
         for replica in self._replicas:
             worker = found.pop(replica.name, None)
+            replica.has_served = worker is not None  # an earlier controller; what happens to it now is no failed start
             self._tasks.append(asyncio.create_task(self._lead(replica, worker), name=replica.name))
         for worker in found.values():  # of a larger fleet
             await worker.end()
@@ -244,9 +247,12 @@ class _Listener:
         self._dispatcher = dispatcher
         self._num_places = num_places
 
-    def on_snapshot(self, snapshot: worker_pb2.SnapshotResponse) -> None:
+    def on_snapshot(
+        self, snapshot: worker_pb2.SnapshotResponse, orphans: Sequence[RunningRequest]
+    ) -> Mapping[str, EngineRequest]:
         blocks = tuple(map(BlockStored, snapshot.block_hashes, snapshot.parent_hashes))
         self._dispatcher.take_snapshot(self._name, blocks=blocks, next_event_id=snapshot.next_event_id)
+        return self._dispatcher.adopt(self._name, orphans)
 
     def on_connected(self) -> None:
         replica = self._replica

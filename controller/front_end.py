@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from ..common.errors import InvalidRequest
 from ..common.hashing import block_hashes, root_hash
 from ..common.requests import EngineRequest
+from ..common.sampling_params import SamplingParams
 from ..text import generation_defaults
 from ..text.chat_template import ChatTemplate
 from ..text.output import SequenceText
@@ -31,12 +32,15 @@ T = TypeVar("T")
 class Prepared:
     """A request in tokens: one engine request and one text state a choice.
 
-    `prompt_hashes` are those of the prompt's full blocks; `prompt_text` is set only if it was asked for.
+    `prompt_hashes` are those of the prompt's full blocks; `prompt_text` is set only if it was asked for. `text_params` and
+    `continues_text` are what the text states were made of.
     """
 
     num_prompt_tokens: int
     prompt_hashes: tuple[bytes, ...]
     prompt_text: str
+    text_params: SamplingParams
+    continues_text: bool
     requests: tuple[EngineRequest, ...]
     texts: tuple[SequenceText, ...]
 
@@ -110,17 +114,26 @@ class FrontEnd:
             prompt_text = ""
             if with_prompt_text:
                 prompt_text = source if isinstance(source, str) else self.tokenizer.decode(source)
-            return Prepared(
-                num_prompt_tokens=len(ready.prompt_token_ids),
-                prompt_hashes=tuple(block_hashes(ready.prompt_token_ids, self._block_size, parent=root_hash())),
-                prompt_text=prompt_text,
-                requests=ready.sequences,
-                texts=tuple(
-                    SequenceText(self.tokenizer, ready.params, continues_text=messages is None) for _ in ready.sequences
-                ),
+            return self.prepared(
+                ready.sequences, text_params=ready.params, continues_text=messages is None, prompt_text=prompt_text
             )
 
         return await self._off_loop(work)
+
+    def prepared(
+        self, requests: tuple[EngineRequest, ...], *, text_params: SamplingParams, continues_text: bool, prompt_text: str
+    ) -> Prepared:
+        """The choices of a request, which share a prompt, with text states that have seen no token."""
+        prompt = requests[0].prompt_token_ids
+        return Prepared(
+            num_prompt_tokens=len(prompt),
+            prompt_hashes=tuple(block_hashes(prompt, self._block_size, parent=root_hash(requests[0].salt))),
+            prompt_text=prompt_text,
+            text_params=text_params,
+            continues_text=continues_text,
+            requests=requests,
+            texts=tuple(SequenceText(self.tokenizer, text_params, continues_text=continues_text) for _ in requests),
+        )
 
     async def tokenize(
         self, *, text: str | None, messages: Sequence[Mapping[str, Any]] | None, add_special_tokens: bool

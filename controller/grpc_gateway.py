@@ -25,7 +25,8 @@ from ..proto import inference_pb2 as pb
 from ..proto.routing_codec import decision_to_proto
 from ..text.tokenizer import Tokenizer
 from . import grpc_messages
-from .service import InferenceService
+from .sequence_state import Received
+from .service import InferenceService, RequestHandle
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class GrpcGateway:
             {
                 "Generate": stream(pb.GenerateRequest, self._generate),
                 "Chat": stream(pb.ChatRequest, self._chat),
+                "Resume": stream(pb.ResumeRequest, self._resume),
                 "Abort": unary(pb.AbortRequest, self._abort_request),
                 "Tokenize": unary(pb.TokenizeRequest, self._tokenize),
                 "ListModels": unary(pb.ListModelsRequest, self._list_models),
@@ -168,8 +170,18 @@ class GrpcGateway:
             tenant=caller.tenant,
             retry_key=caller.call_id or request.request_id,
             trace_headers=caller.trace_headers,
+            resumable=request.resumable,
             **what,
         )
+        async for event in self._read(handle):
+            yield event
+
+    async def _resume(self, request: pb.ResumeRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
+        received = [Received(tuple(choice.token_ids), choice.num_chars) for choice in request.choices]
+        async for event in self._read(self._service.resume(request.request_id, received, tenant=caller.tenant)):
+            yield event
+
+    async def _read(self, handle: RequestHandle) -> AsyncIterator[pb.GenerateEvent]:
         async with handle:
             async for event in handle:
                 yield grpc_messages.event_to_proto(event, self._tokenizer)

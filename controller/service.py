@@ -26,7 +26,10 @@ from .dispatcher import Dispatcher
 from .events import Event, Observer
 from .fleet import Fleet
 from .front_end import FrontEnd, Prepared, Tokenization
-from .streams import RequestStream
+from .journal import Journal
+from .sequence_state import Received
+from .stream_table import StreamTable
+from .streams import RequestStream, StreamReader
 from .tenants import Tenants
 from .totals import Totals
 
@@ -47,11 +50,13 @@ class Addresses:
 class RequestHandle:
     """The events of one request: `async with handle: async for event in handle`. Typed errors are raised from the iterator.
 
-    Leaving the `async with`, cancelling the task that waits for the next event, or `cancel()` ends the request on its worker.
+    Leaving the `async with`, or cancelling the task that waits for the next event, ends the request on its worker; one that is
+    resumable runs on for a while then, in which `InferenceService.resume` takes it up. `cancel()` ends any at once.
     """
 
-    def __init__(self, stream: RequestStream) -> None:
+    def __init__(self, stream: RequestStream, reader: StreamReader) -> None:
         self._stream = stream
+        self._reader = reader
 
     @property
     def request_id(self) -> str:
@@ -66,16 +71,16 @@ class RequestHandle:
 
     async def __anext__(self) -> Event:
         try:
-            event = await self._stream.next_event()
+            event = await self._reader.next_event()
         except BaseException:
-            self.cancel()
+            self._leave()
             raise
         if event is None:
             raise StopAsyncIteration
         return event
 
     async def aclose(self) -> None:
-        self.cancel()
+        self._leave()
 
     async def __aenter__(self) -> RequestHandle:
         return self
@@ -83,7 +88,10 @@ class RequestHandle:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._stream.leave(self._reader)
 
 
 class InferenceService:
@@ -97,6 +105,7 @@ class InferenceService:
         fleet: Fleet,
         dispatcher: Dispatcher,
         totals: Totals,
+        journal: Journal,
         tracing: RequestTracing | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -108,7 +117,13 @@ class InferenceService:
         self._tracing = tracing
         self._observers = observers
         self.tenants = Tenants(config.tenants)
-        self._streams: dict[str, RequestStream] = {}
+        self._streams = StreamTable(
+            model=config.model.name,
+            dispatcher=dispatcher,
+            journal=journal,
+            window_s=config.gateway.resume_window_s,
+            on_end=self._on_stream_end,
+        )
         self._num_preparing = 0
         self._num_requests = 0
         self._started_unix_s = time.time()
@@ -130,6 +145,7 @@ class InferenceService:
         tenant: Tenant = ANONYMOUS,
         retry_key: str = "",
         trace_headers: Mapping[str, str] = NO_HEADERS,
+        resumable: bool = False,
     ) -> RequestHandle:
         """Accept a request: either `prompt` (text or token ids) or chat `messages`.
 
@@ -142,6 +158,7 @@ class InferenceService:
             tenant: whose request it is (`tenants.authenticate`).
             retry_key: names the caller over several attempts of one call, for the place that a full queue holds for it.
             trace_headers: W3C `traceparent` and `tracestate`, where the caller traces; read only where this controller does.
+            resumable: a reader that leaves does not end it (see `resume`), and it survives this controller.
 
         Raises:
             InvalidRequest, ModelNotFound, Overloaded (with retry_after_s), Unavailable (no replica can take it),
@@ -155,6 +172,7 @@ class InferenceService:
                 timeout_s=timeout_s,
                 tenant=tenant,
                 retry_key=retry_key,
+                resumable=resumable,
             )
         except PilotfishError as error:
             self._report_refused(error)
@@ -177,7 +195,7 @@ class InferenceService:
             if stream.error is not None:  # aborted or out of time meanwhile
                 raise stream.error
             self._take_tokens(stream, prepared)
-            stream.start(prepared)
+            self._streams.start(stream, prepared)
             if self._tracing is not None:
                 self._tracing.accepted(
                     stream.request_id, num_prompt_tokens=prepared.num_prompt_tokens, num_choices=len(prepared.requests)
@@ -193,7 +211,22 @@ class InferenceService:
         finally:
             self._num_preparing -= 1
         self._num_requests += 1
-        return RequestHandle(stream)
+        return RequestHandle(stream, stream.read())
+
+    def resume(self, request_id: str, received: Sequence[Received], *, tenant: Tenant = ANONYMOUS) -> RequestHandle:
+        """Go on reading a resumable request behind what its client has of each choice.
+
+        Raises:
+            RequestNotFound: it ended more than `resume_window_s` ago, was not resumable, or is not of this server
+                or not of this tenant.
+            InvalidRequest: the client has what this answer does not have.
+        """
+        return RequestHandle(*self._streams.resume(request_id, received, tenant=tenant))
+
+    def restore(self) -> None:
+        """Take up the requests of an earlier controller, which wait for their clients then."""
+        for stream in self._streams.restore(self._front_end, self.tenants.named):
+            self.tenants.limits(stream.tenant).enter_again(_now_ms())
 
     async def abort(self, request_id: str, *, tenant: Tenant = ANONYMOUS) -> bool:
         """End a request; its reader gets Cancelled. False if this tenant has none in flight of this id."""
@@ -261,8 +294,9 @@ class InferenceService:
 
     def end_all(self) -> None:
         """End what is still in flight."""
-        for stream in list(self._streams.values()):
+        for stream in self._streams.in_flight():
             stream.fail(Unavailable("the server is shutting down"))
+        self._streams.close()
 
     def _accept(
         self,
@@ -273,30 +307,22 @@ class InferenceService:
         timeout_s: float | None,
         tenant: Tenant,
         retry_key: str,
+        resumable: bool,
     ) -> RequestStream:
         if self._is_closed:
             raise Unavailable("the server is shutting down")
         self._check_model(model)
         request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
         check_request_id(request_id)
-        if request_id in self._streams:
-            raise InvalidRequest(f"request_id {request_id!r} is in flight already; ids must be unique among running requests")
         if not -(2**31) <= priority < 2**31:
             raise InvalidRequest(f"priority must fit 32 bits, not {priority}")
         timeout_s = self._config.gateway.default_timeout_s if timeout_s is None else timeout_s
         if not 0 < timeout_s < 1e9:
             raise InvalidRequest(f"the timeout must be a positive number of seconds, not {timeout_s!r}")
+        self._streams.check_free(request_id)
         self._dispatcher.check_room(self._num_preparing, tenant=tenant.name, priority=priority, retry_key=retry_key)
         self.tenants.limits(tenant).enter(_now_ms())
-        stream = RequestStream(
-            request_id=request_id,
-            model=self._config.model.name,
-            timeout_s=timeout_s,
-            on_end=self._on_stream_end,
-            tenant=tenant,
-        )
-        self._streams[request_id] = stream
-        return stream
+        return self._streams.add(request_id, timeout_s=timeout_s, resumable=resumable, tenant=tenant)
 
     def _take_tokens(self, stream: RequestStream, prepared: Prepared) -> None:
         """Of the tenant's tokens a minute, what the request is expected to use; its end settles what it did."""
@@ -311,7 +337,6 @@ class InferenceService:
             raise ModelNotFound(f"the model {model!r} is not served here; the model served is {served!r}")
 
     def _on_stream_end(self, stream: RequestStream) -> None:
-        del self._streams[stream.request_id]
         self._dispatcher.release(stream)
         usage = stream.usage()
         self.tenants.limits(stream.tenant).leave(

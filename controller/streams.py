@@ -1,68 +1,35 @@
-"""A request in flight: its choices, what they have produced, and the delivery to the one reader.
+"""A request in flight: its choices, what they have produced, and the delivery to its reader.
 
-A stream lives from its arrival until every choice has finished, an error ended it, or its reader left. The dispatcher applies
-workers' outputs to it; the reader takes events. Unread output is kept as one growing chunk a choice, so a slow reader costs
-at most its own max_tokens and holds up nobody; a reader is woken once a step however many choices it has.
+A stream lives from its arrival until every choice has finished, an error ended it, or its reader left. One that is resumable
+outlives its reader: another may come, and begins where its client's copy of the answer ends. The dispatcher applies workers'
+outputs to the choices, which keep all of them; a reader remembers how far it is, so a slow one gets fewer, larger deltas, costs
+at most its own max_tokens and holds up nobody. It is woken once a step however many choices it has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ..common.errors import DeadlineExceeded, PilotfishError
-from ..common.requests import EngineRequest, FinishReason, SequenceOutput
+from ..common.errors import Cancelled, DeadlineExceeded, PilotfishError
+from ..common.requests import SequenceOutput
 from ..common.tenants import ANONYMOUS, Tenant
-from ..text.output import SequenceText, TextDelta
 from .events import Delta, Event, RequestRecord, Started, Usage
 from .front_end import Prepared
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class SequenceState:
-    """One choice of a request, wherever it runs. `output_token_ids` is what a replay on another replica starts from.
-
-    `wire_id` names its current run on a worker; every dispatch makes a new one, so that late output of an earlier run can never
-    be taken for this one's. `prompt_hashes` are those of the prompt's full blocks. `charged_ms` is what its tenant was
-    charged for it.
-    """
-
-    stream: RequestStream
-    index: int
-    request: EngineRequest
-    text: SequenceText
-    prompt_hashes: Sequence[bytes]
-    output_token_ids: list[int] = field(default_factory=list)
-    wire_id: str = ""
-    replica: str = ""
-    num_attempts: int = 0
-    abort_sent: bool = False
-    cached_tokens: int | None = None
-    finish_reason: FinishReason | None = None
-    charged_ms: float = 0.0
-
-    def dispatched(self, wire_id: str, replica: str) -> None:
-        """A run on a replica begins."""
-        self.wire_id, self.replica = wire_id, replica
-        self.num_attempts += 1
-        self.abort_sent = False
-        self.stream.mark_dispatched()
-
-    def to_submit(self) -> EngineRequest:
-        """The request for the worker: all known tokens, and the time that is left."""
-        return replace(
-            self.request,
-            request_id=self.wire_id,
-            output_token_ids=tuple(self.output_token_ids),
-            deadline_ms=self.stream.time_left_s() * 1000,
-            tenant=self.stream.tenant,
-        )
+from .sequence_state import Position, Received, SequenceState
 
 
 class RequestStream:
-    """See the module's docstring. `on_end` is called once, when nothing more will be produced."""
+    """See the module's docstring. `on_end` is called once, when nothing more will be produced.
+
+    Attributes:
+        accepted: it was started; it leaves a record.
+        tenant: whose it is.
+        tokens_taken: of its tenant's tokens a minute, until it is known what it used.
+        resume_window_s: how long it runs on without a reader; 0: not at all.
+        is_suspended: a controller before this one had it, and its client has not come back yet.
+    """
 
     def __init__(
         self,
@@ -72,15 +39,19 @@ class RequestStream:
         timeout_s: float,
         on_end: Callable[[RequestStream], None],
         tenant: Tenant = ANONYMOUS,
+        resume_window_s: float = 0.0,
     ) -> None:
         self.request_id = request_id
         self.model = model
         self.tenant = tenant
-        self.tokens_taken = 0.0  # of its tenant's tokens a minute, until it is known what it used
+        self.tokens_taken = 0.0
         self.sequences: list[SequenceState] = []
         self.accepted = False
         self.ended = False
         self.error: PilotfishError | None = None
+        self.created_unix_s = int(time.time())
+        self.resume_window_s = resume_window_s
+        self.is_suspended = False
         self._on_end = on_end
         self._num_prompt_tokens = 0
         self._arrival = time.monotonic()
@@ -88,10 +59,8 @@ class RequestStream:
         self._dispatched: float | None = None
         self._first_token: float | None = None
         self._end_time: float | None = None
-        self._usage_taken = False
-        self._ready: list[Event] = []
-        self._unread: dict[int, list[TextDelta]] = {}
-        self._wake = asyncio.Event()
+        self._reader: StreamReader | None = None
+        self._absence_timer: asyncio.TimerHandle | None = None
         self._timer = asyncio.get_running_loop().call_later(timeout_s, self.expire)
 
     def start(self, prepared: Prepared) -> None:
@@ -102,16 +71,46 @@ class RequestStream:
             for index, (request, text) in enumerate(zip(prepared.requests, prepared.texts, strict=True))
         ]
         self._num_prompt_tokens = prepared.num_prompt_tokens
-        self._ready.append(
-            Started(
-                request_id=self.request_id,
-                model=self.model,
-                created_unix_s=int(time.time()),
-                prompt_tokens=prepared.num_prompt_tokens,
-            )
-        )
         if prepared.prompt_text:
-            self._ready.extend(Delta(index=s.index, content=TextDelta(text=prepared.prompt_text)) for s in self.sequences)
+            for sequence in self.sequences:
+                sequence.texts.append(prepared.prompt_text)
+
+    def started(self) -> Started:
+        return Started(
+            request_id=self.request_id,
+            model=self.model,
+            created_unix_s=self.created_unix_s,
+            prompt_tokens=self._num_prompt_tokens,
+        )
+
+    def read(self, positions: Mapping[int, Position] | None = None) -> StreamReader:
+        """A reader from the beginning, or from where it has come in each choice. One that reads already is ended."""
+        if self._absence_timer is not None:
+            self._absence_timer.cancel()
+        if self._reader is not None:
+            self._reader.supersede()
+        self._reader = StreamReader(self, positions or {})
+        return self._reader
+
+    def leave(self, reader: StreamReader) -> None:
+        """A reader goes; without another the request ends, at once or after `resume_window_s`."""
+        if reader is not self._reader:
+            return
+        self._reader = None
+        self.wait_for_reader()
+
+    def wait_for_reader(self) -> None:
+        """The request goes on for `resume_window_s`."""
+        if self.ended:
+            return
+        if self.resume_window_s:
+            self._absence_timer = asyncio.get_running_loop().call_later(self.resume_window_s, self._expire_absence)
+        else:
+            self._expire_absence()
+
+    def positions_after(self, received: Sequence[Received]) -> dict[int, Position]:
+        """Where a reader goes on whose client has that much of each choice. Raises InvalidRequest: nobody can have it."""
+        return {s.index: s.position_after(received[s.index]) for s in self.sequences}
 
     def refuse(self) -> None:
         """The request is not taken after all: it leaves no record."""
@@ -131,19 +130,20 @@ class RequestStream:
 
         A repeated token is dropped; a missing one raises InternalError.
         """
-        delta = sequence.text.push(output)
-        sequence.output_token_ids.extend(delta.token_ids)
+        num_known = len(sequence.output_token_ids)
+        is_new = sequence.apply(output)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = output.cached_tokens
-        if delta.token_ids and self._first_token is None:
+        if self._first_token is None and len(sequence.output_token_ids) > num_known:
             self._first_token = time.monotonic()
-        sequence.finish_reason = delta.finish_reason
-        if delta.text or delta.token_ids or delta.finish_reason is not None:
-            self._unread.setdefault(sequence.index, []).append(delta)
-            self._wake.set()
-        if delta.finish_reason is not None and all(s.finish_reason is not None for s in self.sequences):
-            self._end()
+        if is_new:
+            self._wake()
+        self.end_if_complete()
         return sequence.text.should_abort
+
+    def end_if_complete(self) -> None:
+        if not self.ended and all(s.finish_reason is not None for s in self.sequences):
+            self._end()
 
     def fail(self, error: PilotfishError) -> None:
         """End the request with an error, which the reader gets after what was produced. The first end counts."""
@@ -160,19 +160,6 @@ class RequestStream:
                 "produced); allow more time or ask for fewer tokens"
             )
         )
-
-    async def next_event(self) -> Event | None:
-        """The next event, None at the end; raises the stream's error in its place."""
-        while True:
-            event = self._take()
-            if event is not None:
-                return event
-            if self.ended:
-                if self.error is not None:
-                    raise self.error
-                return None
-            self._wake.clear()
-            await self._wake.wait()
 
     def usage(self) -> Usage:
         """Counts and times up to now (up to the end, once ended)."""
@@ -199,34 +186,74 @@ class RequestStream:
             num_attempts=max((s.num_attempts for s in self.sequences), default=0),
         )
 
-    def _take(self) -> Event | None:
-        if not self._ready and self._unread:
-            self._ready = [Delta(index=index, content=join(deltas)) for index, deltas in self._unread.items()]
-            self._unread = {}
-        if not self._ready and self.ended and self.error is None and not self._usage_taken:
-            self._usage_taken = True
-            return self.usage()
-        return self._ready.pop(0) if self._ready else None
-
     def _end(self) -> None:
         self.ended = True
         self._end_time = time.monotonic()
         self._timer.cancel()
-        self._wake.set()
+        if self._absence_timer is not None:
+            self._absence_timer.cancel()
+        self._wake()
         self._on_end(self)
 
+    def _expire_absence(self) -> None:
+        waited = f" for {self.resume_window_s:g} s" if self.resume_window_s else ""
+        self.fail(Cancelled(f"request {self.request_id} was cancelled: its client was gone{waited}"))
 
-def join(deltas: list[TextDelta]) -> TextDelta:
-    """One delta that says the same as `deltas`, consecutive ones of a choice."""
-    if len(deltas) == 1:
-        return deltas[0]
-    last = deltas[-1]
-    with_tokens = next((delta for delta in deltas if delta.token_ids), last)
-    return TextDelta(
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        offset=with_tokens.offset,
-    )
+    def _wake(self) -> None:
+        if self._reader is not None:
+            self._reader.wake.set()
+
+
+class StreamReader:
+    """The events of a stream that its client has not seen, in order.
+
+    Attributes:
+        wake: set when there may be more.
+        has_all: there is nothing more to come but the error, if one ended the stream.
+    """
+
+    def __init__(self, stream: RequestStream, positions: Mapping[int, Position]) -> None:
+        self._stream = stream
+        self._positions = positions
+        self._events = self._all_events()
+        self._is_superseded = False
+        self.wake = asyncio.Event()
+        self.has_all = False
+
+    def supersede(self) -> None:
+        """Another reader has come: this one gets Cancelled."""
+        self._is_superseded = True
+        self.wake.set()
+
+    async def next_event(self) -> Event | None:
+        """The next event, None at the end; raises the stream's error in its place."""
+        while True:
+            if self._is_superseded:
+                raise Cancelled(f"request {self._stream.request_id} is read by another call, which resumed it")
+            event = next(self._events, None)
+            if event is not None:
+                return event
+            if self.has_all:
+                if self._stream.error is not None:
+                    raise self._stream.error
+                return None
+            await self.wake.wait()
+
+    def _all_events(self) -> Iterator[Event | None]:
+        """None where there is nothing to read yet."""
+        stream = self._stream
+        yield stream.started()
+        positions = [self._positions.get(index) or Position() for index in range(len(stream.sequences))]
+        while True:
+            self.wake.clear()  # what comes during this pass is for the next one
+            has_ended = stream.ended
+            for sequence, position in zip(stream.sequences, positions, strict=True):
+                content = sequence.delta_from(position)
+                if content is not None:
+                    yield Delta(index=sequence.index, content=content)
+            if has_ended:
+                break
+            yield None
+        if stream.error is None:
+            yield stream.usage()
+        self.has_all = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from ..common.api_keys import KeyRing
@@ -9,6 +10,8 @@ from ..common.config import TenantConfig
 from ..common.errors import Unauthenticated
 from ..common.tenants import ANONYMOUS, ANONYMOUS_NAME, Tenant
 from ..scheduler.tenant_limits import TenantLimits
+
+logger = logging.getLogger(__name__)
 
 
 class Tenants:
@@ -44,6 +47,12 @@ class Tenants:
         if owner is None:
             raise Unauthenticated("the API key is not valid here: 'authorization: Bearer KEY' needs one of this server's keys")
         return self._tenants[owner]
+
+    def named(self, name: str) -> Tenant:
+        """Of a name that an earlier controller knew; one that is not configured any more stands for `anonymous`."""
+        if name not in self._tenants:
+            logger.warning("the tenant %r is not configured any more: its requests are taken for %s's", name, ANONYMOUS_NAME)
+        return self._tenants.get(name, self._tenants[ANONYMOUS_NAME])
 
     def limits(self, tenant: Tenant) -> TenantLimits:
         return self._limits[tenant.name]

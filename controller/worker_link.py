@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import grpc
@@ -21,6 +22,7 @@ from ..common.requests import EngineLoad, EngineRequest, StepOutput
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.codec import load_from_proto, request_to_proto, step_from_proto
 from ..proto.credentials import channel_credentials, channel_options, explain
+from ..scheduler.snapshot import RunningRequest
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,10 @@ class WorkerUnfit(Exception):
 class LinkListener(Protocol):
     """Who receives what the link brings."""
 
-    def on_snapshot(self, snapshot: worker_pb2.SnapshotResponse) -> None: ...
+    def on_snapshot(
+        self, snapshot: worker_pb2.SnapshotResponse, orphans: Sequence[RunningRequest]
+    ) -> Mapping[str, EngineRequest]:
+        """`orphans` run there, but were not submitted over this link. Returns those that go on; the others are ended."""
 
     def on_connected(self) -> None: ...
 
@@ -188,9 +193,13 @@ class WorkerLink:
         self._needs_snapshot = False
         if self.step_id == 0:  # what came before was for another controller
             self.step_id = self._acked_step_id = snapshot.step_id
-        # Requests of an earlier controller: their clients went with it.
-        self._orphans = [running.request_id for running in snapshot.requests if running.request_id not in self._in_flight]
-        self._listener.on_snapshot(snapshot)
+        orphans = [
+            RunningRequest(running.request_id, running.num_prompt_tokens, tuple(running.output_token_ids))
+            for running in snapshot.requests
+            if running.request_id not in self._in_flight
+        ]
+        self._in_flight.update(self._listener.on_snapshot(snapshot, orphans))
+        self._orphans = [running.request_id for running in orphans if running.request_id not in self._in_flight]
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         attach = worker_pb2.Attach(epoch=self._epoch, acked_step_id=self.step_id, controller_id=self._controller_id)

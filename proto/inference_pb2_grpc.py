@@ -44,6 +44,11 @@ class InferenceStub:
                 request_serializer=pilotfish_dot_proto_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/pilotfish.v1.Inference/Resume',
+                request_serializer=pilotfish_dot_proto_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/pilotfish.v1.Inference/Abort',
                 request_serializer=pilotfish_dot_proto_dot_inference__pb2.AbortRequest.SerializeToString,
@@ -83,6 +88,14 @@ class InferenceServicer:
 
     def Chat(self, request, context):
         """Answer a conversation: the model's chat template, then as Generate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Go on with a resumable request whose call broke, where this client's copy of the answer ends. The events go on as those of
+        the first call would have, from `started`; a later Resume ends an earlier one. NOT_FOUND: begin anew, or give up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,6 +144,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'Chat': grpc.unary_stream_rpc_method_handler(
                     servicer.Chat,
                     request_deserializer=pilotfish_dot_proto_dot_inference__pb2.ChatRequest.FromString,
+                    response_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=pilotfish_dot_proto_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
@@ -212,6 +230,33 @@ class Inference:
             target,
             '/pilotfish.v1.Inference/Chat',
             pilotfish_dot_proto_dot_inference__pb2.ChatRequest.SerializeToString,
+            pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pilotfish.v1.Inference/Resume',
+            pilotfish_dot_proto_dot_inference__pb2.ResumeRequest.SerializeToString,
             pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
             options,
             channel_credentials,

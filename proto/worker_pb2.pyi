@@ -217,14 +217,16 @@ class SnapshotRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RunningRequest(_message.Message):
-    __slots__ = ("request_id", "num_prompt_tokens", "num_output_tokens")
+    __slots__ = ("request_id", "num_prompt_tokens", "num_output_tokens", "output_token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_prompt_tokens: int
     num_output_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ...) -> None: ...
+    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
     __slots__ = ("epoch", "step_id", "next_event_id", "block_hashes", "parent_hashes", "requests", "info")

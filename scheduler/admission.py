@@ -196,7 +196,7 @@ class AdmissionQueue(Generic[T]):
         return entry.item
 
     def correct(self, difference: float, *, tenant: str, priority: int) -> None:
-        """An item of this tenant and priority that was popped costs `difference` more than it was charged."""
+        """An item of this tenant and priority that was popped, or never queued here, costs `difference` more than charged."""
         class_name = priority_class(priority)
         self._class_shares.correct(class_name, difference)
         self._classes[class_name].shares.correct(tenant, difference)

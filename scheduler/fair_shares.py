@@ -41,8 +41,8 @@ class FairShares:
         self._virtual[flow] = start + cost / self.weight(flow)
 
     def correct(self, flow: str, difference: float) -> None:
-        """A service cost `difference` more than was charged (less, if negative)."""
-        self._virtual[flow] += difference / self.weight(flow)
+        """A service cost `difference` more than was charged (less, if negative). It may have begun before these shares did."""
+        self._virtual[flow] = self._virtual.get(flow, self._now) + difference / self.weight(flow)
 
     def weight(self, flow: str) -> float:
         return self._weights.get(flow, 1.0)

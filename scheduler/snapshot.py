@@ -13,7 +13,11 @@ class RunningRequest:
 
     request_id: str
     num_prompt_tokens: int
-    num_output_tokens: int
+    output_token_ids: tuple[int, ...]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,9 @@ class StepScheduler:
     def snapshot(self) -> SchedulerSnapshot:
         """Everything a new controller must know; events drained later with ids from `next_event_id` on come after it."""
         trie = self._cache.trie
-        requests = (RunningRequest(s.request_id, s.num_prompt, s.num_output) for s in self._sequences.values())
+        requests = (
+            RunningRequest(s.request_id, s.num_prompt, tuple(s.tokens[s.num_prompt :])) for s in self._sequences.values()
+        )
         return SchedulerSnapshot(tuple(requests), trie.stored_blocks(), trie.next_event_id)
 
     def check_invariants(self) -> None:

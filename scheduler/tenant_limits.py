@@ -58,6 +58,10 @@ class TenantLimits:
                 f"{self._tenant} has {self.num_in_flight} requests in flight, which is its limit; try again in {wait_s:.1f} s"
             )
             raise Overloaded(message, retry_after_s=wait_s)
+        self.enter_again(now_ms)
+
+    def enter_again(self, now_ms: float) -> None:
+        """A request had entered before its controller was replaced: the limit has been met then."""
         if not self.num_in_flight:
             self._drain.begin(now_ms)
         self.num_in_flight += 1

@@ -149,6 +149,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     request_id=running.request_id,
                     num_prompt_tokens=running.num_prompt_tokens,
                     num_output_tokens=running.num_output_tokens,
+                    output_token_ids=running.output_token_ids,
                 )
                 for running in snapshot.scheduler.requests
             ],

@@ -44,6 +44,11 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         yield delta(0, [7], text, finish=common.FINISH_REASON_STOP)
         yield usage(1)
 
+    async def Resume(self, request: pb.ResumeRequest, context: Any) -> AsyncIterator[pb.GenerateEvent]:
+        self._note(request, context)
+        await abort(context, "request_not_found")
+        yield
+
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         self._note(request, context)
         if request.request_id == "slow":

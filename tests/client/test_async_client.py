@@ -120,7 +120,7 @@ async def test_errors_and_attempts(client, server):
 
 async def test_a_server_killed_in_mid_stream(server_process):
     process, address = server_process
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, retry=RetryPolicy(reconnect_timeout_s=0.3)) as client:
         stream = client.stream_generate("forever")
         await anext(stream)
         process.kill()

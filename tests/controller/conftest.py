@@ -30,6 +30,7 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
         tenants: dict[str, TenantConfig] | None = None,
         stall_timeout_s: float = 60.0,
         wait: bool = True,
+        journal_path: Path | None = None,
         **engine_options: Any,
     ) -> Cluster:
         launcher = launcher or LocalLauncher(engine_options=engine_options)
@@ -41,7 +42,12 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             tenants=tenants or {},
         )
         controller = Controller(
-            config, model_path=tokenizer_path, launcher=launcher, authority=launcher.authority, controller_id="test"
+            config,
+            model_path=tokenizer_path,
+            launcher=launcher,
+            authority=launcher.authority,
+            controller_id="test",
+            journal_path=journal_path,
         )
         started.append(controller)
         await controller.start()

@@ -48,7 +48,7 @@ async def nothing_runs(cluster: Cluster) -> None:
         assert dispatcher.router.num_active(name) == 0
         assert dispatcher.router.queued_tokens(name) == 0
     await eventually(lambda: all(used_blocks(cluster, i) == 0 for i in range(len(cluster.launcher.launched))))
-    assert cluster.service._streams == {}
+    assert cluster.service._streams.in_flight() == []
 
 
 async def test_a_request_answers_with_started_deltas_and_usage(start_cluster: StartCluster) -> None:
@@ -210,7 +210,7 @@ async def test_a_full_queue_refuses_at_once_and_a_deadline_empties_it(start_clus
     with pytest.raises(Overloaded) as refused:
         await generate(cluster, request_id="refused")
     assert refused.value.retry_after_s > 0
-    assert "refused" not in cluster.service._streams
+    assert cluster.service._streams.get("refused") is None
     status = cluster.service.status()
     assert (status.num_running, status.num_queued) == (3, 2)
     for handle in queued:
@@ -265,15 +265,15 @@ async def test_a_reader_is_woken_once_a_step_however_many_choices(start_cluster:
     engine = cluster.launcher.launched[0].engine
     engine.gate.clear()  # until all choices are there: each step then has a token of every one
     handle = await generate(cluster, sampling={"n": 8, "max_tokens": 10})
-    stream, wakes = handle._stream, 0
-    real_wait = stream._wake.wait
+    reader, wakes = handle._reader, 0
+    real_wait = reader.wake.wait
 
     async def counted() -> bool:
         nonlocal wakes
         wakes += 1
         return await real_wait()
 
-    stream._wake.wait = counted
+    reader.wake.wait = counted
     await eventually(lambda: len(engine.submitted) == 8)
     engine.gate.set()
     answer = await read(handle)

@@ -1,0 +1,117 @@
+"""Resumable requests on the disk of the controller, so that its successor knows them: prompt, parameters, tenant,
+deadline.
+
+Their tokens are not here: workers run on and hold theirs, and the client that resumes brings what it has. An entry is written
+before a request is queued and leaves some time after it has ended. It outlives the controller's process, not its machine:
+nothing waits for the disk itself. The file has what users wrote, so only its owner can read it; an orderly end removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ..common.errors import ConfigError
+from ..common.sampling_params import SamplingParams
+from ..proto import common_pb2, journal_pb2
+from ..proto.codec import request_from_proto, request_to_proto
+from .front_end import FrontEnd, Prepared
+from .streams import RequestStream
+
+_SCHEMA = "CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, entry BLOB NOT NULL) WITHOUT ROWID"
+
+
+class Journal:
+    """The file. `path` None is a journal that nobody will ever read: requests then end with their controller.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._database: sqlite3.Connection | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (owner := path.parent.stat().st_uid) != os.getuid():
+                raise ConfigError(
+                    f"cannot keep the journal of requests in {path.parent}: it belongs to user {owner}; remove it"
+                )
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, mode=0o600))
+            self._database = sqlite3.connect(path, isolation_level=None, timeout=10)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = OFF")
+            self._database.execute(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"cannot keep the journal of requests at {path}: {error}") from error
+
+    def add(self, entry: journal_pb2.JournalEntry) -> None:
+        if self._database is not None:
+            values = (entry.request_id, entry.SerializeToString())
+            self._database.execute("INSERT OR REPLACE INTO requests VALUES (?, ?)", values)
+
+    def remove(self, request_ids: Iterable[str]) -> None:
+        if self._database is not None:
+            self._database.execute("BEGIN")
+            self._database.executemany("DELETE FROM requests WHERE request_id = ?", ((name,) for name in request_ids))
+            self._database.execute("COMMIT")
+
+    def entries(self) -> Iterator[journal_pb2.JournalEntry]:
+        """What an earlier controller left."""
+        if self._database is not None:
+            for (data,) in self._database.execute("SELECT entry FROM requests").fetchall():
+                yield journal_pb2.JournalEntry.FromString(data)
+
+    def close(self, *, remove: bool) -> None:
+        """`remove`: all requests have ended, and nobody will come for them."""
+        if self._database is None or self._path is None:
+            return
+        self._database.close()
+        self._database = None
+        if remove:
+            for suffix in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+
+
+def entry_of(stream: RequestStream, prepared: Prepared) -> journal_pb2.JournalEntry:
+    """What a successor needs of a request that is about to be queued."""
+    first, *others = prepared.requests
+    text = prepared.text_params
+    return journal_pb2.JournalEntry(
+        request_id=stream.request_id,
+        model=stream.model,
+        created_unix_s=stream.created_unix_s,
+        deadline_unix_s=time.time() + stream.time_left_s(),
+        choices=[request_to_proto(first), *(request_to_proto(replace(other, prompt_token_ids=())) for other in others)],
+        text=common_pb2.SamplingParams(
+            stop=text.stop,
+            min_tokens=text.min_tokens,
+            skip_special_tokens=text.skip_special_tokens,
+            include_stop_str_in_output=text.include_stop_str_in_output,
+        ),
+        continues_text=prepared.continues_text,
+        prompt_text=prepared.prompt_text,
+        tenant=stream.tenant.name,
+    )
+
+
+def prepared_of(entry: journal_pb2.JournalEntry, front_end: FrontEnd) -> Prepared:
+    """The request as it was when its entry was made."""
+    requests = [request_from_proto(choice) for choice in entry.choices]
+    return front_end.prepared(
+        tuple(replace(request, prompt_token_ids=requests[0].prompt_token_ids) for request in requests),
+        text_params=SamplingParams(
+            stop=tuple(entry.text.stop),
+            min_tokens=entry.text.min_tokens,
+            skip_special_tokens=entry.text.skip_special_tokens,
+            include_stop_str_in_output=entry.text.include_stop_str_in_output,
+        ),
+        continues_text=entry.continues_text,
+        prompt_text=entry.prompt_text,
+    )
