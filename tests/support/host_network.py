@@ -29,16 +29,18 @@ PROGRAMS = {  # and the packages that have them
     "rsync": "rsync",
 }
 SHARED = Path("/tmp/shared")
+_CHECKOUT = Path(__file__).resolve().parents[2]
 _OPERATOR = "operator"
 _NAMESPACES = ["--net", "--mount", "--uts", "--ipc", "--pid"]
 _SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _READY_TIMEOUT_S = 20.0
 _END_WITH_PARENT = ["setpriv", "--pdeathsig=KILL"]
 
-# $1: the host's directory, $2: its name, $3: the shared directory. The last word is `sshd` or, for the operator, `sleep`.
+# $1: the host's directory, $2: its name, $3: the shared directory, $4: sshd, $5: this checkout, which may lie below /tmp.
 _BOOT = """
 set -e
 mount --bind "$3" "$1/tmp/shared"
+case "$5" in /tmp/*) mkdir -p "$1$5"; mount --bind "$5" "$1$5" ;; esac
 mount --rbind "$1/tmp" /tmp
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
@@ -79,7 +81,7 @@ class Host:
     def boot(self, shared: Path) -> None:
         sshd = _program("sshd") or "sshd"
         command = [*_END_WITH_PARENT, "unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
-        command += ["sh", "-c", _BOOT, "sh", str(self.directory), self.name, str(shared), sshd]
+        command += ["sh", "-c", _BOOT, "sh", str(self.directory), self.name, str(shared), sshd, str(_CHECKOUT)]
         log = (self.directory / "boot.log").open("w")
         self._holder = subprocess.Popen(
             command,
