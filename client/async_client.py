@@ -32,7 +32,7 @@ from .options import (
 )
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
-from .tracing import Metadata, traced_call
+from .tracing import Metadata, traced
 
 _END_TIMEOUT_S = 2.0
 
@@ -147,22 +147,13 @@ class AsyncClient:
 
     def _stream(self, call: TextCall) -> AsyncTextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
-        named = (*self._metadata, call_metadata())
-
-        def begin(method: str, request: Any, timeout_s: float | None) -> Any:
-            return traced_call(
-                method,
-                address=self.address,
-                metadata=named,
-                begin=lambda metadata: self._begin(method, request, timeout_s, metadata),
-            )
-
+        begin = traced(self._begin, address=self.address, metadata=(*self._metadata, call_metadata()))
         stream = AsyncTextStream(begin, self._end_request, attempts, call)
         self._streams.add(stream)
         return stream
 
     def _end_request(self, request_id: str) -> None:
-        """Tell the server that nobody waits for an answer; without this it would run on for a while, to be resumed."""
+        """Tell the server that nobody waits for an answer. Where that fails it runs on for `resume_window_s` and ends then."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._begin_end, request_id)
 

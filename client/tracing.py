@@ -19,8 +19,19 @@ Metadata = tuple[tuple[str, str], ...]
 _ending: set[asyncio.Task[None]] = set()  # the event loop itself keeps no task alive
 
 
-def traced_call(method: str, *, address: str, metadata: Metadata, begin: Callable[[Metadata], Any]) -> Any:
-    """What `begin(metadata)` returns, a call of `method` that streams; its span ends when the call does."""
+def traced(
+    begin: Callable[[str, Any, float | None, Metadata], Any], *, address: str, metadata: Metadata
+) -> Callable[[str, Any, float | None], Any]:
+    """`begin(method, request, timeout_s, metadata)`, which makes a call that streams, with that metadata and a span a call."""
+
+    def begin_traced(method: str, request: Any, timeout_s: float | None) -> Any:
+        return _traced_call(method, address, metadata, lambda metadata: begin(method, request, timeout_s, metadata))
+
+    return begin_traced
+
+
+def _traced_call(method: str, address: str, metadata: Metadata, begin: Callable[[Metadata], Any]) -> Any:
+    """The span ends when the call does."""
     if "opentelemetry.trace" not in sys.modules:
         return begin(metadata)
     from opentelemetry import trace

@@ -59,7 +59,7 @@ class EngineConfig:
         kv_memory_fraction: share of the memory measured free after the profiling run that the KV cache takes; None is 0.9 of a
             GPU's and 0.5 of a CPU's, which is not the worker's alone.
         num_kv_blocks: an exact number of blocks instead of the measured one.
-        cuda_graphs: replay decode steps on a GPU as CUDA graphs; off saves their capture at the start and their memory.
+        cuda_graphs: replay steps on a GPU as CUDA graphs; off saves recording them at the start, and their memory.
         prefix_caching: reuse KV blocks between requests with equal prefixes.
         num_threads: CPU threads of the computation; None is all cores that the process may use.
         stall_timeout_s: a step longer than this makes the worker unhealthy.

@@ -26,5 +26,5 @@ def test_keys_are_in_no_representation_and_survive_a_restart() -> None:
     identity = authority.issue("controller")
     assert repr(authority) == "Authority()"
     assert repr(identity) == "Identity(name='controller')"
-    restarted = pickle.loads(pickle.dumps(authority))
+    restarted = pickle.loads(pickle.dumps(authority))  # as Ray keeps an actor's arguments, inside of its cluster
     assert restarted.issue("controller").authority == identity.authority

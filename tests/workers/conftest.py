@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from pilotfish.common.config import EngineConfig, ModelConfig
+from pilotfish.common.errors import ModelNotFound
 from pilotfish.common.requests import EngineRequest, FinishReason, SequenceOutput, StepOutput, TokenLogprob, TokenSampling
+from pilotfish.models.store import resolve
 from pilotfish.scheduler.scheduler_config import SchedulerConfig
 from pilotfish.scheduler.step_scheduler import StepScheduler
 from pilotfish.workers.runner_setup import set_up_runner
@@ -21,6 +23,15 @@ TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Of the real model. `make test` sets it up first; only a pytest typed by hand can be without, and no test downloads."""
+    try:
+        return resolve("smollm2-135m", allow_download=False).path
+    except ModelNotFound:
+        pytest.skip("smollm2-135m is not set up: run `pilotfish pull smollm2-135m`")
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,8 @@ import torch
 from data_replica import Told, data_replica, run_alone
 from function_recorder import FunctionRecorder
 from pilotfish.common.config import ModelConfig, ParallelConfig
-from pilotfish.common.errors import ModelNotFound
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.models.layers import expert_dispatch
-from pilotfish.models.store import resolve
 from pilotfish.workers.engine import Engine, Phase
 from pilotfish.workers.local_replica import LocalReplica
 from pilotfish.workers.model_runner import ModelRunner
@@ -187,14 +185,6 @@ def wait_for_failure(engine: Engine) -> str:
     while engine.health().phase is not Phase.FAILED and time.monotonic() < deadline:
         time.sleep(0.05)
     return engine.health().message
-
-
-@pytest.fixture(scope="module")
-def smollm2_path() -> Path:
-    try:
-        return resolve("smollm2-135m", allow_download=False).path
-    except ModelNotFound:
-        pytest.skip("smollm2-135m is not set up: run `pilotfish pull smollm2-135m`")
 
 
 def test_a_real_model_over_data_ranks_says_what_the_dense_one_says(smollm2_path: Path, tmp_path: Path) -> None:

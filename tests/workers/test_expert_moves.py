@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 from data_replica import data_replica, run_alone
-from pilotfish.common.errors import ModelNotFound
 from pilotfish.common.requests import EngineRequest, ExpertBalance, TokenSampling
-from pilotfish.models.store import resolve
 from pilotfish.workers.engine import Engine, Phase
 from rank_process import Collected, replica
 from transformers import AutoTokenizer
@@ -82,17 +80,13 @@ def test_data_ranks_move_experts_together(tiny_mixtral: Path, data_size: int, te
     assert set(told[1].balances) == {None}
 
 
-def test_a_real_model_says_what_the_dense_one_says_while_experts_move(tmp_path: Path) -> None:
-    try:
-        dense = resolve("smollm2-135m", allow_download=False).path
-    except ModelNotFound:
-        pytest.skip("smollm2-135m is not set up: run `pilotfish pull smollm2-135m`")
-    tokenizer = AutoTokenizer.from_pretrained(dense)
+def test_a_real_model_says_what_the_dense_one_says_while_experts_move(smollm2_path: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     question = "What is the capital of France? Explain gravity in one sentence."
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
-    path = upcycle(dense, tmp_path / "moe", num_experts=4)
+    path = upcycle(smollm2_path, tmp_path / "moe", num_experts=4)
     options = {"whole_experts": True, "num_redundant_experts": 2, "rebalance_interval_steps": 2}
     with replica(path, 2, **options) as (leader, collected, _):
         submit(leader, [request("r", prompt, max_tokens=9)])

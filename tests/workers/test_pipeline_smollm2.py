@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 from pilotfish import Pipeline, SamplingParams
-from pilotfish.common.errors import ModelNotFound
 from pilotfish.common.requests import FinishReason
-from pilotfish.models.store import resolve
 
 MODEL = "smollm2-135m"
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    try:
-        resolve(MODEL, allow_download=False)
-    except ModelNotFound:
-        pytest.skip(f"{MODEL} is not set up: run `pilotfish pull {MODEL}`")
+def pipeline(smollm2_path):
     with Pipeline(MODEL, device="cpu", num_kv_blocks=512, max_num_seqs=32, num_threads=1) as pipeline:
         yield pipeline
 
