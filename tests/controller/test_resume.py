@@ -59,11 +59,12 @@ async def crash(cluster: Cluster) -> dict[str, LocalWorker]:
     real_ends = {name: worker.end for name, worker in living.items()}
     for worker in living.values():
         worker.end = nothing  # type: ignore[method-assign]
+        worker.engine.gate.clear()  # no answer ends meanwhile
+    assert controller._grpc is not None
+    await controller._grpc._server.stop(0)  # before the streams: a reader would take what is marked as ended for whole
     for stream in controller.service._streams.in_flight():
         stream.ended = True  # nothing happens to it any more
         stream._timer.cancel()
-    assert controller._grpc is not None
-    await controller._grpc._server.stop(0)
     for task in controller._fleet._tasks:
         task.cancel()
     await asyncio.gather(*controller._fleet._tasks, return_exceptions=True)
@@ -71,6 +72,7 @@ async def crash(cluster: Cluster) -> dict[str, LocalWorker]:
     controller.service._streams._journal.close(remove=False)
     for name, worker in living.items():
         worker.end = real_ends[name]  # type: ignore[method-assign]
+        worker.engine.gate.set()
     return living
 
 
@@ -249,7 +251,6 @@ async def test_a_controller_restart_keeps_what_was_queued(
     door.redirect(first.service.addresses.grpc)
     reads = [asyncio.create_task(client.generate([*PROMPT, k], max_tokens=150)) for k in range(6)]
     await eventually(lambda: first.service.status().num_queued >= 4)
-    await asyncio.sleep(0.05)  # `crash` takes a reader that has not begun for one that has all
     await successor(start_cluster, door, first, journal_path)
     for k, completion in enumerate(await asyncio.gather(*reads)):
         assert list(completion.token_ids) == expected_tokens([*PROMPT, k], 150)
