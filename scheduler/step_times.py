@@ -2,19 +2,23 @@
 
 One line is fitted to all replicas of a model (weighted least squares; old steps fade as others of their size come, so that
 many decode steps do not outweigh the prefills between them), and each replica has a factor by which it is slower or faster
-than the line says now, 1 until it has shown otherwise: a new replica is neither flooded nor starved. Its slope is the prefill
-rate, its value at a batch's size the time of a decode step. A step far from what was expected (a pause of the machine, a
-first compilation) counts only up to a limit, so that one of them moves neither.
+than the fleet is in steps of the same size, 1 until it has shown otherwise: a new replica is neither flooded nor starved, and
+one that alone ran long prompts is not taken for a slow one. The line's slope is the prefill rate, its value at a batch's size
+the time of a decode step. A step far from what was expected (a pause of the machine, a first compilation) counts only up to a
+limit, so that one of them moves neither; a wide one while steps of its size are new.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-_FADE = 0.99  # weight of a step of a replica relative to its next one
-_SIZE_FADE = 0.98  # and, for the line, of a step of the fleet relative to the next one of about its size
+_FADE = 0.99  # weight of what a replica has shown, for each step that every other one has run since
+_SIZE_FADE = 0.98  # weight of a step relative to the next one of about its size
 _AVERAGE_STEPS = 10.0  # a replica counts as average until it has shown more steps than this
 _OUTLIER = 3.0  # a step counts as at most so many times what its replica was expected to take
+_FIRST_OUTLIER = 30.0  # while fewer than _FEW steps of its size were seen: the prior may be far off
+_FEW = 3.0
+_FORGOTTEN = 1e-3  # weight below which a replica has shown nothing of a size
 _PRIOR_TOKENS = 1024.0
 _PRIOR_WEIGHT = 0.1
 
@@ -26,18 +30,8 @@ class StepTime:
     overhead_ms: float
     ms_per_token: float
 
-    def step_ms(self, num_tokens: int) -> float:
+    def step_ms(self, num_tokens: float) -> float:
         return self.overhead_ms + self.ms_per_token * num_tokens
-
-
-@dataclass(slots=True)
-class _Replica:
-    """Fading sums of its steps: number, tokens, milliseconds. `seen_at`: the fleet's count of steps at its last one."""
-
-    weight: float = 0.0
-    tokens: float = 0.0
-    ms: float = 0.0
-    seen_at: int = 0
 
 
 @dataclass(slots=True)
@@ -57,12 +51,24 @@ class _Sums:
         self.xx = self.xx * fade + weight * x * x
         self.xy = self.xy * fade + weight * x * y
 
+    def scale(self, factor: float) -> None:
+        self.weight, self.x, self.y = self.weight * factor, self.x * factor, self.y * factor
+        self.xx, self.xy = self.xx * factor, self.xy * factor
+
     def join(self, other: _Sums) -> None:
         self.weight += other.weight
         self.x += other.x
         self.y += other.y
         self.xx += other.xx
         self.xy += other.xy
+
+
+@dataclass(slots=True)
+class _Replica:
+    """Sums of its steps by size, as the fleet's. `seen_at`: the fleet's count of steps at its last one."""
+
+    sizes: dict[int, _Sums] = field(default_factory=dict)
+    seen_at: int = 0
 
 
 class StepTimes:
@@ -79,14 +85,20 @@ class StepTimes:
         """A replica ran a step; steps without tokens say nothing."""
         if num_tokens <= 0 or step_ms <= 0:
             return
-        step_ms = min(step_ms, _OUTLIER * self.of(replica).step_ms(num_tokens))
+        size, x = num_tokens.bit_length(), float(num_tokens)
+        seen = self._sizes.setdefault(size, _Sums())
+        limit = _OUTLIER if seen.weight >= _FEW else _FIRST_OUTLIER
+        y = min(step_ms, limit * self.of(replica).step_ms(num_tokens))
         self._num_steps += 1
-        x, y = float(num_tokens), step_ms
         shown = self._replicas.setdefault(replica, _Replica())
         fade = self._fade(shown)
-        shown.weight, shown.tokens, shown.ms = shown.weight * fade + 1, shown.tokens * fade + x, shown.ms * fade + y
+        for old, sums in list(shown.sizes.items()):
+            sums.scale(fade)
+            if sums.weight < _FORGOTTEN:
+                del shown.sizes[old]
         shown.seen_at = self._num_steps
-        self._sizes.setdefault(num_tokens.bit_length(), _Sums()).add(x, y)
+        shown.sizes.setdefault(size, _Sums()).add(x, y)
+        seen.add(x, y)
         self._fit = self._fitted()
 
     def forget(self, replica: str) -> None:
@@ -96,10 +108,18 @@ class StepTimes:
         shown = self._replicas.get(replica)
         if shown is None:
             return self._fit
-        fade, fit = self._fade(shown), self._fit
-        average_ms = _AVERAGE_STEPS * (fit.overhead_ms + fit.ms_per_token * shown.tokens / shown.weight)
-        expected_ms = fit.overhead_ms * shown.weight + fit.ms_per_token * shown.tokens
-        factor = (average_ms + fade * shown.ms) / (average_ms + fade * expected_ms)
+        fit = self._fit
+        weight = shown_ms = expected_ms = 0.0
+        for size, sums in shown.sizes.items():
+            fleet = self._sizes[size]
+            # What the fleet took for steps of this size, moved along the line to this replica's own mean of tokens.
+            fleet_ms = fleet.y / fleet.weight * fit.step_ms(sums.x / sums.weight) / fit.step_ms(fleet.x / fleet.weight)
+            weight += sums.weight
+            shown_ms += sums.y
+            expected_ms += sums.weight * fleet_ms
+        average_ms = _AVERAGE_STEPS * expected_ms / weight
+        fade = self._fade(shown)
+        factor = (average_ms + fade * shown_ms) / (average_ms + fade * expected_ms)
         return StepTime(fit.overhead_ms * factor, fit.ms_per_token * factor)
 
     def _fade(self, shown: _Replica) -> float:

@@ -100,3 +100,15 @@ def test_rare_prefills_among_many_decode_steps_set_the_slope():
         times.observe("r", num_tokens=num_tokens, step_ms=4 + 0.025 * num_tokens)
     assert times.of("r").ms_per_token == pytest.approx(0.025, rel=0.1)
     assert times.of("r").step_ms(16) == pytest.approx(4.4, rel=0.1)
+
+
+def test_the_kind_of_its_steps_is_not_taken_for_a_replicas_speed():
+    """Few steps on slow cores, far from the prior: one replica ran a long prompt, the other a short one. Both are as fast."""
+    times = StepTimes(prior=PRIOR)
+    for num_tokens in (43, *[1] * 8):
+        times.observe("short", num_tokens=num_tokens, step_ms=38 + 2.7 * num_tokens)
+    for num_tokens in (512, 130, *[1] * 11):
+        times.observe("long", num_tokens=num_tokens, step_ms=38 + 2.7 * num_tokens)
+    short, long = times.of("short"), times.of("long")
+    assert long.step_ms(1) / short.step_ms(1) == pytest.approx(1, rel=0.01)
+    assert long.ms_per_token == pytest.approx(2.7, rel=0.3)
