@@ -108,7 +108,7 @@ class _Class(Generic[T]):
             return False
         if line.promises.redeem(key, now_ms):
             return True
-        num_held = min(line.promises.num_due(now_ms), (self.max_queued + 1) // 2)  # many may not come back
+        num_held = min(line.promises.num_due(now_ms), self.max_queued // 2)  # many may not come back
         if room <= num_held:
             return False
         line.promises.drop(key, now_ms)
