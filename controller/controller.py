@@ -7,7 +7,6 @@ Life: `start` opens the doors at once (requests are answered with Unavailable un
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +15,10 @@ from ..common.config import ServeConfig
 from ..common.errors import ConfigError
 from .authority import Authority
 from .dispatcher import Dispatcher
+from .doors import Doors
 from .fleet import Fleet
 from .front_end import FrontEnd
-from .grpc_gateway import GrpcGateway
-from .http_gateway import HttpGateway
+from .intake import Intake
 from .journal import Journal
 from .metrics import Metrics
 from .request_log import RequestLog
@@ -29,8 +28,6 @@ from .worker_process import Launcher
 
 if TYPE_CHECKING:
     from .tracing import RequestTracing
-
-logger = logging.getLogger(__name__)
 
 _BIND_PAUSE_S = 0.25
 
@@ -78,9 +75,8 @@ class Controller:
             controller_id=controller_id,
             stall_timeout_s=config.engine.stall_timeout_s,
         )
-        self.service = InferenceService(
+        self._intake = Intake(
             config=config,
-            front_end=self._front_end,
             fleet=self._fleet,
             dispatcher=self._dispatcher,
             totals=totals,
@@ -88,8 +84,8 @@ class Controller:
             tracing=tracing,
             observers=observers,
         )
-        self._grpc: GrpcGateway | None = None
-        self._http: HttpGateway | None = None
+        self.service = InferenceService(config=config, front_end=self._front_end, intake=self._intake)
+        self._doors = Doors(self.service, self._front_end.tokenizer, config.gateway, render_metrics=self._render_metrics)
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self, *, bind_timeout_s: float = 0.0) -> Addresses:
@@ -100,19 +96,18 @@ class Controller:
         Raises:
             ConfigError: a port is in use.
         """
-        self.service.restore()
+        self._intake.restore(self._front_end.make_text)
         deadline = time.monotonic() + bind_timeout_s
         while True:
             try:
-                await self._open_doors()
+                await self._doors.open()
                 break
             except ConfigError:
-                await self._close_doors()
                 if time.monotonic() >= deadline:
                     raise
             await asyncio.sleep(_BIND_PAUSE_S)
         await self._fleet.start()
-        self._watch = asyncio.create_task(self._watch_health())
+        self._watch = asyncio.create_task(self._doors.follow_health(self._fleet.changed, lambda: self._fleet.is_serving))
         return self.service.addresses
 
     async def wait_ready(self) -> None:
@@ -121,31 +116,16 @@ class Controller:
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `grace_s`, then end everything. May be called at any time, and again."""
-        self.service.close()
+        self._intake.close()
         if self._watch is not None:
             self._watch.cancel()
         await self._fleet.stop(grace_s=grace_s)
-        self.service.end_all()
-        await self._close_doors()
+        self._intake.end_all()
+        await self._doors.close()
         self._front_end.close()
         tracing, self._tracing = self._tracing, None
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 
-    async def _open_doors(self) -> None:
-        gateway, tokenizer = self._config.gateway, self._front_end.tokenizer
-        self._grpc = GrpcGateway(self.service, tokenizer, gateway)
-        self._http = HttpGateway(self.service, tokenizer, self._metrics, gateway)
-        self.service.addresses = Addresses(grpc=await self._grpc.start(), http=await self._http.start())
-        logger.info("gRPC on %s, HTTP on %s", self.service.addresses.grpc, self.service.addresses.http)
-
-    async def _close_doors(self) -> None:
-        doors, self._grpc, self._http = [self._grpc, self._http], None, None
-        await asyncio.gather(*(door.stop() for door in doors if door is not None))
-
-    async def _watch_health(self) -> None:
-        """The gRPC health service follows the replicas: serving while one of them is ready."""
-        while self._grpc is not None:
-            self._fleet.changed.clear()
-            await self._grpc.set_serving(self._fleet.is_serving)
-            await self._fleet.changed.wait()
+    async def _render_metrics(self) -> tuple[bytes, str]:
+        return self._metrics.render(self.service.status())

@@ -23,6 +23,7 @@ from ..text.chat_template import ChatTemplate
 from ..text.output import SequenceText
 from ..text.prepare import ModelLimits, prepare
 from ..text.tokenizer import Tokenizer
+from .choice_text import ChoiceText, MakeText
 
 _NUM_THREADS = 2
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class Prepared:
     text_params: SamplingParams
     continues_text: bool
     requests: tuple[EngineRequest, ...]
-    texts: tuple[SequenceText, ...]
+    texts: tuple[ChoiceText, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,26 +115,20 @@ class FrontEnd:
             prompt_text = ""
             if with_prompt_text:
                 prompt_text = source if isinstance(source, str) else self.tokenizer.decode(source)
-            return self.prepared(
-                ready.sequences, text_params=ready.params, continues_text=messages is None, prompt_text=prompt_text
+            return prepared_choices(
+                ready.sequences,
+                text_params=ready.params,
+                continues_text=messages is None,
+                prompt_text=prompt_text,
+                prompt_hashes=prompt_hashes(ready.sequences[0], self._block_size),
+                make_text=self.make_text,
             )
 
         return await self._off_loop(work)
 
-    def prepared(
-        self, requests: tuple[EngineRequest, ...], *, text_params: SamplingParams, continues_text: bool, prompt_text: str
-    ) -> Prepared:
-        """The choices of a request, which share a prompt, with text states that have seen no token."""
-        prompt = requests[0].prompt_token_ids
-        return Prepared(
-            num_prompt_tokens=len(prompt),
-            prompt_hashes=tuple(block_hashes(prompt, self._block_size, parent=root_hash(requests[0].salt))),
-            prompt_text=prompt_text,
-            text_params=text_params,
-            continues_text=continues_text,
-            requests=requests,
-            texts=tuple(SequenceText(self.tokenizer, text_params, continues_text=continues_text) for _ in requests),
-        )
+    def make_text(self, params: SamplingParams, continues_text: bool) -> ChoiceText:
+        """The text state of a choice that has seen no token."""
+        return SequenceText(self.tokenizer, params, continues_text=continues_text)
 
     async def tokenize(
         self, *, text: str | None, messages: Sequence[Mapping[str, Any]] | None, add_special_tokens: bool
@@ -161,3 +156,29 @@ class FrontEnd:
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def prompt_hashes(request: EngineRequest, block_size: int) -> tuple[bytes, ...]:
+    """Of the prompt's full blocks."""
+    return tuple(block_hashes(request.prompt_token_ids, block_size, parent=root_hash(request.salt)))
+
+
+def prepared_choices(
+    requests: tuple[EngineRequest, ...],
+    *,
+    text_params: SamplingParams,
+    continues_text: bool,
+    prompt_text: str,
+    prompt_hashes: tuple[bytes, ...],
+    make_text: MakeText,
+) -> Prepared:
+    """The choices of a request, which share a prompt, with text states that have seen no token."""
+    return Prepared(
+        num_prompt_tokens=len(requests[0].prompt_token_ids),
+        prompt_hashes=prompt_hashes,
+        prompt_text=prompt_text,
+        text_params=text_params,
+        continues_text=continues_text,
+        requests=requests,
+        texts=tuple(make_text(text_params, continues_text) for _ in requests),
+    )

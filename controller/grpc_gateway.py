@@ -178,7 +178,7 @@ class GrpcGateway:
 
     async def _resume(self, request: pb.ResumeRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
         received = [Received(tuple(choice.token_ids), choice.num_chars) for choice in request.choices]
-        async for event in self._read(self._service.resume(request.request_id, received, tenant=caller.tenant)):
+        async for event in self._read(await self._service.resume(request.request_id, received, tenant=caller.tenant)):
             yield event
 
     async def _read(self, handle: RequestHandle) -> AsyncIterator[pb.GenerateEvent]:
@@ -208,7 +208,8 @@ class GrpcGateway:
         return grpc_messages.status_to_proto(self._service.status())
 
     async def _explain_route(self, request: pb.ExplainRouteRequest, _caller: _Caller) -> pb.ExplainRouteResponse:
-        return pb.ExplainRouteResponse(decisions=map(decision_to_proto, self._service.explain_route(request.request_id)))
+        decisions = await self._service.explain_route(request.request_id)
+        return pb.ExplainRouteResponse(decisions=map(decision_to_proto, decisions))
 
 
 def _serialize(message: Message) -> bytes:

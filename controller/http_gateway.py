@@ -13,7 +13,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -39,7 +39,6 @@ from .http_server import (
     read_body,
     unless_disconnected,
 )
-from .metrics import Metrics
 from .openai_response import Choice, ResponseWriter, error_json, usage_json
 from .openai_schema import ChatBody, CompletionBody, RequestBody, parse_body
 from .service import InferenceService, RequestHandle
@@ -49,14 +48,18 @@ logger = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 10.0
 _MAX_PROMPTS = 128
 
+RenderMetrics: TypeAlias = Callable[[], Awaitable[tuple[bytes, str]]]  # the text that Prometheus reads, and its media type
+
 
 class HttpGateway:
     """Owns the HTTP server: `await start()`, then `await stop()`."""
 
-    def __init__(self, service: InferenceService, tokenizer: Tokenizer, metrics: Metrics, config: GatewayConfig) -> None:
+    def __init__(
+        self, service: InferenceService, tokenizer: Tokenizer, render_metrics: RenderMetrics, config: GatewayConfig
+    ) -> None:
         self._service = service
         self._tokenizer = tokenizer
-        self._metrics = metrics
+        self._render_metrics = render_metrics
         self._config = config
         self.app = Starlette(
             routes=[
@@ -189,7 +192,7 @@ class HttpGateway:
         return json_response(body, status=200 if healthy else 503)
 
     async def _show_metrics(self, _request: Request) -> Response:
-        content, media_type = self._metrics.render(self._service.status())
+        content, media_type = await self._render_metrics()
         return Response(content, media_type=media_type)
 
     async def _dashboard(self, _request: Request) -> Response:

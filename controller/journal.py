@@ -19,7 +19,8 @@ from ..common.errors import ConfigError
 from ..common.sampling_params import SamplingParams
 from ..proto import common_pb2, journal_pb2
 from ..proto.codec import request_from_proto, request_to_proto
-from .front_end import FrontEnd, Prepared
+from .choice_text import MakeText
+from .front_end import Prepared, prepared_choices, prompt_hashes
 from .streams import RequestStream
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, entry BLOB NOT NULL) WITHOUT ROWID"
@@ -101,10 +102,10 @@ def entry_of(stream: RequestStream, prepared: Prepared) -> journal_pb2.JournalEn
     )
 
 
-def prepared_of(entry: journal_pb2.JournalEntry, front_end: FrontEnd) -> Prepared:
-    """The request as it was when its entry was made."""
+def prepared_of(entry: journal_pb2.JournalEntry, *, make_text: MakeText, block_size: int | None) -> Prepared:
+    """The request as it was when its entry was made. `block_size` None: nobody routes it here, so its hashes are not needed."""
     requests = [request_from_proto(choice) for choice in entry.choices]
-    return front_end.prepared(
+    return prepared_choices(
         tuple(replace(request, prompt_token_ids=requests[0].prompt_token_ids) for request in requests),
         text_params=SamplingParams(
             stop=tuple(entry.text.stop),
@@ -114,4 +115,6 @@ def prepared_of(entry: journal_pb2.JournalEntry, front_end: FrontEnd) -> Prepare
         ),
         continues_text=entry.continues_text,
         prompt_text=entry.prompt_text,
+        prompt_hashes=prompt_hashes(requests[0], block_size) if block_size else (),
+        make_text=make_text,
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import InvalidRequest
 from ..common.requests import EngineRequest, FinishReason, SequenceOutput, TokenLogprob
-from ..text.output import SequenceText, TextDelta
+from ..text.output import TextDelta
+from .choice_text import ChoiceText
 
 if TYPE_CHECKING:
     from .streams import RequestStream
@@ -44,7 +45,7 @@ class SequenceState:
     stream: RequestStream
     index: int
     request: EngineRequest
-    text: SequenceText
+    text: ChoiceText
     prompt_hashes: Sequence[bytes]
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob | None] = field(default_factory=list)

@@ -1,40 +1,32 @@
-"""The transport-free core of the controller: what both gateways call.
+"""The transport-free core of a gateway: what both doors call.
 
-A request goes: front end (text to tokens, off the event loop) -> dispatcher (queue, router) -> a replica; its events come back
-through a RequestHandle. Everything here runs on the controller's one event loop.
+A request goes: front end (text to tokens, off the event loop) -> intake (the controller's queue and router, here or in another
+process) -> a replica; its events come back through a RequestHandle. Everything here runs on one event loop.
 """
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from .. import __version__
 from ..common import logs
 from ..common.cluster_state import ClusterState, ModelCard
 from ..common.config import ServeConfig
-from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError, Unavailable
+from ..common.errors import Cancelled, InvalidRequest, ModelNotFound, PilotfishError
+from ..common.requests import WorkerInfo
 from ..common.routing import RouteDecision
 from ..common.tenants import ANONYMOUS, Tenant
-from ..text.prepare import check_request_id
-from .dispatcher import Dispatcher
-from .events import Event, Observer
-from .fleet import Fleet
+from ..text.prepare import ModelLimits, check_request_id
+from .events import Event
 from .front_end import FrontEnd, Prepared, Tokenization
-from .journal import Journal
+from .intake import Arrival
 from .sequence_state import Received
-from .stream_table import StreamTable
 from .streams import RequestStream, StreamReader
 from .tenants import Tenants
-from .totals import Totals
-
-if TYPE_CHECKING:
-    from .tracing import RequestTracing
 
 NO_HEADERS: Mapping[str, str] = {}
 
@@ -94,40 +86,32 @@ class RequestHandle:
         self._stream.leave(self._reader)
 
 
+class ToController(Protocol):
+    """The service's way to the controller: its Intake where both are one process, else a RemoteIntake."""
+
+    @property
+    def tenants(self) -> Tenants: ...
+    async def admit(self, arrival: Arrival, prepare: Callable[[], Awaitable[Prepared]]) -> RequestStream: ...
+    def report_refused(self, error: PilotfishError) -> None: ...
+    async def resume(
+        self, request_id: str, received: Sequence[Received], *, tenant: Tenant
+    ) -> tuple[RequestStream, StreamReader]: ...
+    async def abort(self, request_id: str, *, tenant: Tenant) -> bool: ...
+    def limits(self) -> ModelLimits: ...
+    def info(self) -> WorkerInfo | None: ...
+    def status(self) -> ClusterState: ...
+    async def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]: ...
+
+
 class InferenceService:
     """Answers requests for the one model that is served."""
 
-    def __init__(
-        self,
-        *,
-        config: ServeConfig,
-        front_end: FrontEnd,
-        fleet: Fleet,
-        dispatcher: Dispatcher,
-        totals: Totals,
-        journal: Journal,
-        tracing: RequestTracing | None = None,
-        observers: Sequence[Observer] = (),
-    ) -> None:
+    def __init__(self, *, config: ServeConfig, front_end: FrontEnd, intake: ToController) -> None:
         self._config = config
         self._front_end = front_end
-        self._fleet = fleet
-        self._dispatcher = dispatcher
-        self._totals = totals
-        self._tracing = tracing
-        self._observers = observers
-        self.tenants = Tenants(config.tenants)
-        self._streams = StreamTable(
-            model=config.model.name,
-            dispatcher=dispatcher,
-            journal=journal,
-            window_s=config.gateway.resume_window_s,
-            on_end=self._on_stream_end,
-        )
-        self._num_preparing = 0
-        self._num_requests = 0
+        self._intake = intake
         self._started_unix_s = time.time()
-        self._is_closed = False
+        self.tenants = intake.tenants
         self.addresses = Addresses()
 
     async def start_request(
@@ -165,7 +149,7 @@ class InferenceService:
             DeadlineExceeded: before any event.
         """
         try:
-            stream = self._accept(
+            arrival = self._arrival(
                 request_id=request_id,
                 model=model,
                 priority=priority,
@@ -173,47 +157,29 @@ class InferenceService:
                 tenant=tenant,
                 retry_key=retry_key,
                 resumable=resumable,
+                trace_headers=trace_headers,
             )
         except PilotfishError as error:
-            self._report_refused(error)
+            self._intake.report_refused(error)
             raise
-        logs.request_id.set(stream.request_id)
-        if self._tracing is not None:
-            self._tracing.begin(stream.request_id, stream.model, trace_headers)
-        self._num_preparing += 1
-        try:
-            prepared = await self._front_end.prepare(
-                request_id=stream.request_id,
+        logs.request_id.set(arrival.request_id)
+
+        async def prepare() -> Prepared:
+            return await self._front_end.prepare(
+                request_id=arrival.request_id,
                 prompt=prompt,
                 messages=messages,
                 continue_final_message=continue_final_message,
                 sampling=sampling,
-                limits=self._fleet.limits(),
+                limits=self._intake.limits(),
                 priority=priority,
                 with_prompt_text=echo,
             )
-            if stream.error is not None:  # aborted or out of time meanwhile
-                raise stream.error
-            self._take_tokens(stream, prepared)
-            self._streams.start(stream, prepared)
-            if self._tracing is not None:
-                self._tracing.accepted(
-                    stream.request_id, num_prompt_tokens=prepared.num_prompt_tokens, num_choices=len(prepared.requests)
-                )
-            self._dispatcher.enqueue(stream, retry_key=retry_key)
-        except PilotfishError as error:
-            self._refuse(stream, error)
-            self._report_refused(error)
-            raise
-        except BaseException as error:
-            self._refuse(stream, error)
-            raise
-        finally:
-            self._num_preparing -= 1
-        self._num_requests += 1
+
+        stream = await self._intake.admit(arrival, prepare)
         return RequestHandle(stream, stream.read())
 
-    def resume(self, request_id: str, received: Sequence[Received], *, tenant: Tenant = ANONYMOUS) -> RequestHandle:
+    async def resume(self, request_id: str, received: Sequence[Received], *, tenant: Tenant = ANONYMOUS) -> RequestHandle:
         """Go on reading a resumable request behind what its client has of each choice.
 
         Raises:
@@ -221,20 +187,11 @@ class InferenceService:
                 or not of this tenant.
             InvalidRequest: the client has what this answer does not have.
         """
-        return RequestHandle(*self._streams.resume(request_id, received, tenant=tenant))
-
-    def restore(self) -> None:
-        """Take up the requests of an earlier controller, which wait for their clients then."""
-        for stream in self._streams.restore(self._front_end, self.tenants.named):
-            self.tenants.limits(stream.tenant).enter_again(_now_ms())
+        return RequestHandle(*await self._intake.resume(request_id, received, tenant=tenant))
 
     async def abort(self, request_id: str, *, tenant: Tenant = ANONYMOUS) -> bool:
         """End a request; its reader gets Cancelled. False if this tenant has none in flight of this id."""
-        stream = self._streams.get(request_id)
-        if stream is None or stream.tenant.name != tenant.name:
-            return False
-        stream.fail(Cancelled(f"request {request_id} was aborted"))
-        return True
+        return await self._intake.abort(request_id, tenant=tenant)
 
     async def tokenize(
         self,
@@ -254,7 +211,7 @@ class InferenceService:
 
     def models(self) -> tuple[ModelCard, ...]:
         """What is served; empty until a replica has started once."""
-        info = self._fleet.info()
+        info = self._intake.info()
         if info is None:
             return ()
         return (
@@ -267,50 +224,19 @@ class InferenceService:
         )
 
     def status(self) -> ClusterState:
-        state = ClusterState(
-            version=__version__,
-            model=self._config.model.name,
-            uptime_s=time.time() - self._started_unix_s,
-            replicas=tuple(map(self._dispatcher.with_routing, self._fleet.statuses())),
-            num_queued=self._dispatcher.num_queued,
-            num_running=self._dispatcher.num_running,
-            generation_config=self._config.model.generation_config,
+        """The cluster, as seen through these doors."""
+        return replace(
+            self._intake.status(),
             sampling_defaults=self._front_end.sampling_defaults,
             grpc_address=self.addresses.grpc,
             http_address=self.addresses.http,
-            num_requests=self._num_requests,
-            num_restarts=self._fleet.num_restarts,
-            controller_pid=os.getpid(),
         )
-        return self._totals.add_to(state)
 
-    def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
+    async def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
         """The router's choices for a request that runs or has ended not long ago, oldest first; empty where none is kept."""
-        return self._dispatcher.explain(request_id)
+        return await self._intake.explain_route(request_id)
 
-    def close(self) -> None:
-        """Refuse new requests from now on."""
-        self._is_closed = True
-
-    def end_all(self) -> None:
-        """End what is still in flight."""
-        for stream in self._streams.in_flight():
-            stream.fail(Unavailable("the server is shutting down"))
-        self._streams.close()
-
-    def _accept(
-        self,
-        *,
-        request_id: str | None,
-        model: str,
-        priority: int,
-        timeout_s: float | None,
-        tenant: Tenant,
-        retry_key: str,
-        resumable: bool,
-    ) -> RequestStream:
-        if self._is_closed:
-            raise Unavailable("the server is shutting down")
+    def _arrival(self, *, request_id: str | None, model: str, timeout_s: float | None, priority: int, **rest: Any) -> Arrival:
         self._check_model(model)
         request_id = request_id or f"req-{uuid.uuid4().hex[:16]}"
         check_request_id(request_id)
@@ -319,45 +245,9 @@ class InferenceService:
         timeout_s = self._config.gateway.default_timeout_s if timeout_s is None else timeout_s
         if not 0 < timeout_s < 1e9:
             raise InvalidRequest(f"the timeout must be a positive number of seconds, not {timeout_s!r}")
-        self._streams.check_free(request_id)
-        self._dispatcher.check_room(self._num_preparing, tenant=tenant.name, priority=priority, retry_key=retry_key)
-        self.tenants.limits(tenant).enter(_now_ms())
-        return self._streams.add(request_id, timeout_s=timeout_s, resumable=resumable, tenant=tenant)
-
-    def _take_tokens(self, stream: RequestStream, prepared: Prepared) -> None:
-        """Of the tenant's tokens a minute, what the request is expected to use; its end settles what it did."""
-        expected = self._dispatcher.expected_output_tokens
-        num_tokens = prepared.num_prompt_tokens + sum(min(r.sampling.max_tokens, expected) for r in prepared.requests)
-        self.tenants.limits(stream.tenant).take_tokens(num_tokens, _now_ms())
-        stream.tokens_taken = num_tokens
+        return Arrival(request_id=request_id, timeout_s=timeout_s, priority=priority, **rest)
 
     def _check_model(self, model: str) -> None:
         served = self._config.model.name
         if model not in ("", served):
             raise ModelNotFound(f"the model {model!r} is not served here; the model served is {served!r}")
-
-    def _on_stream_end(self, stream: RequestStream) -> None:
-        self._dispatcher.release(stream)
-        usage = stream.usage()
-        self.tenants.limits(stream.tenant).leave(
-            _now_ms(),
-            tokens_taken=stream.tokens_taken,
-            tokens_used=usage.prompt_tokens + usage.completion_tokens if stream.accepted else 0,
-        )
-        if stream.accepted:
-            record = stream.record()
-            for observer in self._observers:
-                observer.on_request_end(record)
-
-    def _refuse(self, stream: RequestStream, error: BaseException) -> None:
-        stream.refuse()
-        if self._tracing is not None:
-            self._tracing.refused(stream.request_id, error)
-
-    def _report_refused(self, error: PilotfishError) -> None:
-        for observer in self._observers:
-            observer.on_refused(error.code)
-
-
-def _now_ms() -> float:
-    return time.monotonic() * 1000

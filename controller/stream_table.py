@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 
 from ..common.errors import InvalidRequest, RequestNotFound, Unavailable
 from ..common.tenants import ANONYMOUS, Tenant
+from .choice_text import MakeText
 from .dispatcher import Dispatcher
-from .front_end import FrontEnd, Prepared
+from .front_end import Prepared
 from .journal import Journal, entry_of, prepared_of
 from .sequence_state import Received
 from .streams import RequestStream, StreamReader
@@ -98,7 +99,7 @@ class StreamTable:
                     sequence.learn(known.token_ids)  # nothing new; it checks that they are the same
         return stream, stream.read(stream.positions_after(received))
 
-    def restore(self, front_end: FrontEnd, tenant_of: Callable[[str], Tenant]) -> list[RequestStream]:
+    def restore(self, tenant_of: Callable[[str], Tenant], *, make_text: MakeText, block_size: int) -> list[RequestStream]:
         """Take up what the journal has: before the doors open and the first worker is connected.
 
         `tenant_of` knows the tenants by their names.
@@ -111,7 +112,7 @@ class StreamTable:
             stream = self.add(entry.request_id, timeout_s=time_left_s, resumable=True, tenant=tenant_of(entry.tenant))
             stream.created_unix_s = entry.created_unix_s
             stream.is_suspended = True
-            stream.start(prepared_of(entry, front_end))
+            stream.start(prepared_of(entry, make_text=make_text, block_size=block_size))
             self._dispatcher.expect(stream)
             stream.wait_for_reader()
         if self._running:

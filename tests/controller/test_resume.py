@@ -60,16 +60,16 @@ async def crash(cluster: Cluster) -> dict[str, LocalWorker]:
     for worker in living.values():
         worker.end = nothing  # type: ignore[method-assign]
         worker.engine.gate.clear()  # no answer ends meanwhile
-    assert controller._grpc is not None
-    await controller._grpc._server.stop(0)  # before the streams: a reader would take what is marked as ended for whole
-    for stream in controller.service._streams.in_flight():
+    assert controller._doors._grpc is not None
+    await controller._doors._grpc._server.stop(0)  # before the streams: a reader would take what is marked as ended for whole
+    for stream in controller._intake.streams.in_flight():
         stream.ended = True  # nothing happens to it any more
         stream._timer.cancel()
     for task in controller._fleet._tasks:
         task.cancel()
     await asyncio.gather(*controller._fleet._tasks, return_exceptions=True)
     controller._fleet._replicas.clear()
-    controller.service._streams._journal.close(remove=False)
+    controller._intake.streams._journal.close(remove=False)
     for name, worker in living.items():
         worker.end = real_ends[name]  # type: ignore[method-assign]
         worker.engine.gate.set()
@@ -115,7 +115,7 @@ async def test_the_end_of_an_answer_can_be_read_again(start_cluster: StartCluste
     whole = (await read(handle)).choices[0]
     for num_tokens, num_chars in ((0, 0), (4, 3), (9, len(whole.text))):
         again = Answer()
-        resumed = cluster.service.resume("r", [Received(tuple(whole.token_ids[:num_tokens]), num_chars)])
+        resumed = await cluster.service.resume("r", [Received(tuple(whole.token_ids[:num_tokens]), num_chars)])
         again.choices[0] = Choice(token_ids=list(whole.token_ids[:num_tokens]), text=whole.text[:num_chars])
         await read(resumed, into=again)
         assert again.choices[0].token_ids == whole.token_ids
@@ -126,10 +126,10 @@ async def test_the_end_of_an_answer_can_be_read_again(start_cluster: StartCluste
 async def test_only_resumable_requests_can_be_resumed_and_only_with_what_they_said(start_cluster: StartCluster) -> None:
     cluster = await start_cluster(step_s=0.005, gateway={"resume_window_s": 0.2})
     with pytest.raises(RequestNotFound, match="'nobody' can be resumed"):
-        cluster.service.resume("nobody", [Received()])
+        await cluster.service.resume("nobody", [Received()])
     plain = await cluster.service.start_request(request_id="plain", prompt=PROMPT, sampling={"max_tokens": 4000})
     with pytest.raises(RequestNotFound):
-        cluster.service.resume("plain", [Received()])
+        await cluster.service.resume("plain", [Received()])
     plain.cancel()
     handle = await cluster.service.start_request(
         request_id="mine", prompt=PROMPT, sampling={"max_tokens": 4000}, resumable=True
@@ -137,7 +137,7 @@ async def test_only_resumable_requests_can_be_resumed_and_only_with_what_they_sa
     await read_until(handle, Answer(), lambda a: a.num_deltas >= 3)
     for wrong in ([], [Received(), Received()], [Received((1, 1), 0)], [Received((), 10**6)]):
         with pytest.raises(InvalidRequest):
-            cluster.service.resume("mine", wrong)
+            await cluster.service.resume("mine", wrong)
 
 
 async def test_a_client_that_stays_away_frees_its_blocks(start_cluster: StartCluster) -> None:
@@ -148,8 +148,9 @@ async def test_a_client_that_stays_away_frees_its_blocks(start_cluster: StartClu
     await asyncio.sleep(0.1)
     assert cluster.service.status().num_running == 1
     await eventually(lambda: cluster.launcher.launched[0].engine.scheduler.load().num_used_blocks == 0)
+    await eventually(lambda: not list(cluster.controller._intake.streams._ended))
     with pytest.raises(RequestNotFound):
-        await eventually(lambda: cluster.service.resume("r", [Received()]) is None)
+        await cluster.service.resume("r", [Received()])
 
 
 async def test_a_client_that_leaves_on_purpose_frees_its_blocks_at_once(
@@ -166,7 +167,7 @@ async def test_a_client_that_leaves_on_purpose_frees_its_blocks_at_once(
 async def test_a_later_reader_ends_an_earlier_one(start_cluster: StartCluster) -> None:
     cluster = await start_cluster(step_s=0.002)
     first = await cluster.service.start_request(request_id="r", prompt=PROMPT, sampling={"max_tokens": 100}, resumable=True)
-    second = cluster.service.resume("r", [Received()])
+    second = await cluster.service.resume("r", [Received()])
     with pytest.raises(Exception, match="read by another call"):
         await anext(first)
     answer = await read(second)
@@ -228,7 +229,7 @@ async def test_a_restored_request_belongs_to_its_tenant_and_no_other_may_have_it
     second = await start_cluster(launcher=launcher, journal_path=journal_path, tenants=tenants)
     assert second.service.tenants.limits(acme).num_in_flight == 1
     with pytest.raises(RequestNotFound):
-        second.service.resume("r", [Received()], tenant=zoo)
+        await second.service.resume("r", [Received()], tenant=zoo)
     assert not await second.service.abort("r", tenant=zoo)
     async with AsyncClient(second.service.addresses.grpc, retry=RetryPolicy(max_attempts=1), api_key=keys["acme"]) as sdk:
         with pytest.raises(Overloaded):
@@ -236,7 +237,7 @@ async def test_a_restored_request_belongs_to_its_tenant_and_no_other_may_have_it
     async with grpc.aio.insecure_channel(second.service.addresses.grpc) as channel:
         with pytest.raises(grpc.aio.AioRpcError, match="an API key is needed"):
             await anext(aiter(InferenceStub(channel).Resume(pb.ResumeRequest(request_id="r"))))  # type: ignore[no-untyped-call]
-    answer = await read(second.service.resume("r", [Received()], tenant=acme))
+    answer = await read(await second.service.resume("r", [Received()], tenant=acme))
     assert answer.choices[0].token_ids == expected_tokens(PROMPT, 200)
     assert second.service.tenants.limits(acme).num_in_flight == 0
     (request,) = launcher.launched[0].engine.submitted if launcher.launched else first.launcher.launched[0].engine.submitted
@@ -321,7 +322,7 @@ async def test_what_nobody_comes_back_for_leaves_the_journal_and_the_workers(
     )
     await eventually(lambda: second.service.status().num_running == 1)  # taken over, while its client may come back
     await eventually(lambda: worker.engine.scheduler.load().num_used_blocks == 0)
-    await eventually(lambda: not list(second.service._streams._journal.entries()))
+    await eventually(lambda: not list(second.controller._intake.streams._journal.entries()))
     await second.controller.stop()
     assert not journal_path.exists()
 
@@ -348,17 +349,17 @@ async def test_a_journal_entry_is_the_request_again(start_cluster: StartCluster,
         priority=3,
         with_prompt_text=True,
     )
-    stream = cluster.service._streams.add("r", timeout_s=9, resumable=True)
-    cluster.service._streams.start(stream, prepared)
-    (entry,) = cluster.service._streams._journal.entries()
+    stream = cluster.controller._intake.streams.add("r", timeout_s=9, resumable=True)
+    cluster.controller._intake.streams.start(stream, prepared)
+    (entry,) = cluster.controller._intake.streams._journal.entries()
     assert entry == entry_of(stream, prepared) or abs(entry.deadline_unix_s - entry_of(stream, prepared).deadline_unix_s) < 1
-    again = prepared_of(entry, front_end)
+    again = prepared_of(entry, make_text=front_end.make_text, block_size=16)
     assert again.requests == prepared.requests
     assert (again.prompt_hashes, again.prompt_text) == (prepared.prompt_hashes, prepared.prompt_text)
     assert (again.text_params.stop, again.text_params.min_tokens) == (("x", "yz"), 2)
     assert (tmp_path / "journal.sqlite").stat().st_mode & 0o077 == 0
     stream.refuse()
-    assert not list(cluster.service._streams._journal.entries())
+    assert not list(cluster.controller._intake.streams._journal.entries())
 
 
 def test_a_journal_that_cannot_be_kept_says_so(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ async def test_a_request_is_held_for_the_replica_that_has_its_prefix(start_clust
     assert routing(cluster)[home].num_held > 0
     answers = await asyncio.gather(*map(read, handles))
     assert {answer.usage.replica for answer in answers} == {home}
-    decisions = cluster.service.explain_route("q5")
+    decisions = await cluster.service.explain_route("q5")
     assert [decision.is_held for decision in decisions] == [True] * (len(decisions) - 1) + [False]
     await eventually(lambda: is_settled(cluster))
 

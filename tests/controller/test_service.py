@@ -48,7 +48,7 @@ async def nothing_runs(cluster: Cluster) -> None:
         assert dispatcher.router.num_active(name) == 0
         assert dispatcher.router.queued_tokens(name) == 0
     await eventually(lambda: all(used_blocks(cluster, i) == 0 for i in range(len(cluster.launcher.launched))))
-    assert cluster.service._streams.in_flight() == []
+    assert cluster.controller._intake.streams.in_flight() == []
 
 
 async def test_a_request_answers_with_started_deltas_and_usage(start_cluster: StartCluster) -> None:
@@ -210,7 +210,7 @@ async def test_a_full_queue_refuses_at_once_and_a_deadline_empties_it(start_clus
     with pytest.raises(Overloaded) as refused:
         await generate(cluster, request_id="refused")
     assert refused.value.retry_after_s > 0
-    assert cluster.service._streams.get("refused") is None
+    assert cluster.controller._intake.streams.get("refused") is None
     status = cluster.service.status()
     assert (status.num_running, status.num_queued) == (3, 2)
     for handle in queued:
