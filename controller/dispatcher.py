@@ -219,8 +219,25 @@ class Dispatcher:
         self._replicas[name].accepting = True
 
     def stop_accepting(self, name: str) -> None:
-        """Nothing new for this replica; what runs there goes on."""
+        """Nothing new for this replica; what runs there goes on. What is held for it goes elsewhere with the next `pump`."""
         self._replicas[name].accepting = False
+        self._returned.extend(self._held.pop(wire_id) for wire_id in self.router.release_held(name))
+
+    def is_accepting(self, name: str) -> bool:
+        return self._replicas[name].accepting
+
+    def num_running_on(self, name: str) -> int:
+        return self.router.num_active(name)
+
+    def move_away(self, name: str, reason: str) -> None:
+        """What runs on a replica that takes nothing new goes on elsewhere, from the tokens that are here. It is no failed try."""
+        for sequence in [s for s in self._running.values() if s.replica == name]:
+            if sequence.stream.ended or sequence.finish_reason is not None:
+                continue  # it is ending there
+            self._withdraw(sequence)
+            sequence.num_attempts -= 1
+            self._return(sequence, reason)
+        self.pump()
 
     def remove_replica(self, name: str, reason: str) -> None:
         """The replica is gone; what ran there runs elsewhere, or ends with an error after too many attempts."""
