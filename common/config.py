@@ -123,8 +123,8 @@ class FleetConfig:
 
     Attributes:
         num_replicas: copies of the model, at the start where min_replicas or max_replicas let their number change.
-        min_replicas, max_replicas: the number follows the load between these; None is num_replicas. With min_replicas 0 the last
-            one goes too when nothing was asked for, and the next request waits until one has started.
+        min_replicas, max_replicas: the number follows the load between these; None is num_replicas. With min_replicas 0 the
+            last one goes too when nothing was asked for, and the next request waits until one has started.
         target_wait_s: replicas are added while a request waits longer than this before its prompt is computed.
         idle_timeout_s: without any request for so long the last replica goes, where min_replicas is 0.
         drain_timeout_s: streams of a replica that is to go may end there for so long, then they go on on others.

@@ -149,11 +149,16 @@ class Fleet:
         self._dispatcher.fail_queued(Unavailable("the server is shutting down"))
 
     def limits(self) -> ModelLimits:
-        """What every replica can take.
+        """What every replica can take, or could, where there is none now.
 
         Raises:
             Unavailable: none has served yet, or none ever will.
         """
+        if self._limits is None or self._has_failed:
+            raise self._unavailable()
+        return self._limits
+
+    def _learn_limits(self) -> None:
         serving = [replica for replica in self._replicas if replica.state is not ReplicaState.FAILED]
         infos = [place.serving.info for replica in serving for place in replica.places]
         if infos:
@@ -162,9 +167,6 @@ class Fleet:
                 vocab_size=min(info.vocab_size for info in infos),
                 kv_capacity_tokens=min(info.num_blocks * info.block_size for info in infos),
             )
-        if self._limits is None or self._has_failed:
-            raise self._unavailable()
-        return self._limits
 
     def info(self) -> WorkerInfo | None:
         """The facts of one replica's worker, None before any has started."""
@@ -210,6 +212,7 @@ class Fleet:
     def _forget(self, replica: Replica) -> None:
         self._replicas.remove(replica)
         self._num_past_restarts += replica.restarts
+        self._learn_limits()
         logger.info("%s has gone", replica.name)
         self.changed.set()
 
@@ -295,6 +298,7 @@ class Fleet:
             listener=_Listener(replica, place, self._dispatcher, num_places=len(worker.places)),
         )
         replica.places = (*(replica.places if number else ()), place)
+        self._learn_limits()
         self._dispatcher.add_replica(place.name, place.link, serving.info)
         return place.link
 
@@ -322,6 +326,7 @@ class Fleet:
         logger.error("%s is given up: %s", replica.name, error.message)
         replica.move(Happening.REFUSED, error.message)
         replica.error = error
+        self._learn_limits()
         replica.settled.set()
         if self._has_failed:
             self._dispatcher.fail_queued(self._unavailable())

@@ -2,13 +2,12 @@
 
 Every look at the cluster (a `ScalingSample`) says between which two numbers the fleet should be now: at least so many that the
 wait is within its target (where nothing waits: that they are at most `high_usage` full), at most so many that they would be
-`low_usage` full.
-The fleet grows to what *every* look of the last `up_ticks` asked for, so a blip adds nothing, and shrinks to the most that *any*
-look of the last `down_ticks` allowed: between the two numbers, and while the load swings faster than that, nothing moves.
-Growing takes at most `max_growth` times as many at once; replicas that are starting count, and a wait that will be short
-enough within `catch_up_ticks`, as it falls now, asks for nothing: so one cause is answered once. Shrinking takes one at a time.
-The last replica goes only where none is allowed, after `idle_ticks` without any request, and comes back at the first one. Ticks
-are the caller's, say milliseconds, and never decrease.
+`low_usage` full. The fleet grows to what *every* look of the last `up_ticks` asked for, so a blip adds nothing, and shrinks to
+the most that *any* look of the last `down_ticks` allowed: between the two numbers, and while the load swings faster than that,
+nothing moves. Growing takes at most `max_growth` times as many at once; replicas that are starting count, and a wait that will
+be short enough within `catch_up_ticks`, as it falls now, asks for nothing: so one cause is answered once. Shrinking takes one
+at a time. The last replica goes only where none is allowed, after `idle_ticks` without any request, and comes back at the first
+one. Ticks are the caller's milliseconds and never decrease.
 """
 
 from __future__ import annotations
@@ -163,7 +162,7 @@ class ScalingPolicy:
         if self._last_removal_tick is not None and sample.tick - self._last_removal_tick < config.pause_ticks:
             return None
         if config.min_replicas == 0 and num_now == 1 and idle_ticks >= config.idle_ticks:
-            return ScalingDecision(0, f"no request for {idle_ticks / 1000:g} s")
+            return ScalingDecision(0, f"no request for {config.idle_ticks / 1000:g} s")
         if newest.at_most >= num_now or max((k.at_most for k in self._looks_of(config.down_ticks)), default=num_now) >= num_now:
             return None
         return ScalingDecision(num_now - 1, f"fewer have been enough for {config.down_ticks / 1000:g} s; now {newest.need}")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 from typing import Any
 
 import pytest
 from fake_engine import expected_tokens
 from local_workers import Cluster, LocalLauncher, LocalWorker, StartCluster
 from pilotfish.common.cluster_state import ReplicaState
+from pilotfish.common.errors import ModelLoadError, Unavailable
+from pilotfish.controller import autoscaler as autoscaler_module
 from pilotfish.controller import fleet as fleet_module
 from pilotfish.controller.fleet import Fleet
 from pilotfish.controller.service import RequestHandle
+from pilotfish.controller.worker_process import NoRoom
+from pilotfish.scheduler.autoscaling import ScalingConfig
 from reading import Answer, eventually, read, read_until
 
 PROMPT = [5, 6, 7, 8]
@@ -84,9 +89,7 @@ async def test_streams_end_where_they_are_before_their_replica_goes(start_cluste
 
 async def test_streams_that_take_too_long_go_on_elsewhere(start_cluster: StartCluster) -> None:
     """It is no failed try of theirs: `max_attempts` 1 allows it."""
-    cluster = await start_cluster(
-        step_s=0.002, fleet={"num_replicas": 2, "max_attempts": 1, "drain_timeout_s": 0.05, **SIZES}
-    )
+    cluster = await start_cluster(step_s=0.002, fleet={"num_replicas": 2, "max_attempts": 1, "drain_timeout_s": 0.05, **SIZES})
     streams = [await begun(cluster, max_tokens=400) for _ in range(4)]
     fleet_of(cluster).resize(1, "a test")
     (leaving,) = (name for name, state in states(cluster).items() if state is ReplicaState.DRAINING)
@@ -99,7 +102,7 @@ async def test_streams_that_take_too_long_go_on_elsewhere(start_cluster: StartCl
     moved = [request for request in other.engine.submitted if request.output_token_ids]
     assert len(moved) == 2
     check_books(cluster)
-    assert b'pilotfish_recoveries_total 0.0' in cluster.controller._metrics.render(cluster.service.status())[0]
+    assert b"pilotfish_recoveries_total 0.0" in cluster.controller._metrics.render(cluster.service.status())[0]
 
 
 async def test_a_name_is_given_again_under_a_later_epoch(start_cluster: StartCluster) -> None:
@@ -214,3 +217,88 @@ async def test_sizes_that_change_all_the_time_lose_nothing(
     await eventually(lambda: all_ready(cluster, 2))
     await eventually(lambda: all(r.load.num_used_blocks == 0 for r in cluster.service.status().replicas))
     check_books(cluster)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of the policy are tenths here."""
+    quick = partial(ScalingConfig, up_ticks=100, down_ticks=400, pause_ticks=50)
+    monkeypatch.setattr(autoscaler_module, "ScalingConfig", quick)
+    monkeypatch.setattr(autoscaler_module, "_INTERVAL_S", 0.02)
+
+
+async def test_the_fleet_follows_its_load_to_zero_and_back(start_cluster: StartCluster, hurried: None) -> None:
+    cluster = await start_cluster(
+        step_s=0.004,
+        max_num_seqs=2,
+        fleet={"min_replicas": 0, "max_replicas": 3, "target_wait_s": 0.05, "idle_timeout_s": 0.2, "drain_timeout_s": 0.05},
+    )
+    service = cluster.service
+    handles = [await generate(cluster, max_tokens=100) for _ in range(16)]
+    readers = [asyncio.create_task(read(handle)) for handle in handles]
+    await eventually(lambda: all_ready(cluster, 3))
+    up = service.status().scaling
+    assert (up.min_replicas, up.max_replicas, up.num_wanted) == (0, 3, 3)
+    assert "requests wait" in up.reason
+    for answer in await asyncio.gather(*readers):
+        check(answer, 100)
+    assert len({answer.usage.replica for answer in await asyncio.gather(*readers)}) == 3
+    await eventually(lambda: states(cluster) == {})
+    down = service.status().scaling
+    assert (down.num_wanted, down.num_up, down.num_down) == (0, up.num_up, 3)
+    assert "no request for 0.2" in down.reason
+    assert all(worker._dead.is_set() for worker in cluster.launcher.launched)
+    assert fleet_of(cluster).is_serving  # whoever comes now waits, and is not refused
+    num_launched = len(cluster.launcher.launched)
+    check(await read(await generate(cluster, max_tokens=20)), 20)
+    assert len(cluster.launcher.launched) == num_launched + 1
+    text = cluster.controller._metrics.render(service.status())[0]
+    assert b"pilotfish_wanted_replicas 1.0" in text
+    assert b'pilotfish_scaling_decisions_total{direction="down"} 3.0' in text
+
+
+async def test_who_waits_for_a_replica_that_cannot_start_is_told(
+    start_cluster: StartCluster, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again when that has been shown for a while."""
+    monkeypatch.setattr(autoscaler_module, "_FAILURE_PAUSE_S", 0.5)
+    cluster = await start_cluster(fleet={"min_replicas": 0, "max_replicas": 2, "idle_timeout_s": 0.1})
+    await eventually(lambda: states(cluster) == {})
+    cluster.launcher.failures = [ModelLoadError("the disk is gone")]
+    with pytest.raises(Unavailable, match="the disk is gone"):
+        await read(await generate(cluster, max_tokens=20))
+    assert states(cluster) == {"replica-0": ReplicaState.FAILED}
+    with pytest.raises(Unavailable, match="no replica is left: the disk is gone"):
+        await generate(cluster)
+    await eventually(lambda: states(cluster) == {})
+    check(await read(await generate(cluster, max_tokens=20)), 20)
+
+
+async def test_a_failed_addition_costs_the_others_nothing(
+    start_cluster: StartCluster, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoscaler_module, "_FAILURE_PAUSE_S", 0.3)
+    cluster = await start_cluster(
+        step_s=0.002, max_num_seqs=2, fleet={"min_replicas": 1, "max_replicas": 2, "target_wait_s": 0.05}
+    )
+    cluster.launcher.failures = [NoRoom("a rank needs a GPU")]
+    readers = [asyncio.create_task(read(await generate(cluster, max_tokens=120))) for _ in range(12)]
+    await eventually(lambda: states(cluster).get("replica-1") is ReplicaState.FAILED)
+    assert "needs a GPU" in cluster.service.status().replicas[1].message
+    await eventually(lambda: all_ready(cluster, 2))
+    for reader in readers:
+        check(await reader, 120)
+
+
+async def test_batch_work_waits_for_its_places(start_cluster: StartCluster) -> None:
+    """The dispatcher's account of what there is to do, which the policy sees."""
+    cluster = await start_cluster(max_num_seqs=1)
+    cluster.launcher.launched[0].engine.gate.clear()
+    for priority in (0, -1, -1, 0, 5):
+        await generate(cluster, priority=priority)
+    demand = cluster.controller._dispatcher.demand()
+    assert (demand.num_running, demand.num_queued, demand.num_batch) == (1, 2, 2)
+    before = demand.wait_ms
+    await asyncio.sleep(0.05)
+    assert cluster.controller._dispatcher.demand().wait_ms >= before + 40
+    cluster.launcher.launched[0].engine.gate.set()
