@@ -76,9 +76,10 @@ def _watch(deployment: Deployment) -> None:
     while True:
         time.sleep(_WATCH_INTERVAL_S)
         try:
-            replicas = deployment.status().replicas
+            state = deployment.status()
         except Unavailable as error:  # the controller is being restarted
             say(f"No answer from the controller: {error}")
             continue
-        if replicas and all(replica.state is ReplicaState.FAILED for replica in replicas):
-            raise InternalError("every replica was given up: " + "; ".join(f"{r.name}: {r.message}" for r in replicas))
+        is_fixed = state.scaling.min_replicas == state.scaling.max_replicas  # else others are started in their place
+        if is_fixed and all(replica.state is ReplicaState.FAILED for replica in state.replicas):
+            raise InternalError("every replica was given up: " + "; ".join(f"{r.name}: {r.message}" for r in state.replicas))

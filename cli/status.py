@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from ..client import Client, ClusterState, ReplicaState, ReplicaStatus
+from ..client import Client, ClusterState, ReplicaState, ReplicaStatus, ScalingState
 from ..client.options import DEFAULT_PORT, RetryPolicy
 from ..common.errors import ConfigError
 from .status_watch import watch
@@ -51,8 +51,16 @@ def _text(state: ClusterState) -> str:
         f"sampling defaults   {source}: {defaults}",
         f"sequences           {state.num_running} running, {state.num_queued} queued",
         f"requests, restarts  {state.num_requests}, {state.num_restarts}",
+        f"replicas            {_scaling(state.scaling)}",
     ]
     return "\n".join(lines + [line for replica in state.replicas for line in _replica_lines(replica)])
+
+
+def _scaling(scaling: ScalingState) -> str:
+    if scaling.min_replicas == scaling.max_replicas:
+        return f"{scaling.num_wanted}, a fixed number"
+    text = f"{scaling.num_wanted} wanted, {scaling.min_replicas} to {scaling.max_replicas} allowed"
+    return text + (f"; {scaling.reason} ({_duration(scaling.decided_age_s)} ago)" if scaling.reason else "")
 
 
 def _replica_lines(replica: ReplicaStatus) -> list[str]:

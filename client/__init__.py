@@ -3,7 +3,7 @@
 `Client` for threads, `AsyncClient` for asyncio; errors are the classes of `pilotfish.common.errors`.
 """
 
-from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
+from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus, ScalingState
 from ..common.requests import FinishReason
 from ..common.routing import RouteDecision, RouteScore, RoutingState
 from ..common.sampling_params import SamplingParams
@@ -33,6 +33,7 @@ __all__ = [
     "RouteScore",
     "RoutingState",
     "SamplingParams",
+    "ScalingState",
     "TextStream",
     "TlsOptions",
     "Tokenization",

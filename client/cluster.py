@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
+from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus, ScalingState
 from ..common.errors import InternalError
 from ..proto import codec
 from ..proto import inference_pb2 as pb
@@ -17,6 +17,7 @@ def cluster_state(message: pb.ClusterStatusResponse) -> ClusterState:
         model=message.model,
         uptime_s=message.uptime_s,
         replicas=tuple(map(_replica, message.replicas)),
+        scaling=_scaling(message.scaling),
         num_queued=message.num_queued,
         num_running=message.num_running,
         generation_config=message.generation_config,
@@ -55,6 +56,18 @@ def _replica(message: pb.ReplicaStatus) -> ReplicaStatus:
         last_step_id=message.last_step_id,
         num_generated_tokens=message.num_generated_tokens,
         routing=routing_from_proto(message.routing) if message.HasField("routing") else None,
+    )
+
+
+def _scaling(message: pb.ScalingState) -> ScalingState:
+    return ScalingState(
+        min_replicas=message.min_replicas,
+        max_replicas=message.max_replicas,
+        num_wanted=message.num_wanted,
+        num_up=message.num_up,
+        num_down=message.num_down,
+        reason=message.reason,
+        decided_age_s=message.decided_age_s,
     )
 
 

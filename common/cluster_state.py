@@ -44,6 +44,24 @@ class ReplicaStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingState:
+    """How many replicas are wanted, between which bounds (equal ones: a fixed number), and the last decision.
+
+    Attributes:
+        num_up, num_down: decisions for more and for fewer, since the controller started.
+        reason: of the last decision, empty before the first; `decided_age_s` is its age.
+    """
+
+    min_replicas: int
+    max_replicas: int
+    num_wanted: int
+    num_up: int = 0
+    num_down: int = 0
+    reason: str = ""
+    decided_age_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
     """A model that can be asked for by `name`."""
 
@@ -65,6 +83,7 @@ class ClusterState:
     model: str
     uptime_s: float
     replicas: tuple[ReplicaStatus, ...]
+    scaling: ScalingState
     num_queued: int
     num_running: int
     generation_config: str

@@ -122,7 +122,12 @@ class FleetConfig:
     """The replicas and how they are watched.
 
     Attributes:
-        num_replicas: copies of the model.
+        num_replicas: copies of the model, at the start where min_replicas or max_replicas let their number change.
+        min_replicas, max_replicas: the number follows the load between these; None is num_replicas. With min_replicas 0 the
+            last one goes too when nothing was asked for, and the next request waits until one has started.
+        target_wait_s: replicas are added while a request waits longer than this before its prompt is computed.
+        idle_timeout_s: without any request for so long the last replica goes, where min_replicas is 0.
+        drain_timeout_s: streams of a replica that is to go may end there for so long, then they go on on others.
         start_timeout_s: a worker that is not ready by then is reported and ended.
         heartbeat_timeout_s: a replica silent for longer is treated as lost.
         max_attempts: replicas a request may lose before it ends with an error.
@@ -130,6 +135,11 @@ class FleetConfig:
     """
 
     num_replicas: int = 1
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    target_wait_s: float = 1.0
+    idle_timeout_s: float = 300.0
+    drain_timeout_s: float = 30.0
     start_timeout_s: float = 600.0
     heartbeat_timeout_s: float = 10.0
     max_attempts: int = 3
@@ -138,6 +148,27 @@ class FleetConfig:
     def __post_init__(self) -> None:
         for name in ("num_replicas", "max_attempts"):
             _require(self, name, 1)
+        if not 0 <= self.fewest <= self.num_replicas <= self.most:
+            raise ConfigError(
+                f"num_replicas must lie between min_replicas and max_replicas, but {self.num_replicas} is not in "
+                f"[{self.fewest}, {self.most}]"
+            )
+        for name in ("target_wait_s", "idle_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        _require(self, "drain_timeout_s", 0)
+
+    @property
+    def fewest(self) -> int:
+        return self.num_replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most(self) -> int:
+        return self.num_replicas if self.max_replicas is None else self.max_replicas
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.fewest < self.most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ Life: `start` opens the doors at once (requests are answered with Unavailable un
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError
 from .authority import Authority
+from .autoscaler import Autoscaler
 from .dispatcher import Dispatcher
 from .doors import Doors
 from .fleet import Fleet
@@ -28,6 +30,8 @@ from .worker_process import Launcher
 
 if TYPE_CHECKING:
     from .tracing import RequestTracing
+
+logger = logging.getLogger(__name__)
 
 _BIND_PAUSE_S = 0.25
 
@@ -75,9 +79,11 @@ class Controller:
             controller_id=controller_id,
             stall_timeout_s=config.engine.stall_timeout_s,
         )
+        self._autoscaler = Autoscaler(config.fleet, fleet=self._fleet, dispatcher=self._dispatcher)
         self._intake = Intake(
             config=config,
             fleet=self._fleet,
+            autoscaler=self._autoscaler,
             dispatcher=self._dispatcher,
             totals=totals,
             journal=Journal(journal_path),
@@ -86,7 +92,7 @@ class Controller:
         )
         self.service = InferenceService(config=config, front_end=self._front_end, intake=self._intake)
         self._doors = Doors(self.service, self._front_end.tokenizer, config.gateway, render_metrics=self._render_metrics)
-        self._watch: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, *, bind_timeout_s: float = 0.0) -> Addresses:
         """Open the doors and start the fleet.
@@ -107,7 +113,10 @@ class Controller:
                     raise
             await asyncio.sleep(_BIND_PAUSE_S)
         await self._fleet.start()
-        self._watch = asyncio.create_task(self._doors.follow_health(self._fleet.changed, lambda: self._fleet.is_serving))
+        follow_health = self._doors.follow_health(self._fleet.changed, lambda: self._fleet.is_serving)
+        self._tasks = [asyncio.create_task(work) for work in (follow_health, self._autoscaler.run())]
+        for task in self._tasks:
+            task.add_done_callback(_log_failure)
         return self.service.addresses
 
     async def wait_ready(self) -> None:
@@ -117,8 +126,8 @@ class Controller:
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `grace_s`, then end everything. May be called at any time, and again."""
         self._intake.close()
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._fleet.stop(grace_s=grace_s)
         self._intake.end_all()
         await self._doors.close()
@@ -129,3 +138,8 @@ class Controller:
 
     async def _render_metrics(self) -> tuple[bytes, str]:
         return self._metrics.render(self.service.status())
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a task of the controller has failed", exc_info=error)

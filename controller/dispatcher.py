@@ -23,7 +23,7 @@ from ..common.errors import InternalError, PilotfishError
 from ..common.hashing import block_hashes, root_hash
 from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
 from ..common.routing import RouteDecision
-from ..scheduler.admission import AdmissionQueue
+from ..scheduler.admission import BATCH, INTERACTIVE, AdmissionQueue, priority_class
 from ..scheduler.request_cost import request_cost_ms
 from ..scheduler.router import Choice, ReplicaLimits, Router, RouterConfig
 from ..scheduler.snapshot import RunningRequest
@@ -44,6 +44,20 @@ class Target(Protocol):
 
     def submit(self, request: EngineRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What there is to do, in sequences. What runs on replicas that take nothing new does not count.
+
+    `num_batch`: of batch work (priority below 0), running or waiting; the other numbers are of all else. `wait_ms`: how long
+    one that came now would wait before its prompt is computed.
+    """
+
+    num_running: int
+    num_queued: int
+    num_batch: int
+    wait_ms: float
 
 
 @dataclass(slots=True)
@@ -194,6 +208,25 @@ class Dispatcher:
             self._num_submits += 1
             self._route(sequence, f"{sequence.request.request_id}~{self._run_id}.{self._num_submits}", candidates)
 
+    def demand(self) -> Demand:
+        """Takes time in proportion to the sequences in flight."""
+        running = [s for s in self._running.values() if self._replicas[s.replica].accepting]
+        waiting = [*self._returned, *self._held.values()]
+        num_running, num_waiting = (
+            sum(priority_class(s.request.priority) == INTERACTIVE for s in sequences) for sequences in (running, waiting)
+        )
+        backlogs_ms = (
+            self.router.queued_tokens(name) * self.router.step_times.of(name).ms_per_token
+            for name, replica in self._replicas.items()
+            if replica.accepting
+        )
+        return Demand(
+            num_running=num_running,
+            num_queued=num_waiting + self._queue.num_of(INTERACTIVE),
+            num_batch=len(running) + len(waiting) - num_running - num_waiting + self._queue.num_of(BATCH),
+            wait_ms=self._queue.oldest_wait_ms(INTERACTIVE, _now_ms()) + min(backlogs_ms, default=0.0),
+        )
+
     def explain(self, request_id: str) -> tuple[RouteDecision, ...]:
         """The router's choices for a request, oldest first; empty where none is kept."""
         return self.router.explain(request_id)
@@ -219,8 +252,25 @@ class Dispatcher:
         self._replicas[name].accepting = True
 
     def stop_accepting(self, name: str) -> None:
-        """Nothing new for this replica; what runs there goes on."""
+        """Nothing new for this replica; what runs there goes on. What is held for it goes elsewhere with the next `pump`."""
         self._replicas[name].accepting = False
+        self._returned.extend(self._held.pop(wire_id) for wire_id in self.router.release_held(name))
+
+    def is_accepting(self, name: str) -> bool:
+        return self._replicas[name].accepting
+
+    def num_running_on(self, name: str) -> int:
+        return self.router.num_active(name)
+
+    def move_away(self, name: str, reason: str) -> None:
+        """What runs on a replica that takes nothing new goes on elsewhere at its next token. It is no failed try."""
+        for sequence in [s for s in self._running.values() if s.replica == name]:
+            if sequence.stream.ended or sequence.finish_reason is not None:
+                continue  # it is ending there
+            self._withdraw(sequence)
+            sequence.num_attempts -= 1
+            self._return(sequence, reason)
+        self.pump()
 
     def remove_replica(self, name: str, reason: str) -> None:
         """The replica is gone; what ran there runs elsewhere, or ends with an error after too many attempts."""

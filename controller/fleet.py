@@ -1,17 +1,21 @@
-"""The replicas: started, watched, restarted, and ended.
+"""The replicas: started, watched, restarted, and ended; more or fewer of them when `resize` says so.
 
 One task a replica leads it through its life (the table in replica.py): start a worker under a new epoch, serve until it dies,
-falls silent or stops making progress, end it, and start again unless it fails time after time. A replica of several data ranks
+falls silent or stops making progress, end it, and start again unless it fails time after time. One that is to go drains first:
+nothing new comes to it, its streams end there or go on on others, then its worker is ended. A replica of several data ranks
 takes requests at a place for each, with a link of its own; what ends one place ends all. A controller that was restarted
-first takes over the workers that live. Epochs are milliseconds of the clock, so that they grow over controllers too.
+first takes over the workers that live. Epochs are milliseconds of the clock, so that they grow over controllers too. The name
+of a replica that has gone is given again, under a later epoch, so that metrics keep few labels.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from ..common.cluster_state import ReplicaState, ReplicaStatus
 from ..common.config import FleetConfig
@@ -29,6 +33,7 @@ from .worker_process import Launcher, Misplaced, NoRoom, WorkerDied, WorkerProce
 logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.25
+_DRAIN_INTERVAL_S = 0.05
 _RESTART_PAUSE_S = (0.0, 1.0, 5.0, 15.0)
 _MAX_PLACEMENTS = 3
 _FINAL = (ConfigError, ModelNotFound, ModelLoadError)  # starting again would end the same way
@@ -54,28 +59,65 @@ class Fleet:
         self._controller_id = controller_id
         self._stall_timeout_s = stall_timeout_s
         self.changed = asyncio.Event()
-        self._replicas = [Replica(name=f"replica-{index}", on_move=self.changed.set) for index in range(config.num_replicas)]
+        self._replicas: list[Replica] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._last_epoch = 0
+        self._num_past_restarts = 0
+        self._limits: ModelLimits | None = None
 
     @property
     def num_restarts(self) -> int:
-        return sum(replica.restarts for replica in self._replicas)
+        return self._num_past_restarts + sum(replica.restarts for replica in self._replicas)
 
     @property
     def is_serving(self) -> bool:
-        """Whether a replica takes requests."""
-        return any(replica.state is ReplicaState.READY for replica in self._replicas)
+        """Whether requests are taken: by a replica, or by the queue of a fleet that may be without one."""
+        is_ready = any(replica.state is ReplicaState.READY for replica in self._replicas)
+        return is_ready or (self._config.fewest == 0 and self._limits is not None and not self._has_failed)
+
+    @property
+    def staying(self) -> list[Replica]:
+        """The replicas that are not to go."""
+        return [replica for replica in self._replicas if not replica.leaving.is_set()]
 
     async def start(self) -> None:
         """Take over living workers and start the missing ones; returns before they serve."""
-        found = dict(await self._launcher.find())
-        for replica in self._replicas:
-            worker = found.pop(replica.name, None)
-            replica.has_served = worker is not None  # an earlier controller; what happens to it now is no failed start
-            self._tasks.append(asyncio.create_task(self._lead(replica, worker), name=replica.name))
-        for worker in found.values():  # of a larger fleet
-            await worker.end()
+        found = dict(sorted((await self._launcher.find()).items(), key=lambda item: _number(item[0])))
+        config = self._config
+        num_wanted = min(max(len(found) or config.num_replicas, config.fewest), config.most)
+        for name, worker in found.items():
+            if len(self._replicas) < num_wanted:
+                self._add(name, worker)
+            else:
+                await worker.end()
+        self.resize(num_wanted, "the fleet starts")
+
+    def resize(self, num_wanted: int, reason: str) -> None:
+        """Start replicas, or let some go: those first that do not serve, then those with the least to do."""
+        staying = self.staying
+        for _ in range(num_wanted - len(staying)):
+            self._add(next(name for name in map("replica-{}".format, itertools.count()) if name not in self._names))
+        staying.sort(key=lambda r: (r.state is ReplicaState.READY, self._num_running_on(r), -_number(r.name)))
+        for replica in staying[: max(0, len(staying) - num_wanted)]:
+            self.let_go(replica, reason, within_s=self._config.drain_timeout_s)
+
+    def let_go(self, replica: Replica, reason: str, *, within_s: float) -> None:
+        """Drain a replica and end its worker. Streams that have not ended there `within_s` go on elsewhere."""
+        if replica.leaving.is_set():
+            return
+        logger.info("%s is to go: %s", replica.name, reason)
+        replica.leave_reason = reason
+        replica.leave_by = time.monotonic() + within_s
+        replica.leaving.set()
+        if replica.state is ReplicaState.READY:
+            replica.move(Happening.DRAIN, reason)
+            for place in replica.places:
+                self._dispatcher.stop_accepting(place.name)
+            self._dispatcher.pump()
+        elif replica.state is ReplicaState.FAILED:
+            self._forget(replica)
+        else:  # nothing runs there
+            next(task for task in self._tasks if task.get_name() == replica.name).cancel()
 
     async def wait_ready(self) -> None:
         """Until every replica serves.
@@ -83,9 +125,10 @@ class Fleet:
         Raises:
             PilotfishError: why the first of those that failed did.
         """
-        for replica in self._replicas:
+        replicas = list(self._replicas)
+        for replica in replicas:
             await replica.settled.wait()
-        for replica in self._replicas:
+        for replica in replicas:
             if replica.error is not None:
                 raise replica.error
 
@@ -106,20 +149,24 @@ class Fleet:
         self._dispatcher.fail_queued(Unavailable("the server is shutting down"))
 
     def limits(self) -> ModelLimits:
-        """What every replica can take.
+        """What every replica can take, or could, where there is none now.
 
         Raises:
             Unavailable: none has served yet, or none ever will.
         """
+        if self._limits is None or self._has_failed:
+            raise self._unavailable()
+        return self._limits
+
+    def _learn_limits(self) -> None:
         serving = [replica for replica in self._replicas if replica.state is not ReplicaState.FAILED]
         infos = [place.serving.info for replica in serving for place in replica.places]
-        if not infos:
-            raise self._unavailable()
-        return ModelLimits(
-            max_model_len=min(info.max_model_len for info in infos),
-            vocab_size=min(info.vocab_size for info in infos),
-            kv_capacity_tokens=min(info.num_blocks * info.block_size for info in infos),
-        )
+        if infos:
+            self._limits = ModelLimits(
+                max_model_len=min(info.max_model_len for info in infos),
+                vocab_size=min(info.vocab_size for info in infos),
+                kv_capacity_tokens=min(info.num_blocks * info.block_size for info in infos),
+            )
 
     def info(self) -> WorkerInfo | None:
         """The facts of one replica's worker, None before any has started."""
@@ -130,10 +177,44 @@ class Fleet:
         return tuple(status for replica in self._replicas for status in replica.statuses())
 
     def _unavailable(self) -> Unavailable:
-        failed = [replica for replica in self._replicas if replica.state is ReplicaState.FAILED]
-        if len(failed) == len(self._replicas):
-            return Unavailable(f"no replica is left: {failed[0].message}")
+        if self._has_failed:
+            return Unavailable(f"no replica is left: {self._replicas[0].message}")
         return Unavailable("the model is being loaded; try again in a few seconds", retry_after_s=5.0)
+
+    @property
+    def _has_failed(self) -> bool:
+        """There are replicas, and none will ever serve."""
+        return bool(self._replicas) and all(replica.state is ReplicaState.FAILED for replica in self._replicas)
+
+    @property
+    def _names(self) -> set[str]:
+        return {replica.name for replica in self._replicas}
+
+    def _num_running_on(self, replica: Replica) -> int:
+        return sum(self._dispatcher.num_running_on(place.name) for place in replica.places if place.link is not None)
+
+    def _add(self, name: str, worker: WorkerProcess | None = None) -> None:
+        """A replica with a worker of an earlier controller, or a new one."""
+        replica = Replica(name=name, on_move=self.changed.set)
+        replica.has_served = worker is not None  # what happens to it now is no failed start
+        self._replicas.append(replica)
+        task = asyncio.create_task(self._lead(replica, worker), name=name)
+        task.add_done_callback(partial(self._on_task_end, replica))
+        self._tasks.append(task)
+
+    def _on_task_end(self, replica: Replica, task: asyncio.Task[None]) -> None:
+        self._tasks.remove(task)
+        if replica.leaving.is_set():
+            self._forget(replica)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the task of %s failed", replica.name, exc_info=error)
+
+    def _forget(self, replica: Replica) -> None:
+        self._replicas.remove(replica)
+        self._num_past_restarts += replica.restarts
+        self._learn_limits()
+        logger.info("%s has gone", replica.name)
+        self.changed.set()
 
     async def _lead(self, replica: Replica, worker: WorkerProcess | None) -> None:
         """One replica's life."""
@@ -149,6 +230,8 @@ class Fleet:
             except NoRoom as lack:  # where there was room once, there may be again
                 error = Unavailable(f"{replica.name} waits for room: {lack}") if replica.has_served else ConfigError(str(lack))
             worker = None
+            if replica.leaving.is_set():
+                return
             if isinstance(error, _FINAL):
                 self._give_up(replica, error)
                 return
@@ -184,7 +267,7 @@ class Fleet:
     async def _serve(self, replica: Replica, worker: WorkerProcess) -> str:
         """Returns why the worker is of no use any more; it has ended then."""
         links = [self._connect(replica, worker, number) for number in range(len(worker.places))]
-        watches = [worker.wait_dead(), *map(_until_unfit, links), *map(self._until_stuck, links)]
+        watches = [worker.wait_dead(), self._until_drained(replica), *map(_until_unfit, links), *map(self._until_stuck, links)]
         tasks = [asyncio.create_task(watch) for watch in watches]
         reason = "the controller ends it"
         try:
@@ -215,6 +298,7 @@ class Fleet:
             listener=_Listener(replica, place, self._dispatcher, num_places=len(worker.places)),
         )
         replica.places = (*(replica.places if number else ()), place)
+        self._learn_limits()
         self._dispatcher.add_replica(place.name, place.link, serving.info)
         return place.link
 
@@ -229,12 +313,22 @@ class Fleet:
             if link.step_age_s > self._stall_timeout_s:
                 return f"a step has been running for {link.step_age_s:.0f} s (stall_timeout_s is {self._stall_timeout_s:g})"
 
+    async def _until_drained(self, replica: Replica) -> str:
+        """Until a replica that is to go has nothing to do any more."""
+        await replica.leaving.wait()
+        while self._num_running_on(replica) and time.monotonic() < replica.leave_by:  # noqa: ASYNC110 - seconds, once
+            await asyncio.sleep(_DRAIN_INTERVAL_S)
+        for place in replica.places:
+            self._dispatcher.move_away(place.name, f"{replica.name} is to go: {replica.leave_reason}")
+        return f"it is to go: {replica.leave_reason}"
+
     def _give_up(self, replica: Replica, error: PilotfishError) -> None:
         logger.error("%s is given up: %s", replica.name, error.message)
         replica.move(Happening.REFUSED, error.message)
         replica.error = error
+        self._learn_limits()
         replica.settled.set()
-        if all(other.state is ReplicaState.FAILED for other in self._replicas):
+        if self._has_failed:
             self._dispatcher.fail_queued(self._unavailable())
 
 
@@ -269,6 +363,10 @@ class _Listener:
     def on_step(self, step: StepOutput) -> bool:
         self._replica.failures = 0
         return self._dispatcher.take_step(self._name, step)
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("replica-"))
 
 
 async def _until_unfit(link: WorkerLink) -> str:

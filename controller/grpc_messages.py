@@ -6,6 +6,7 @@ know (a newer client's) is an InvalidRequest, never ignored.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -86,6 +87,7 @@ def status_to_proto(state: ClusterState) -> pb.ClusterStatusResponse:
         model=state.model,
         uptime_s=state.uptime_s,
         replicas=[_replica_to_proto(replica) for replica in state.replicas],
+        scaling=pb.ScalingState(**dataclasses.asdict(state.scaling)),
         num_queued=state.num_queued,
         num_running=state.num_running,
         generation_config=state.generation_config,

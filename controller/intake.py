@@ -20,6 +20,7 @@ from ..common.requests import WorkerInfo
 from ..common.routing import RouteDecision
 from ..common.tenants import ANONYMOUS, Tenant
 from ..text.prepare import ModelLimits
+from .autoscaler import Autoscaler
 from .choice_text import MakeText
 from .dispatcher import Dispatcher
 from .events import Observer
@@ -64,6 +65,7 @@ class Intake:
         *,
         config: ServeConfig,
         fleet: Fleet,
+        autoscaler: Autoscaler,
         dispatcher: Dispatcher,
         totals: Totals,
         journal: Journal,
@@ -72,6 +74,7 @@ class Intake:
     ) -> None:
         self._config = config
         self._fleet = fleet
+        self._autoscaler = autoscaler
         self._dispatcher = dispatcher
         self._totals = totals
         self._tracing = tracing
@@ -166,6 +169,7 @@ class Intake:
             model=self._config.model.name,
             uptime_s=time.time() - self._started_unix_s,
             replicas=tuple(map(self._dispatcher.with_routing, self._fleet.statuses())),
+            scaling=self._autoscaler.state(),
             num_queued=self._dispatcher.num_queued,
             num_running=self._dispatcher.num_running,
             generation_config=self._config.model.generation_config,

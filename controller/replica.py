@@ -53,6 +53,7 @@ class Replica:
     between them.
 
     `error` says why it is FAILED; `has_served`: a worker of it has been ready; `settled` is set once it was ready or FAILED.
+    `leaving` is set when it is to go, for `leave_reason`; its streams may end there until `leave_by` of the monotonic clock.
     `on_move` is told of every change of state.
     """
 
@@ -65,6 +66,9 @@ class Replica:
     has_served: bool = False
     error: PilotfishError | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    leave_reason: str = ""
+    leave_by: float = 0.0
     on_move: Callable[[], None]
 
     def move(self, happening: Happening, message: str = "") -> None:

@@ -37,6 +37,14 @@ def _of_cluster(state: ClusterState) -> Iterator[Metric]:
     yield GaugeMetricFamily("pilotfish_running_sequences", "Sequences on replicas.", value=state.num_running)
     yield GaugeMetricFamily("pilotfish_uptime_seconds", "Since the controller started.", value=state.uptime_s)
     yield CounterMetricFamily("pilotfish_replica_restarts_total", "Workers started again.", value=state.num_restarts)
+    wanted = state.scaling.num_wanted
+    yield GaugeMetricFamily("pilotfish_wanted_replicas", "Replicas that there are to be, for the load as it is.", value=wanted)
+    decisions = CounterMetricFamily(
+        "pilotfish_scaling_decisions_total", "Decisions for more replicas (up) and for fewer (down).", labels=("direction",)
+    )
+    decisions.add_metric(("up",), state.scaling.num_up)
+    decisions.add_metric(("down",), state.scaling.num_down)
+    yield decisions
     replicas = GaugeMetricFamily("pilotfish_replicas", "Replicas (or data ranks of them) by state.", labels=("state",))
     for kind in ReplicaState:
         replicas.add_metric((kind.value,), sum(replica.state is kind for replica in state.replicas))

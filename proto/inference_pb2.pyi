@@ -267,8 +267,26 @@ class RoutingState(_message.Message):
     num_snapshots: int
     def __init__(self, num_requests: _Optional[int] = ..., num_held: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., expected_blocks: _Optional[int] = ..., drift_requests: _Optional[int] = ..., drift_tokens: _Optional[int] = ..., drift_blocks: _Optional[int] = ..., ms_per_token: _Optional[float] = ..., step_overhead_ms: _Optional[float] = ..., num_indexed_blocks: _Optional[int] = ..., num_snapshots: _Optional[int] = ...) -> None: ...
 
+class ScalingState(_message.Message):
+    __slots__ = ("min_replicas", "max_replicas", "num_wanted", "num_up", "num_down", "reason", "decided_age_s")
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WANTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_UP_FIELD_NUMBER: _ClassVar[int]
+    NUM_DOWN_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    min_replicas: int
+    max_replicas: int
+    num_wanted: int
+    num_up: int
+    num_down: int
+    reason: str
+    decided_age_s: float
+    def __init__(self, min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., num_wanted: _Optional[int] = ..., num_up: _Optional[int] = ..., num_down: _Optional[int] = ..., reason: _Optional[str] = ..., decided_age_s: _Optional[float] = ...) -> None: ...
+
 class ClusterStatusResponse(_message.Message):
-    __slots__ = ("version", "model", "uptime_s", "replicas", "num_queued", "num_running", "generation_config", "sampling_defaults", "grpc_address", "http_address", "num_requests", "num_restarts", "controller_pid", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens")
+    __slots__ = ("version", "model", "uptime_s", "replicas", "num_queued", "num_running", "generation_config", "sampling_defaults", "grpc_address", "http_address", "num_requests", "num_restarts", "controller_pid", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "scaling")
     class SamplingDefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +310,7 @@ class ClusterStatusResponse(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     uptime_s: float
@@ -308,7 +327,8 @@ class ClusterStatusResponse(_message.Message):
     num_prompt_tokens: int
     num_cached_tokens: int
     num_generated_tokens: int
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., generation_config: _Optional[str] = ..., sampling_defaults: _Optional[_Mapping[str, str]] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_restarts: _Optional[int] = ..., controller_pid: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ...) -> None: ...
+    scaling: ScalingState
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., generation_config: _Optional[str] = ..., sampling_defaults: _Optional[_Mapping[str, str]] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_restarts: _Optional[int] = ..., controller_pid: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., scaling: _Optional[_Union[ScalingState, _Mapping]] = ...) -> None: ...
 
 class ExplainRouteRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -195,6 +195,15 @@ class AdmissionQueue(Generic[T]):
         queue.shares.charge(tenant, entry.cost)
         return entry.item
 
+    def num_of(self, class_name: str) -> int:
+        """Items of one class."""
+        return self._classes[class_name].num_entries
+
+    def oldest_wait_ms(self, class_name: str, now_ms: int) -> int:
+        """How long the item of a class that came first has waited; 0 without one."""
+        came = (entry.pushed_ms for entry in self._entries.values() if entry.line.class_name == class_name)
+        return now_ms - next(came, now_ms)
+
     def correct(self, difference: float, *, tenant: str, priority: int) -> None:
         """An item of this tenant and priority that was popped, or never queued here, costs `difference` more than charged."""
         class_name = priority_class(priority)

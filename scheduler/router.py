@@ -177,13 +177,18 @@ class Router:
 
     def remove_replica(self, replica: str) -> list[str]:
         """The replica is lost or its engine is a new one; its requests are no longer counted. Returns those held for it."""
+        held = self.release_held(replica)
         self.trie.remove_replica(replica)
         self.step_times.forget(replica)
         self.ledger.remove_replica(replica)
         del self._limits[replica], self._last_chosen[replica]
+        return held
+
+    def release_held(self, replica: str) -> list[str]:
+        """The replica takes nothing new: returns the requests that were held for it, which are to be routed again."""
         held = [request_id for request_id, held in self._held.items() if held.replica == replica]
         for request_id in held:
-            del self._held[request_id]
+            self.finish(request_id)
         return held
 
     def route(

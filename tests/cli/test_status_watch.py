@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from pilotfish.cli.status_watch import table
-from pilotfish.common.cluster_state import ClusterState, ReplicaState, ReplicaStatus
+from pilotfish.common.cluster_state import ClusterState, ReplicaState, ReplicaStatus, ScalingState
 from pilotfish.common.requests import EngineLoad
 from small_server import SmallServer
 
@@ -80,6 +80,7 @@ def test_watch_shows_rates_between_two_looks() -> None:
             version="1",
             model="m",
             replicas=(place,),
+            scaling=ScalingState(min_replicas=1, max_replicas=1, num_wanted=1),
             num_queued=4,
             num_running=3,
             generation_config="openai",

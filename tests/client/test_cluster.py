@@ -1,6 +1,6 @@
 import pytest
 from pilotfish.client.cluster import cluster_state, model_card
-from pilotfish.common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
+from pilotfish.common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus, ScalingState
 from pilotfish.common.errors import InternalError
 from pilotfish.common.requests import EngineLoad, WorkerInfo
 from pilotfish.common.routing import RoutingState
@@ -66,6 +66,9 @@ def test_the_controllers_state_arrives_whole():
         model="m",
         uptime_s=3.5,
         replicas=tuple(replica(state, None if state == ReplicaState.STARTING else INFO) for state in ReplicaState),
+        scaling=ScalingState(
+            min_replicas=0, max_replicas=8, num_wanted=3, num_up=5, num_down=2, reason="a burst", decided_age_s=1.5
+        ),
         num_queued=1,
         num_running=2,
         generation_config="openai",

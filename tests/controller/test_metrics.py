@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 DOCS = Path(__file__).parents[2] / "docs"
 UNITS = ("_seconds", "_tokens", "_sequences", "_blocks", "_ratio", "_requests", "_replicas", "_restarts", "_recoveries")
-UNITS += ("_preemptions", "_moves")  # counts of what the name says
+UNITS += ("_preemptions", "_moves", "_decisions")  # counts of what the name says
 
 
 @pytest.fixture
