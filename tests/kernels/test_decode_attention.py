@@ -24,7 +24,7 @@ LARGE = {
     "head_dim_64": Case(rows=_LONG, heads=(64, 8), head_dim=64, sinks=True),
     "head_dim_256": Case(rows=_LONG, heads=(16, 8), head_dim=256, soft_cap=50.0),
 }
-CPU_CASES = {torch.float16: ("everything", "large_group")}
+CPU_CASES = {torch.float16: ("everything",)}
 CUDA_CASES = {torch.float32: ("everything",), torch.float16: tuple(SMALL), torch.bfloat16: (*LARGE, "everything")}
 
 
@@ -57,12 +57,18 @@ def assert_equals_reference(out, case, tensors, options):
     assert out[~only].isnan().all()
 
 
-@pytest.mark.parametrize("num_splits", [1, 5, 40])
+@pytest.mark.parametrize("num_splits", [1, 5])
 def test_any_number_of_splits(device, dtype, case, num_splits):
-    """40 is more splits than a row has blocks of keys, and more than the combining kernel takes in one step."""
     tensors, options = make(case, device, dtype)
     out = decode(tensors, options, num_splits=num_splits, block_j=16)
     assert_equals_reference(out, case, tensors, options)
+
+
+def test_more_splits_than_blocks_of_keys(device):
+    """And more than the combining kernel takes in one step."""
+    case = Case(rows=((1, 1), (1, 33), (0, 9), (1, 70)), window=50, sinks=True)
+    tensors, options = make(case, device)
+    assert_equals_reference(decode(tensors, options, num_splits=40, block_j=16), case, tensors, options)
 
 
 def test_nothing_but_the_visible_keys_is_read(device, dtype):

@@ -91,8 +91,9 @@ PAIRS += [(CONFIGS[0], CONFIGS[3]), (CONFIGS[3], CONFIGS[1]), (CONFIGS[4], CONFI
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda config: f"{type(config).__name__[:4]}{config.block_n}")
 @pytest.mark.parametrize("sizes", [(7, 40, 24, 3, 2), (38, 32, 64, 2, 1)], ids=["odd", "even"])
-def test_every_kernel_serves_any_shape(device, dtype, sizes, first, second):
+def test_every_kernel_serves_any_shape(device, sizes, first, second):
     """Whatever a table says: each kernel computes both GEMMs, for any number of tokens, with some choices of other ranks."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     x, gate_up, down, weights, experts = make(sizes, device, dtype)
     experts[1::3, 0] = -1
     out = run_experts(x, gate_up, down, weights, experts, "silu", gate_up=first, down=second)

@@ -16,6 +16,7 @@ SMALL = {
     "many_blocks": (17, 100, 36),
     "no_rows": (0, 64, 32),
 }
+CPU_CASES = {torch.float16: {"ragged"}}
 LARGE = {"row": (1, 4096, 1026), "gate_up": (8, 4096, 24576), "down": (33, 3072, 1030)}
 CONFIGS = {
     "gemv_row": {"kernel": "gemv", "block_n": 1, "num_warps": 4},

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 
 from pilotfish.common.errors import PilotfishError
 from pilotfish.common.identity import Identity
 from pilotfish.workers.plan_channel import Reader, Writer
 from pilotfish.workers.plan_stream import PlanFollower
+from processes import preloaded_processes
 
 PATIENCE_S = 60.0
 
@@ -57,9 +57,9 @@ def follow_all(pipe: Connection, address: str, epoch: int, follower: str, leader
 
 
 @contextmanager
-def process(target: Callable[..., None], *args: object) -> Iterator[tuple[SpawnProcess, Connection]]:
+def process(target: Callable[..., None], *args: object) -> Iterator[tuple[ForkServerProcess, Connection]]:
     """Runs the function in a process with one end of a pipe; ended with the block, whatever happens in it."""
-    context = multiprocessing.get_context("spawn")
+    context = preloaded_processes()
     ours, theirs = context.Pipe()
     child = context.Process(target=target, args=(theirs, *args), daemon=True)
     child.start()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 from pilotfish.common.rank_place import RankPlace
 from pilotfish.workers.comm import RankGroup, Rendezvous
+from processes import preloaded_processes
 
 HOST = "127.0.0.1"
 
@@ -44,7 +44,7 @@ def run_on_ranks(
         )
         for number in range(size * data_size)
     ]
-    pool = ProcessPoolExecutor(len(places), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(len(places), mp_context=preloaded_processes())
     try:
         ranks = [pool.submit(_run, place, device_type, work, args) for place in places]
         return [rank.result(timeout_s) for rank in ranks]

@@ -6,9 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from pilotfish.common.config import EngineConfig, ModelConfig
 from pilotfish.common.rank_place import RankPlace
 from pilotfish.common.requests import StepOutput
+from processes import preloaded_processes
 
 ENGINE = EngineConfig(device="cpu", num_kv_blocks=64, num_threads=1)
 _START_TIMEOUT_S = 60.0
@@ -58,8 +58,8 @@ class Followers:
     """The ranks from 1 on, as processes that are ended with the block."""
 
     def __init__(self, path: Path, places: list[RankPlace]) -> None:
-        context = get_context("spawn")
-        self.processes: list[SpawnProcess] = []
+        context = preloaded_processes()
+        self.processes: list[ForkServerProcess] = []
         self._ends: list[Connection] = []
         for place in places:
             ours, theirs = context.Pipe()

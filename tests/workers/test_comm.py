@@ -69,8 +69,8 @@ def test_data_ranks_gather_and_scatter_rows():
 
 
 def test_a_group_can_be_closed_again_and_after_the_others():
-    rendezvous = Rendezvous(host=HOST, timeout_s=10)
-    places = [RankPlace(rank=rank, size=2, epoch=0, address=rendezvous.address, host=HOST, timeout_s=10) for rank in range(2)]
+    rendezvous = Rendezvous(host=HOST, timeout_s=5)
+    places = [RankPlace(rank=rank, size=2, epoch=0, address=rendezvous.address, host=HOST, timeout_s=5) for rank in range(2)]
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(lambda place: RankGroup.join(place, torch.device("cpu")), places)
     for group in (second, first, first):
