@@ -87,6 +87,7 @@ class FrontEnd:
         sampling: Mapping[str, Any],
         limits: ModelLimits,
         priority: int,
+        salt: bytes,
         with_prompt_text: bool,
     ) -> Prepared:
         """Check, render and tokenize a request; arguments as `InferenceService.start_request`.
@@ -111,6 +112,7 @@ class FrontEnd:
                 entropy=lambda: secrets.randbits(63),
                 add_special_tokens=messages is None,
                 priority=priority,
+                salt=salt,
             )
             prompt_text = ""
             if with_prompt_text:

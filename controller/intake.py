@@ -83,7 +83,7 @@ class Intake:
         self._num_requests = 0
         self._started_unix_s = time.time()
         self._is_closed = False
-        self.tenants = Tenants(config.tenants)
+        self.tenants = Tenants(config.tenants, isolate_cache=config.gateway.isolate_cache)
         self.streams = StreamTable(
             model=config.model.name,
             dispatcher=dispatcher,
