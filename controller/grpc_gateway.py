@@ -25,7 +25,6 @@ from ..text.tokenizer import Tokenizer
 from . import grpc_messages
 from .grpc_guard import MAX_CALLS, Context, KeyGuard, abort, first_message, server_options
 from .grpc_health import HealthService
-from .sequence_state import Received
 from .service import InferenceService, RequestHandle
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -172,7 +171,7 @@ class GrpcGateway:
             yield event
 
     async def _resume(self, request: pb.ResumeRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
-        received = [Received(tuple(choice.token_ids), choice.num_chars) for choice in request.choices]
+        received = grpc_messages.received_from_proto(request.choices)
         async for event in self._read(await self._service.resume(request.request_id, received, tenant=caller.tenant)):
             yield event
 

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from ..common import logs
 from ..common.cluster_state import ModelCard, ReplicaState
 from ..common.config import GatewayConfig
-from ..common.errors import InternalError, InvalidRequest, ModelNotFound, PilotfishError
+from ..common.errors import InternalError, ModelNotFound, PilotfishError
 from ..text.tokenizer import Tokenizer
 from . import dashboard
 from .events import Delta, Started, Usage
@@ -46,7 +46,6 @@ from .service import InferenceService, RequestHandle
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 10.0
-_MAX_PROMPTS = 128
 
 RenderMetrics: TypeAlias = Callable[[], Awaitable[tuple[bytes, str]]]  # the text that Prometheus reads, and its media type
 
@@ -126,10 +125,8 @@ class HttpGateway:
 
     async def _completions(self, request: Request) -> Response:
         body = parse_body(CompletionBody, await read_body(request, self._config))
-        prompts = body.prompts()
-        if len(prompts) > _MAX_PROMPTS:
-            raise InvalidRequest(f"{len(prompts)} prompts in one call; at most {_MAX_PROMPTS} are allowed")
-        return await self._respond(request, body, "completion", [{"prompt": prompt, "echo": body.echo} for prompt in prompts])
+        whats = [{"prompt": prompt, "echo": body.echo} for prompt in body.prompts()]
+        return await self._respond(request, body, "completion", whats)
 
     async def _respond(self, request: Request, body: RequestBody, kind: str, whats: list[dict[str, Any]]) -> Response:
         call_id = body.request_id or ("chatcmpl-" if kind == "chat" else "cmpl-") + uuid.uuid4().hex[:24]
