@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     new = actions.add_parser("new", help="make a key, show it once, and say what to add to the configuration")
     new.add_argument("name", metavar="NAME", help="the tenant's name: letters, digits, '-' and '_'")
+    new.add_argument("--operator", action="store_true", help="the key may also read status, metrics and the live page")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,6 +26,6 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"API key of {name}, shown only now (give it to the client as PILOTFISH_API_KEY):\n  {key}\n"
         f"For the server's --config file, beside the tenant's other keys:\n"
-        f'  [tenants.{name}]\n  keys = ["{hash_line(key)}"]'
+        f'  [tenants.{name}]\n  keys = ["{hash_line(key)}"]' + ("\n  operator = true" if args.operator else "")
     )
     return 0

@@ -95,7 +95,10 @@ class GatewayConfig:
         grpc_port, http_port: 0 takes a free port, which `status` and the start message show.
         max_queued_requests: requests waiting for a replica beyond this are refused at once with OVERLOADED.
         max_body_bytes: larger requests are refused with REQUEST_TOO_LARGE.
+        max_connections: to each of the two; over HTTP one that only waits gives way to a new one.
+        client_timeout_s: how long a client may take to send a request once it has begun, or to take some of what is sent to it.
         default_timeout_s: deadline of a request that brings none.
+        isolate_cache: every tenant's prompts meet only its own in the prefix caches; else those of tenants that ask for it.
         resume_window_s: how long a resumable request (the SDK's are) runs on while its client is away, and its end is kept.
     """
 
@@ -104,7 +107,10 @@ class GatewayConfig:
     http_port: int = 8000
     max_queued_requests: int = 1024
     max_body_bytes: int = 4 * 1024 * 1024
+    max_connections: int = 4096
+    client_timeout_s: float = 30.0
     default_timeout_s: float = 600.0
+    isolate_cache: bool = False
     resume_window_s: float = 15.0
 
     def __post_init__(self) -> None:
@@ -113,8 +119,10 @@ class GatewayConfig:
                 raise ConfigError(f"{name} must be in [0, 65535], not {getattr(self, name)}")
         _require(self, "max_queued_requests", 1)
         _require(self, "max_body_bytes", 1024)
-        if not self.resume_window_s > 0:
-            raise ConfigError(f"resume_window_s must be above 0, not {self.resume_window_s}")
+        _require(self, "max_connections", 1)
+        for name in ("client_timeout_s", "resume_window_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,12 +252,16 @@ class TenantConfig:
         weight: its part of the cluster while others want it too.
         max_requests: requests in flight at a time; None is no limit.
         max_tokens_per_minute: prompt and output tokens; None is no limit.
+        operator: its keys also open what concerns the whole cluster: status, metrics, the live page, every request's route.
+        isolate_cache: its prompts meet only its own in the prefix caches, so that no timing tells who else sent one.
     """
 
     keys: tuple[str, ...] = ()
     weight: float = 1.0
     max_requests: int | None = None
     max_tokens_per_minute: int | None = None
+    operator: bool = False
+    isolate_cache: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < 1e6:

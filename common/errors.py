@@ -62,6 +62,12 @@ class Unauthenticated(PilotfishError):
     code = "unauthenticated"
 
 
+class PermissionDenied(PilotfishError):
+    """The API key is good, but not for this: what concerns the whole cluster is for operators."""
+
+    code = "permission_denied"
+
+
 class Overloaded(PilotfishError):
     """A bounded queue is full or a limit reached; `retry_after_s` says when to try again."""
 
@@ -114,6 +120,7 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(RequestNotFound, "NOT_FOUND", 404, "invalid_request_error"),
     StatusRow(ModelLoadError, "FAILED_PRECONDITION", 500, "server_error"),
     StatusRow(Unauthenticated, "UNAUTHENTICATED", 401, "authentication_error"),
+    StatusRow(PermissionDenied, "PERMISSION_DENIED", 403, "permission_error"),
     StatusRow(Overloaded, "RESOURCE_EXHAUSTED", 429, "rate_limit_error"),
     StatusRow(Unavailable, "UNAVAILABLE", 503, "server_error"),
     StatusRow(DeadlineExceeded, "DEADLINE_EXCEEDED", 504, "timeout_error"),
@@ -122,6 +129,15 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
 )
 
 _BY_CODE = {row.error.code: row for row in STATUS_TABLE}
+
+
+_MAX_MESSAGE_BYTES = 1500
+
+
+def clipped(message: str) -> str:
+    """A message as it goes over the wire: it may quote what a caller sent, and gRPC carries only a few KiB of it."""
+    data = message.encode(errors="replace")
+    return message if len(data) <= _MAX_MESSAGE_BYTES else data[:_MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."
 
 
 def status_row(error: PilotfishError) -> StatusRow:

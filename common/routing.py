@@ -45,6 +45,7 @@ class RouteDecision:
         tick_ms: when, in milliseconds of the router's clock, which starts anywhere.
         num_tokens: of the prompt and of outputs known already.
         is_held: the choice had no room, and waiting for it cost less than going elsewhere.
+        tenant: whose request it is.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class RouteDecision:
     replica: str
     is_held: bool
     scores: tuple[RouteScore, ...]
+    tenant: str = ""
 
     @property
     def chosen(self) -> RouteScore:

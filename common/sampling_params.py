@@ -13,7 +13,11 @@ from .errors import InvalidRequest
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_BAD_WORDS = 1024
+MAX_STRING_LENGTH = 1000  # of a stop string or a bad word, in characters
+MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_NAME_LENGTH = 100  # of a wrong name that is looked up among the right ones
 _INT64_MAX = 2**63 - 1
 
 
@@ -68,8 +72,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("bad_words", "stop"):
-            object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        for name, max_items in (("bad_words", MAX_BAD_WORDS), ("stop", MAX_STOP_STRINGS)):
+            object.__setattr__(self, name, _strings(name, getattr(self, name), max_items=max_items))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         for name, low, high, open_low in _RANGES:
@@ -80,8 +84,6 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequest(f"{name} must be true or false, not {getattr(self, name)!r}")
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"at most {MAX_STOP_STRINGS} stop strings are allowed, not {len(self.stop)}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens ({self.min_tokens}) must not be above max_tokens ({self.max_tokens})")
 
@@ -91,7 +93,7 @@ class SamplingParams:
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = difflib.get_close_matches(name[:MAX_NAME_LENGTH], known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
                 raise InvalidRequest(f"unknown sampling parameter {name!r}{hint}")
         return cls(**values)
@@ -120,17 +122,23 @@ def _check_number(name: str, value: object, low: float, high: float, *, open_low
     kind = "an integer" if integer else "a number"
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise InvalidRequest(f"{name} must be {kind}, not {value!r}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    is_huge = isinstance(value, int) and value.bit_length() > 64  # such a number may be no float, and no short text
+    if is_huge or not math.isfinite(value) or value < low or value > high or (open_low and value == low):
         left = "(" if open_low else "["
         right = ")" if high == math.inf else "]"
-        raise InvalidRequest(f"{name} must be {kind} in {left}{low}, {high}{right}, not {value!r}")
+        shown = "a number of more than 64 bits" if is_huge else repr(value)
+        raise InvalidRequest(f"{name} must be {kind} in {left}{low}, {high}{right}, not {shown}")
 
 
-def _strings(name: str, value: object) -> tuple[str, ...]:
+def _strings(name: str, value: object, *, max_items: int) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, (tuple, list)) or not all(isinstance(item, str) and item for item in items):
         raise InvalidRequest(f"{name} must be a non-empty string or a list of them, not {value!r}")
+    if len(items) > max_items:
+        raise InvalidRequest(f"{name} has {len(items)} strings; at most {max_items} are allowed")
     for item in items:
+        if len(item) > MAX_STRING_LENGTH:
+            raise InvalidRequest(f"{name} has a string of {len(item)} characters; at most {MAX_STRING_LENGTH} are allowed")
         if any("\ud800" <= character <= "\udfff" for character in item):
             raise InvalidRequest(f"{name} has text that is not valid Unicode (a lone surrogate)")
     return tuple(items)
@@ -139,6 +147,8 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or not all(type(item) is int and 0 <= item < 2**31 for item in value):
         raise InvalidRequest(f"{name} must be a list of token ids (integers from 0), not {value!r}")
+    if len(value) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(f"{name} has {len(value)} token ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
     return tuple(value)
 
 
@@ -151,7 +161,7 @@ def _logit_bias(value: object) -> dict[int, float]:
     for key, bias in value.items():
         try:
             token_id = int(key)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InvalidRequest(f"logit_bias has the key {key!r}; keys must be token ids") from None
         if not 0 <= token_id < 2**31:
             raise InvalidRequest(f"logit_bias has the key {key!r}; token ids start at 0")

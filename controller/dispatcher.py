@@ -329,6 +329,7 @@ class Dispatcher:
             tick=_now_ms(),
             candidates=candidates,
             client_request_id=sequence.stream.request_id,
+            tenant=sequence.stream.tenant.name,
             may_hold=may_hold,
         )
         if choice.is_held:

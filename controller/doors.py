@@ -50,7 +50,7 @@ class Doors:
         """Until cancelled, the gRPC health service says what `is_serving` says, asked again whenever `changed` is set."""
         while self._grpc is not None:
             changed.clear()
-            await self._grpc.set_serving(is_serving())
+            self._grpc.set_serving(is_serving())
             await changed.wait()
 
     async def close(self) -> None:

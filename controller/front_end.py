@@ -26,6 +26,8 @@ from ..text.tokenizer import Tokenizer
 from .choice_text import ChoiceText, MakeText
 
 _NUM_THREADS = 2
+_LONG_CHARACTERS = 100_000  # takes seconds to tokenize at worst
+_MAX_TOKENS_SHOWN = 2**18  # by tokenize
 T = TypeVar("T")
 
 
@@ -76,6 +78,7 @@ class FrontEnd:
             field.name: str(value) for field in fields(params) if (value := getattr(params, field.name)) not in (None, (), {})
         }
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="front-end")
+        self._pool_of_long = ThreadPoolExecutor(1, thread_name_prefix="front-end-long")  # they wait for each other only
 
     async def prepare(
         self,
@@ -87,6 +90,7 @@ class FrontEnd:
         sampling: Mapping[str, Any],
         limits: ModelLimits,
         priority: int,
+        salt: bytes,
         with_prompt_text: bool,
     ) -> Prepared:
         """Check, render and tokenize a request; arguments as `InferenceService.start_request`.
@@ -111,6 +115,7 @@ class FrontEnd:
                 entropy=lambda: secrets.randbits(63),
                 add_special_tokens=messages is None,
                 priority=priority,
+                salt=salt,
             )
             prompt_text = ""
             if with_prompt_text:
@@ -124,7 +129,7 @@ class FrontEnd:
                 make_text=self.make_text,
             )
 
-        return await self._off_loop(work)
+        return await self._off_loop(work, prompt if isinstance(prompt, str) else messages)
 
     def make_text(self, params: SamplingParams, continues_text: bool) -> ChoiceText:
         """The text state of a choice that has seen no token."""
@@ -142,20 +147,32 @@ class FrontEnd:
                 ids = self.tokenizer.encode(self._render(messages, False), add_special_tokens=False)
             else:
                 ids = self.tokenizer.encode(text or "", add_special_tokens=add_special_tokens)
+            if len(ids) > _MAX_TOKENS_SHOWN:
+                raise InvalidRequest(f"the text has {len(ids)} tokens; at most {_MAX_TOKENS_SHOWN} are shown: cut it in pieces")
             return Tokenization(token_ids=tuple(ids), tokens=tuple(map(self.tokenizer.token_bytes, ids)))
 
-        return await self._off_loop(work)
+        return await self._off_loop(work, text if messages is None else messages)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._pool_of_long):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], continue_final_message: bool) -> str:
         return self._template.render(
             messages, add_generation_prompt=not continue_final_message, continue_final_message=continue_final_message
         )
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def _off_loop(self, work: Callable[[], T], source: str | Sequence[Any] | None) -> T:
+        """`source` is what has to be tokenized."""
+        pool = self._pool_of_long if _num_characters(source) > _LONG_CHARACTERS else self._pool
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _num_characters(source: str | Sequence[Any] | None) -> int:
+    """Of a text or of messages."""
+    if source is None or isinstance(source, str):
+        return len(source or "")
+    return sum(len(message["content"]) for message in source if isinstance(message, Mapping))
 
 
 def prompt_hashes(request: EngineRequest, block_size: int) -> tuple[bytes, ...]:

@@ -2,39 +2,34 @@
 
 Requests arrive as bytes and are parsed here, so that malformed ones get the same typed errors as any other. A call's gRPC
 deadline is the request's deadline; a cancelled call ends its request. With API keys in the configuration every method of
-Inference needs one, in the metadata "authorization: Bearer KEY"; health and reflection do not.
+Inference needs one, in the metadata "authorization: Bearer KEY", and so does reflection; health does not.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from ..common.config import GatewayConfig
-from ..common.errors import ConfigError, InternalError, InvalidRequest, PilotfishError, status_row
+from ..common.errors import ConfigError, InvalidRequest, PilotfishError
 from ..common.tenants import Tenant
 from ..proto import inference_pb2 as pb
 from ..proto.routing_codec import decision_to_proto
 from ..text.tokenizer import Tokenizer
 from . import grpc_messages
-from .sequence_state import Received
+from .grpc_guard import MAX_CALLS, Context, KeyGuard, abort, first_message, server_options
+from .grpc_health import HealthService
 from .service import InferenceService, RequestHandle
-
-logger = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 CALL_ID_KEY = "pilotfish-call-id"
 _STOP_GRACE_S = 5.0
-
-Context: TypeAlias = grpc.aio.ServicerContext
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,17 +49,13 @@ class GrpcGateway:
         self._service = service
         self._tokenizer = tokenizer
         self._config = config
-        self._health = health.aio.HealthServicer()
+        self._health = HealthService((SERVICE_NAME,), request_timeout_s=config.client_timeout_s)
         self._server = grpc.aio.server(
-            options=(
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", config.max_body_bytes),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-            )
+            options=server_options(config),
+            interceptors=(KeyGuard(service.tenants),) if service.tenants.have_keys else None,
+            maximum_concurrent_rpcs=MAX_CALLS,
         )
-        self._server.add_generic_rpc_handlers((self._handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((self._handlers(), self._health.handlers()))
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> str:
@@ -84,14 +75,12 @@ class GrpcGateway:
         await self._server.start()
         return f"{self._config.host}:{port}"
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """What the health service answers, for the whole server and for Inference."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
-            await self._health.set(name, status)
+        self._health.set_serving(serving)
 
     async def stop(self) -> None:
-        await self._health.enter_graceful_shutdown()
+        self._health.close()
         await self._server.stop(_STOP_GRACE_S)
 
     def _caller(self, context: Context) -> _Caller:
@@ -105,26 +94,31 @@ class GrpcGateway:
         )
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        def unary(cls: type[Message], method: Callable[[Any, _Caller], Awaitable[Message]]) -> grpc.RpcMethodHandler:
-            async def handle(data: bytes, context: Context) -> Message:
+        """Each reads its one request itself: the key comes first, and the request in a limited time."""
+
+        def stream(
+            cls: type[Message], method: Callable[[Any, _Caller], AsyncIterator[Message]], *, for_operators: bool = False
+        ) -> grpc.RpcMethodHandler:
+            async def handle(_messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
                 try:
                     caller = self._caller(context)
-                    return await method(grpc_messages.parse(cls, data), caller)
-                except (PilotfishError, Exception) as error:  # noqa: BLE001 - a process's edge: logged and answered
-                    await _abort(context, error)
-
-            return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
-
-        def stream(cls: type[Message], method: Callable[[Any, _Caller], AsyncIterator[Message]]) -> grpc.RpcMethodHandler:
-            async def handle(data: bytes, context: Context) -> AsyncIterator[Message]:
-                try:
-                    caller = self._caller(context)
+                    if for_operators:
+                        self._service.tenants.check_operator(caller.tenant)
+                    data = await first_message(context, timeout_s=self._config.client_timeout_s)
                     async for message in method(grpc_messages.parse(cls, data), caller):
                         yield message
                 except (PilotfishError, Exception) as error:  # noqa: BLE001 - a process's edge: logged and answered
-                    await _abort(context, error)
+                    await abort(context, error)
 
-            return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
+            return grpc.stream_stream_rpc_method_handler(handle, response_serializer=_serialize)
+
+        def unary(
+            cls: type[Message], method: Callable[[Any, _Caller], Awaitable[Message]], *, for_operators: bool = False
+        ) -> grpc.RpcMethodHandler:
+            async def answer(request: Any, caller: _Caller) -> AsyncIterator[Message]:
+                yield await method(request, caller)
+
+            return stream(cls, answer, for_operators=for_operators)
 
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
@@ -135,7 +129,7 @@ class GrpcGateway:
                 "Abort": unary(pb.AbortRequest, self._abort_request),
                 "Tokenize": unary(pb.TokenizeRequest, self._tokenize),
                 "ListModels": unary(pb.ListModelsRequest, self._list_models),
-                "ClusterStatus": unary(pb.ClusterStatusRequest, self._cluster_status),
+                "ClusterStatus": unary(pb.ClusterStatusRequest, self._cluster_status, for_operators=True),
                 "ExplainRoute": unary(pb.ExplainRouteRequest, self._explain_route),
             },
         )
@@ -177,7 +171,7 @@ class GrpcGateway:
             yield event
 
     async def _resume(self, request: pb.ResumeRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
-        received = [Received(tuple(choice.token_ids), choice.num_chars) for choice in request.choices]
+        received = grpc_messages.received_from_proto(request.choices)
         async for event in self._read(await self._service.resume(request.request_id, received, tenant=caller.tenant)):
             yield event
 
@@ -207,8 +201,8 @@ class GrpcGateway:
     async def _cluster_status(self, _request: pb.ClusterStatusRequest, _caller: _Caller) -> pb.ClusterStatusResponse:
         return grpc_messages.status_to_proto(self._service.status())
 
-    async def _explain_route(self, request: pb.ExplainRouteRequest, _caller: _Caller) -> pb.ExplainRouteResponse:
-        decisions = await self._service.explain_route(request.request_id)
+    async def _explain_route(self, request: pb.ExplainRouteRequest, caller: _Caller) -> pb.ExplainRouteResponse:
+        decisions = await self._service.explain_route(request.request_id, tenant=caller.tenant)
         return pb.ExplainRouteResponse(decisions=map(decision_to_proto, decisions))
 
 
@@ -225,18 +219,3 @@ def _time_remaining_s(context: Context) -> float | None:
 def _trace_headers(context: Context) -> dict[str, str]:
     metadata = context.invocation_metadata() or ()
     return {name: str(value) for name, value in metadata if name in ("traceparent", "tracestate")}
-
-
-async def _abort(context: Context, error: Exception) -> NoReturn:
-    """End the call with the error's status, its code and retry-after in trailing metadata."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, PilotfishError):
-        logger.exception("a gRPC call failed", exc_info=error)
-        error = InternalError(f"pilotfish failed ({type(error).__name__}); the controller's log has the details")
-    metadata = [("pilotfish-error-code", error.code)]
-    if error.retry_after_s is not None:
-        metadata.append(("pilotfish-retry-after-ms", str(math.ceil(error.retry_after_s * 1000))))
-    status = getattr(grpc.StatusCode, status_row(error).grpc)
-    await context.abort(status, error.message, trailing_metadata=tuple(metadata))
-    raise AssertionError("context.abort raises")

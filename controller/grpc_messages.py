@@ -7,8 +7,9 @@ know (a newer client's) is an InvalidRequest, never ignored.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, NoReturn, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -17,14 +18,18 @@ from .. import __version__
 from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
 from ..common.errors import InvalidRequest
 from ..common.requests import TokenLogprob
+from ..common.sampling_params import MAX_CHOICES
 from ..proto import codec
 from ..proto import common_pb2 as common
 from ..proto import inference_pb2 as pb
 from ..proto.routing_codec import routing_to_proto
+from ..text.prepare import MAX_MESSAGES
 from ..text.tokenizer import Tokenizer
 from .events import Delta, Event, Started, Usage
+from .sequence_state import Received
 
 M = TypeVar("M", bound=Message)
+_MAX_PARTS_SEARCHED = 10_000
 
 _STATES = {
     ReplicaState.STARTING: pb.REPLICA_STATE_STARTING,
@@ -45,7 +50,10 @@ def parse(cls: type[M], data: bytes) -> M:
         message = cls.FromString(data)
     except DecodeError as error:
         raise InvalidRequest(f"the request is not a valid {cls.DESCRIPTOR.name}; strings must be UTF-8 ({error})") from error
-    _refuse_unknown(message)
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+    if message.ByteSize() != size:
+        _refuse_unknown(cls.FromString(data))
     return message
 
 
@@ -63,6 +71,9 @@ def sampling_fields(message: common.SamplingParams) -> dict[str, Any]:
 
 
 def messages_from_proto(messages: Any) -> list[dict[str, str]]:
+    """Raises InvalidRequest: there are too many."""
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"{len(messages)} messages; at most {MAX_MESSAGES} are allowed in a conversation")
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
@@ -159,15 +170,28 @@ def _replica_to_proto(replica: ReplicaStatus) -> pb.ReplicaStatus:
     )
 
 
-def _refuse_unknown(message: Message) -> None:
-    name = message.DESCRIPTOR.name
-    for field in UnknownFieldSet(message):
-        raise InvalidRequest(
-            f"{name} has the unknown field number {field.field_number}; this server is pilotfish {__version__}: "
-            "use a client of this version"
-        )
+def received_from_proto(choices: Any) -> list[Received]:
+    """Raises InvalidRequest: there are too many."""
+    if len(choices) > MAX_CHOICES:
+        raise InvalidRequest(f"{len(choices)} choices; a request has at most {MAX_CHOICES}")
+    return [Received(tuple(choice.token_ids), choice.num_chars) for choice in choices]
+
+
+def _refuse_unknown(message: Message) -> NoReturn:
+    """For a message that has an unknown field somewhere."""
+    what, advice = "the request has an unknown field", f"this server is pilotfish {__version__}: use a client of this version"
+    for part in islice(_parts(message), _MAX_PARTS_SEARCHED):
+        for field in UnknownFieldSet(part):
+            what = f"{part.DESCRIPTOR.name} has the unknown field number {field.field_number}"
+            raise InvalidRequest(f"{what}; {advice}")
+    raise InvalidRequest(f"{what}; {advice}")
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """The message and all those in it."""
+    yield message
     for descriptor, value in message.ListFields():
         if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
             continue
         for part in value if descriptor.is_repeated else (value,):
-            _refuse_unknown(part)
+            yield from _parts(part)

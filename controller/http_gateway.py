@@ -2,8 +2,8 @@
 
 POST /v1/chat/completions, POST /v1/completions, GET /v1/models[/NAME], GET /health, GET /metrics, GET /dashboard.
 Closing the connection ends the request. With API keys in the configuration every route but /health and the page (not its
-data) needs "Authorization: Bearer KEY". A refused call that comes back with the same Idempotency-Key (or request_id) finds the
-place that was held for it.
+data) needs "Authorization: Bearer KEY", and metrics and the page's data an operator's. A refused call that comes back with the
+same Idempotency-Key (or request_id) finds the place that was held for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,7 +24,7 @@ from starlette.routing import Route
 from ..common import logs
 from ..common.cluster_state import ModelCard, ReplicaState
 from ..common.config import GatewayConfig
-from ..common.errors import InternalError, InvalidRequest, ModelNotFound, PilotfishError
+from ..common.errors import InternalError, ModelNotFound, PilotfishError
 from ..text.tokenizer import Tokenizer
 from . import dashboard
 from .events import Delta, Started, Usage
@@ -46,7 +46,6 @@ from .service import InferenceService, RequestHandle
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 10.0
-_MAX_PROMPTS = 128
 
 RenderMetrics: TypeAlias = Callable[[], Awaitable[tuple[bytes, str]]]  # the text that Prometheus reads, and its media type
 
@@ -67,10 +66,10 @@ class HttpGateway:
                 Route("/v1/completions", self._edge(self._completions), methods=["POST"]),
                 Route("/v1/models", self._edge(self._list_models)),
                 Route("/v1/models/{name:path}", self._edge(self._show_model)),
-                Route("/health", self._edge(self._health, needs_key=False)),
-                Route("/metrics", self._edge(self._show_metrics)),
-                Route("/dashboard", self._edge(self._dashboard, needs_key=False)),
-                Route("/dashboard/state", self._edge(self._dashboard_state)),
+                Route("/health", self._edge(self._health, open_to="all")),
+                Route("/metrics", self._edge(self._show_metrics, open_to="operators")),
+                Route("/dashboard", self._edge(self._dashboard, open_to="all")),
+                Route("/dashboard/state", self._edge(self._dashboard_state, open_to="operators")),
             ],
             exception_handlers={HTTPException: _no_route},
         )
@@ -84,7 +83,7 @@ class HttpGateway:
             ConfigError: the port is in use or the host is not of this machine.
         """
         listener = bind(self._config.host, self._config.http_port)
-        self._server = make_server(self.app)
+        self._server = make_server(self.app, self._config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         return f"{self._config.host}:{listener.getsockname()[1]}"
 
@@ -97,12 +96,17 @@ class HttpGateway:
             await asyncio.wait_for(self._serving, _STOP_TIMEOUT_S)
 
     def _edge(
-        self, handler: Callable[[Request], Awaitable[Response]], *, needs_key: bool = True
+        self,
+        handler: Callable[[Request], Awaitable[Response]],
+        *,
+        open_to: Literal["tenants", "operators", "all"] = "tenants",
     ) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             try:
-                if needs_key:
+                if open_to != "all":
                     request.state.tenant = self._service.tenants.authenticate(request.headers.get("authorization"))
+                if open_to == "operators":
+                    self._service.tenants.check_operator(request.state.tenant)
                 return await handler(request)
             except PilotfishError as error:
                 return error_response(error)
@@ -112,7 +116,7 @@ class HttpGateway:
         return handle
 
     async def _chat(self, request: Request) -> Response:
-        body = parse_body(ChatBody, await read_body(request, max_bytes=self._config.max_body_bytes))
+        body = parse_body(ChatBody, await read_body(request, self._config))
         what = {
             "messages": [message.for_template() for message in body.messages],
             "continue_final_message": body.continue_final_message,
@@ -120,11 +124,9 @@ class HttpGateway:
         return await self._respond(request, body, "chat", [what])
 
     async def _completions(self, request: Request) -> Response:
-        body = parse_body(CompletionBody, await read_body(request, max_bytes=self._config.max_body_bytes))
-        prompts = body.prompts()
-        if len(prompts) > _MAX_PROMPTS:
-            raise InvalidRequest(f"{len(prompts)} prompts in one call; at most {_MAX_PROMPTS} are allowed")
-        return await self._respond(request, body, "completion", [{"prompt": prompt, "echo": body.echo} for prompt in prompts])
+        body = parse_body(CompletionBody, await read_body(request, self._config))
+        whats = [{"prompt": prompt, "echo": body.echo} for prompt in body.prompts()]
+        return await self._respond(request, body, "completion", whats)
 
     async def _respond(self, request: Request, body: RequestBody, kind: str, whats: list[dict[str, Any]]) -> Response:
         call_id = body.request_id or ("chatcmpl-" if kind == "chat" else "cmpl-") + uuid.uuid4().hex[:24]
@@ -184,12 +186,9 @@ class HttpGateway:
         raise ModelNotFound(f"the model {name!r} is not served here; GET /v1/models lists what is")
 
     async def _health(self, _request: Request) -> Response:
-        """200 while a replica makes progress or has nothing to do."""
-        replicas = self._service.status().replicas
-        healthy = any(replica.state is ReplicaState.READY for replica in replicas)
-        states = {replica.name: {"state": replica.state, "message": replica.message} for replica in replicas}
-        body = {"status": "ok" if healthy else "unavailable", "replicas": states}
-        return json_response(body, status=200 if healthy else 503)
+        """200 while a replica makes progress or has nothing to do. It is open to all, so it says no more than that."""
+        healthy = any(replica.state is ReplicaState.READY for replica in self._service.status().replicas)
+        return json_response({"status": "ok" if healthy else "unavailable"}, status=200 if healthy else 503)
 
     async def _show_metrics(self, _request: Request) -> Response:
         content, media_type = await self._render_metrics()

@@ -11,11 +11,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import uvicorn
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..common.errors import Cancelled, ConfigError, PilotfishError, RequestTooLarge, Unauthenticated, status_row
+from ..common.config import GatewayConfig
+from ..common.errors import (
+    Cancelled,
+    ConfigError,
+    InvalidRequest,
+    PilotfishError,
+    RequestTooLarge,
+    Unauthenticated,
+    status_row,
+)
+from .http_protocol import make_protocol
 from .openai_response import error_json
 
 T = TypeVar("T")
@@ -51,24 +61,52 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(app: ASGIApp) -> Server:
-    return Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5))
+def make_server(app: ASGIApp, gateway: GatewayConfig) -> Server:
+    return Server(
+        uvicorn.Config(
+            _unambiguous(app),
+            http=make_protocol(gateway),  # type: ignore[arg-type]  # called like a class
+            log_level="error",  # what clients do wrong is told to them
+            access_log=False,
+            ws="none",
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+        )
+    )
 
 
-async def read_body(request: Request, *, max_bytes: int) -> bytes:
+def _unambiguous(app: ASGIApp) -> ASGIApp:
+    """Refuses what a proxy before this server may read as two requests where it is one (RFC 9112, 6.1)."""
+
+    async def check(scope: Scope, receive: Receive, send: Send) -> None:
+        names = [name for name, _ in scope["headers"]]
+        if b"transfer-encoding" in names and b"content-length" in names:
+            error = InvalidRequest("a request has either Content-Length or Transfer-Encoding, not both")
+            await error_response(error, close=True)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return check
+
+
+async def read_body(request: Request, gateway: GatewayConfig) -> bytes:
     """The body.
 
     Raises:
-        RequestTooLarge: it is longer than `max_bytes`; the rest is not read.
+        RequestTooLarge: it is longer than max_body_bytes; the rest is not read.
+        Cancelled: the connection closed before its end.
     """
-    body = bytearray()
+    body, max_bytes = bytearray(), gateway.max_body_bytes
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes)
+    except ClientDisconnect:
+        raise Cancelled("the connection closed before the end of the body") from None
     return bytes(body)
 
 
@@ -80,12 +118,12 @@ def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | No
     return Response(dump(value), status_code=status, media_type="application/json", headers=headers)
 
 
-def error_response(error: PilotfishError) -> Response:
+def error_response(error: PilotfishError, *, close: bool = False) -> Response:
     """The error's status and OpenAI-style body, with Retry-After in whole seconds where it is known."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, RequestTooLarge):
+    if close or isinstance(error, RequestTooLarge):
         headers["Connection"] = "close"  # the rest of the body was not read
     return json_response(error_json(error), status=status_row(error).http, headers=headers)
 

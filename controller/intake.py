@@ -6,6 +6,7 @@ Everything runs on the controller's event loop.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -83,7 +84,7 @@ class Intake:
         self._num_requests = 0
         self._started_unix_s = time.time()
         self._is_closed = False
-        self.tenants = Tenants(config.tenants)
+        self.tenants = Tenants(config.tenants, isolate_cache=config.gateway.isolate_cache)
         self.streams = StreamTable(
             model=config.model.name,
             dispatcher=dispatcher,
@@ -107,7 +108,11 @@ class Intake:
             self._tracing.begin(stream.request_id, stream.model, arrival.trace_headers)
         self._num_preparing += 1
         try:
-            prepared = await prepare()
+            try:
+                async with asyncio.timeout(stream.time_left_s()):
+                    prepared = await prepare()
+            except TimeoutError:
+                stream.expire()
             if stream.error is not None:  # aborted or out of time meanwhile
                 raise stream.error
             self._take_tokens(stream, prepared)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.errors import PilotfishError, status_row
+from ..common.errors import PilotfishError, clipped, status_row
 from ..common.requests import FinishReason, TokenLogprob
 from ..text.output import TextDelta
 from ..text.tokenizer import Tokenizer
@@ -132,4 +132,6 @@ def usage_json(usages: Iterable[Usage]) -> dict[str, Any]:
 
 
 def error_json(error: PilotfishError) -> dict[str, Any]:
-    return {"error": {"message": error.message, "type": status_row(error).openai_type, "code": error.code, "param": None}}
+    return {
+        "error": {"message": clipped(error.message), "type": status_row(error).openai_type, "code": error.code, "param": None}
+    }

@@ -1,18 +1,32 @@
 """Bodies of the OpenAI-style routes: what may be asked, and what is refused by name.
 
 pydantic checks names and types; ranges are checked where every path meets, in common/sampling_params.py. A field that is not
-obeyed is refused, never ignored.
+obeyed is refused, never ignored. The first mistake ends the check, and lists have bounds: a body of some megabytes can hold a
+million mistakes, and all others would wait until the last of them was found.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..common.errors import InvalidRequest
+from ..common.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_NAME_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from ..text.prepare import MAX_MESSAGES
 
 _SAMPLING = (
     "n",
@@ -52,21 +66,31 @@ _NOT_YET = (
     "best_of",
     "prompt_logprobs",
 )
+MAX_PROMPTS = 128
 Number = StrictFloat | StrictInt
 R = TypeVar("R", bound="RequestBody")
 
 
-class StreamOptions(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_known(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for name in values:
+                if name not in cls.model_fields:
+                    raise ValueError(_unknown(name, list(cls.model_fields)))
+        return values
+
+
+class StreamOptions(_Strict):
     include_usage: StrictBool = False
 
 
-class RequestBody(BaseModel):
+class RequestBody(_Strict):
     """Fields of both routes. `user` is written to the log beside the request id; `timeout_s`, `priority`, `request_id` and the
     sampling parameters that OpenAI does not have are pilotfish's own."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: StrictStr = ""
     stream: StrictBool = False
@@ -84,15 +108,22 @@ class RequestBody(BaseModel):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
-    bad_words: StrictStr | list[StrictStr] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    bad_words: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True, max_length=MAX_BAD_WORDS)] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[list[StrictInt], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = None
     min_tokens: StrictInt | None = None
     max_tokens: StrictInt | None = None
     ignore_eos: StrictBool | None = None
     seed: StrictInt | None = None
     skip_special_tokens: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _bias_is_short(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+            raise ValueError(f"{len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
+        return value
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> RequestBody:
@@ -105,18 +136,14 @@ class RequestBody(BaseModel):
         return {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(_Strict):
     type: Literal["text"]
     text: StrictStr
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     name: StrictStr | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -127,7 +154,7 @@ class Message(BaseModel):
 
 
 class ChatBody(RequestBody):
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = None
@@ -148,9 +175,22 @@ class ChatBody(RequestBody):
 
 
 class CompletionBody(RequestBody):
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: str | list[str] | list[int] | list[list[int]]
     echo: StrictBool = False
     logprobs: StrictInt | None = None
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _is_prompt(cls, value: Any) -> Any:
+        """By hand: token ids come by the million, and pydantic would try all four forms on each."""
+        kinds = set(map(type, value)) if isinstance(value, list) else {type(value)}
+        if isinstance(value, list) and kinds in ({str}, {list}) and len(value) > MAX_PROMPTS:
+            raise ValueError(f"{len(value)} prompts in one call; at most {MAX_PROMPTS} are allowed")
+        if kinds == {str} or (isinstance(value, list) and kinds <= {int}):
+            return value
+        if kinds == {list} and all(set(map(type, item)) <= {int} for item in value):
+            return value
+        raise ValueError("give a text, a list of token ids, or a list of either")
 
     def prompts(self) -> list[str | list[int]]:
         prompt = self.prompt
@@ -181,12 +221,10 @@ def parse_body(cls: type[R], data: bytes) -> R:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+        message = str(error).partition("; use sys.")[0]  # Python's advice on numbers of thousands of digits is for the server
+        raise InvalidRequest(f"the body is not valid JSON: {message}") from error
     if not isinstance(values, dict):
         raise InvalidRequest("the body must be a JSON object")
-    for name in values:
-        if name not in cls.model_fields:
-            raise InvalidRequest(_unknown(name, list(cls.model_fields)))
     try:
         return cls.model_validate(values)
     except ValidationError as error:
@@ -196,7 +234,7 @@ def parse_body(cls: type[R], data: bytes) -> R:
 def _unknown(name: str, known: list[str]) -> str:
     if name in _NOT_YET:
         return f"{name!r} is not supported by this server"
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:MAX_NAME_LENGTH], known, n=1)
     return f"unknown field {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
 
 
@@ -206,9 +244,10 @@ def _explain(error: ValidationError) -> str:
     first = problems[0]["loc"][:1]
     same = [problem for problem in problems if problem["loc"][:1] == first]
     if not first:
-        return str(same[0]["msg"]).removeprefix("Value error, ")
+        return str(same[0]["msg"]).removeprefix(_BY_HAND)
     place = ".".join(str(step) for step in same[0]["loc"] if not (isinstance(step, str) and ("[" in step or step in _TYPES)))
-    return f"{place}: " + "; or ".join(dict.fromkeys(str(problem["msg"]) for problem in same))
+    return f"{place}: " + "; or ".join(dict.fromkeys(str(problem["msg"]).removeprefix(_BY_HAND) for problem in same))
 
 
+_BY_HAND = "Value error, "  # pydantic's words before those of a ValueError
 _TYPES = ("str", "int", "float", "bool")  # pydantic adds the tried type to a union's location

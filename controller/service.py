@@ -173,6 +173,7 @@ class InferenceService:
                 sampling=sampling,
                 limits=self._intake.limits(),
                 priority=priority,
+                salt=self.tenants.cache_salt(tenant),
                 with_prompt_text=echo,
             )
 
@@ -232,9 +233,13 @@ class InferenceService:
             http_address=self.addresses.http,
         )
 
-    async def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
-        """The router's choices for a request that runs or has ended not long ago, oldest first; empty where none is kept."""
-        return await self._intake.explain_route(request_id)
+    async def explain_route(self, request_id: str, *, tenant: Tenant = ANONYMOUS) -> tuple[RouteDecision, ...]:
+        """The router's choices for a request that runs or has ended not long ago, oldest first.
+
+        Empty where none is kept, and for another tenant's request unless `tenant` is an operator.
+        """
+        sees_all = self.tenants.is_operator(tenant)
+        return tuple(d for d in await self._intake.explain_route(request_id) if sees_all or d.tenant == tenant.name)
 
     def _arrival(self, *, request_id: str | None, model: str, timeout_s: float | None, priority: int, **rest: Any) -> Arrival:
         self._check_model(model)

@@ -1,4 +1,4 @@
-"""The tenants of a configuration: who a call is from, and how much each may use at a time."""
+"""The tenants of a configuration: who a call is from, what it may see, and how much each may use at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..common.api_keys import KeyRing
 from ..common.config import TenantConfig
-from ..common.errors import Unauthenticated
+from ..common.errors import PermissionDenied, Unauthenticated
 from ..common.tenants import ANONYMOUS, ANONYMOUS_NAME, Tenant
 from ..scheduler.tenant_limits import TenantLimits
 
@@ -15,12 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 class Tenants:
-    """See the module's docstring. Without keys in the configuration every caller is the tenant `anonymous`."""
+    """See the module's docstring. Without keys in the configuration every caller is the tenant `anonymous`, and an operator.
 
-    def __init__(self, config: Mapping[str, TenantConfig]) -> None:
+    `isolate_cache` is for all tenants; else it is each one's own.
+    """
+
+    def __init__(self, config: Mapping[str, TenantConfig], *, isolate_cache: bool = False) -> None:
         self._keys = KeyRing({name: tenant.keys for name, tenant in config.items()})
         self._tenants = {name: Tenant(name, tenant.weight) for name, tenant in config.items()}
         self._tenants.setdefault(ANONYMOUS_NAME, ANONYMOUS)
+        self._operators = {name for name, tenant in config.items() if tenant.operator or not tenant.keys}
+        self._isolated = {name for name in self._tenants if isolate_cache or (name in config and config[name].isolate_cache)}
         self._limits = {
             name: TenantLimits(name, max_requests=None, max_tokens_per_minute=None)
             if name not in config
@@ -47,6 +52,26 @@ class Tenants:
         if owner is None:
             raise Unauthenticated("the API key is not valid here: 'authorization: Bearer KEY' needs one of this server's keys")
         return self._tenants[owner]
+
+    @property
+    def have_keys(self) -> bool:
+        return bool(len(self._keys))
+
+    def is_operator(self, tenant: Tenant) -> bool:
+        """Whether it may see what concerns all tenants."""
+        return not self.have_keys or tenant.name in self._operators
+
+    def check_operator(self, tenant: Tenant) -> None:
+        """Raises PermissionDenied: it is not an operator."""
+        if not self.is_operator(tenant):
+            raise PermissionDenied(
+                f"the key of {tenant.name} may not see the whole cluster: that takes a key of a tenant with operator = true in "
+                "the server's configuration (`pilotfish keys new NAME --operator` makes one)"
+            )
+
+    def cache_salt(self, tenant: Tenant) -> bytes:
+        """Of its prompts' block hashes: equal prompts of two tenants meet in a prefix cache where neither is isolated."""
+        return f"tenant {tenant.name}".encode() if tenant.name in self._isolated else b""
 
     def named(self, name: str) -> Tenant:
         """Of a name that an earlier controller knew; one that is not configured any more stands for `anonymous`."""

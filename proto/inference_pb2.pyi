@@ -359,7 +359,7 @@ class RouteScore(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., queue_ms: _Optional[float] = ..., wait_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., work_ms: _Optional[float] = ..., tier_load_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., matched_tokens: _Optional[int] = ..., has_room: _Optional[bool] = ...) -> None: ...
 
 class RouteDecision(_message.Message):
-    __slots__ = ("request_id", "sequence_id", "tick_ms", "num_tokens", "expected_output_tokens", "replica", "is_held", "scores")
+    __slots__ = ("request_id", "sequence_id", "tick_ms", "num_tokens", "expected_output_tokens", "replica", "is_held", "scores", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TICK_MS_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +368,7 @@ class RouteDecision(_message.Message):
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     IS_HELD_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     sequence_id: str
     tick_ms: int
@@ -376,7 +377,8 @@ class RouteDecision(_message.Message):
     replica: str
     is_held: bool
     scores: _containers.RepeatedCompositeFieldContainer[RouteScore]
-    def __init__(self, request_id: _Optional[str] = ..., sequence_id: _Optional[str] = ..., tick_ms: _Optional[int] = ..., num_tokens: _Optional[int] = ..., expected_output_tokens: _Optional[float] = ..., replica: _Optional[str] = ..., is_held: _Optional[bool] = ..., scores: _Optional[_Iterable[_Union[RouteScore, _Mapping]]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., sequence_id: _Optional[str] = ..., tick_ms: _Optional[int] = ..., num_tokens: _Optional[int] = ..., expected_output_tokens: _Optional[float] = ..., replica: _Optional[str] = ..., is_held: _Optional[bool] = ..., scores: _Optional[_Iterable[_Union[RouteScore, _Mapping]]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class ExplainRouteResponse(_message.Message):
     __slots__ = ("decisions",)

@@ -121,13 +121,15 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ClusterStatus(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """For operators, where the server has keys.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainRoute(self, request, context):
-        """Why a request went where it went: the router's choices for it, oldest first. None where it is unknown or too long ago.
+        """Why a request went where it went: the router's choices for it, oldest first. None where it is unknown, too long ago, or
+        another tenant's (to an operator all are known).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -202,13 +202,14 @@ class Router:
         candidates: Sequence[str] | None = None,
         tier_load_ms: Mapping[str, float] | None = None,
         client_request_id: str = "",
+        tenant: str = "",
         may_hold: bool = True,
     ) -> Choice:
         """Choose among `candidates` (default: all), charge the request to the choice and expect its prompt in that cache.
 
         `hashes` are those of the full blocks of the prompt (`num_tokens` tokens, with outputs known already). A request that is
-        routed again leaves its old replica. `client_request_id` is what `explain` finds it by; empty: `request_id`. Without
-        `may_hold` the choice takes the request at once, room or not: one that runs there already, say.
+        routed again leaves its old replica. `client_request_id` is what `explain` finds it by; empty: `request_id`.
+        Without `may_hold` the choice takes the request at once, room or not: one that runs there already, say.
 
         Raises:
             Unavailable: no candidate.
@@ -247,6 +248,7 @@ class Router:
             replica=choice.replica,
             is_held=is_held,
             scores=choice.scores,
+            tenant=tenant,
         )
         self._decisions.add(decision)
         self._num_choices += 1

@@ -15,6 +15,7 @@ from ..common.sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
 MAX_REQUEST_ID_LENGTH = 128
+MAX_MESSAGES = 4096  # of a conversation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,14 +6,13 @@ import asyncio
 import logging
 from typing import Any
 
-import grpc
 import pytest
 from local_workers import Cluster, StartCluster
 from pilotfish.client import AsyncClient
 from pilotfish.client.options import RetryPolicy
 from pilotfish.common.api_keys import hash_line, make_key
 from pilotfish.common.config import TenantConfig
-from pilotfish.common.errors import DeadlineExceeded, Overloaded, Unauthenticated
+from pilotfish.common.errors import DeadlineExceeded, Overloaded, PermissionDenied, Unauthenticated
 from pilotfish.common.tenants import Tenant
 from pilotfish.controller.tenants import Tenants
 from reading import read
@@ -55,7 +54,7 @@ def test_a_call_without_a_valid_key_is_refused(value: str | None) -> None:
     assert tenants.authenticate(f"bearer {KEYS['zoo']}").name == "zoo"
 
 
-async def test_every_method_of_the_grpc_door_needs_a_key_and_none_is_logged(
+async def test_the_sdk_brings_its_key_and_none_is_logged(
     start_cluster: StartCluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -68,7 +67,8 @@ async def test_every_method_of_the_grpc_door_needs_a_key_and_none_is_logged(
                     await call
     async with client(cluster, "acme") as allowed:
         assert len((await allowed.generate([5, 6], max_tokens=3)).token_ids) == 3
-        assert (await allowed.status()).model == "tiny"
+        with pytest.raises(PermissionDenied, match="operator = true"):
+            await allowed.status()
     monkeypatch.setenv("PILOTFISH_API_KEY", KEYS["zoo"])
     async with AsyncClient(cluster.service.addresses.grpc, retry=ONCE) as by_variable:
         assert await by_variable.models()
@@ -76,13 +76,6 @@ async def test_every_method_of_the_grpc_door_needs_a_key_and_none_is_logged(
     assert engine.submitted[0].tenant == Tenant("acme"), "the worker is told whose it is"
     assert not any(secret in caplog.text for key in KEYS.values() for secret in (key, key[20:]))
     assert not any(key[20:] in repr(cluster.controller._config) for key in KEYS.values())
-
-
-async def test_health_needs_no_key(start_cluster: StartCluster) -> None:
-    cluster = await start_cluster(tenants=two())
-    async with grpc.aio.insecure_channel(cluster.service.addresses.grpc) as channel:
-        answer = await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=5)
-    assert answer == b"\x08\x01"
 
 
 async def test_a_tenant_cannot_end_anothers_request(start_cluster: StartCluster) -> None:
@@ -161,3 +154,30 @@ async def test_the_sdk_comes_back_when_told_and_finds_its_place(start_cluster: S
     async with client(cluster, None, RetryPolicy(max_attempts=4)) as caller:
         answers = await asyncio.gather(*(caller.generate([n, 1], max_tokens=5) for n in range(7)))
     assert all(len(answer.token_ids) == 5 for answer in answers)
+
+
+@pytest.mark.parametrize("whole_server", [False, True])
+async def test_an_isolated_tenants_prompts_meet_only_its_own(start_cluster: StartCluster, whole_server: bool) -> None:
+    cluster = await start_cluster(
+        tenants=two(isolate_cache=not whole_server), gateway={"isolate_cache": whole_server}, fleet={"num_replicas": 2}
+    )
+    for number, name in enumerate(("acme", "zoo", "acme", "zoo")):
+        whose, request_id = tenant(cluster, name), f"r{number}"
+        handle = await cluster.service.start_request(
+            prompt=[*range(96), 1, 2], sampling={"max_tokens": 2}, request_id=request_id, tenant=whose
+        )
+        usage = (await read(handle)).usage
+        (decision,) = await cluster.service.explain_route(request_id, tenant=whose)
+        found = usage.cached_tokens, max(score.matched_tokens for score in decision.scores)
+        assert found == ((0, 0) if number < 2 else (96, 96)), "of its own second prompt, and only of that"
+
+
+async def test_tenants_share_the_prefix_cache_where_none_asks_otherwise(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(tenants=two())
+    cached = []
+    for name in ("acme", "zoo"):
+        handle = await cluster.service.start_request(
+            prompt=[*range(96), 1, 2], sampling={"max_tokens": 2}, tenant=tenant(cluster, name)
+        )
+        cached.append((await read(handle)).usage.cached_tokens)
+    assert cached == [0, 96]
