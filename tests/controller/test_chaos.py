@@ -1,0 +1,50 @@
+"""Nothing is lost: streams of real processes that are killed, stopped and cut off, compared with an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from pathlib import Path
+
+import pytest
+from chaos_faults import inflict, schedule
+from chaos_host import ChaosHost
+from chaos_load import Load, make_requests
+from chaos_processes import Settings
+from pilotfish.common.config import EngineConfig, FleetConfig
+from pilotfish.workers.timed_runner import TimingModel
+
+SEED = int(os.environ.get("PILOTFISH_CHAOS_SEED", "5"))
+NUM_REPLICAS, NUM_STREAMS, NUM_CLIENTS = 3, 64, 8
+# A worker dies every half a second here: by chance alone a request may lose its replica a few times in a row.
+FLEET = FleetConfig(num_replicas=NUM_REPLICAS, heartbeat_timeout_s=1.0, max_attempts=10, max_restarts=1000)
+LIMIT_S = 60.0
+
+
+async def test_200_faults_lose_and_repeat_no_token(
+    tokenizer_path: Path, tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
+    dice = random.Random(SEED)
+    prefix = [dice.randrange(97) for _ in range(40)]
+    prompts = [[*prefix[: dice.choice([0, 16, 40])], *(dice.randrange(97) for _ in range(10))] for _ in range(NUM_STREAMS)]
+    settings = Settings(
+        model_path=str(tokenizer_path),
+        engine=EngineConfig(device="cpu", max_num_seqs=32, num_kv_blocks=2000),
+        fleet=FLEET,
+        timing=TimingModel(decode_ms=((1, 25.0), (32, 35.0)), prefill_ms_per_token=0.02),
+    )
+    faults = schedule(SEED, num_faults=200, interval_s=0.14, longest_s=2.0)
+    async with ChaosHost(settings, tmp_path, num_doors=NUM_CLIENTS) as host:
+        await host.wait_serving(NUM_REPLICAS)
+        async with Load(host.doors, make_requests(prompts, seed=SEED, max_tokens=(80, 160))) as load:
+            await load.learn()
+            over = asyncio.Event()
+            reading = asyncio.create_task(load.read(over, limit_s=LIMIT_S))
+            happened = await inflict(host, faults)
+            over.set()
+            tally = await reading
+    figures = f"seed {SEED}: {happened.total()} faults ({', '.join(f'{n} x {kind}' for kind, n in happened.items())}); {tally}"
+    record_property("figures", figures)
+    assert tally.is_clean, "\n".join([figures, *tally.wrong[:20]])
+    assert happened.total() == len(faults)

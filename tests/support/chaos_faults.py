@@ -1,0 +1,98 @@
+"""What is done to a cluster, and when: a schedule that follows from its seed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from chaos_host import ChaosHost, Worker
+
+# Parts of a hundred.
+KINDS: Mapping[str, int] = {
+    "kill a worker": 24,
+    "stop a worker": 20,
+    "cut a link": 16,
+    "silence a link": 12,
+    "restart the controller": 8,
+    "break a client's connection": 20,
+}
+_PICK_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """`target` chooses among those who can suffer it then; `duration_s` is how long a stop, a cut or a silence lasts."""
+
+    at_s: float
+    kind: str
+    target: int
+    duration_s: float
+
+
+def schedule(seed: int, *, num_faults: int, interval_s: float, longest_s: float) -> list[Fault]:
+    """One fault every `interval_s` on average; each kind has its part. Half of the durations are up to a quarter of
+    `longest_s`."""
+    dice = random.Random(seed)
+    kinds = [kind for kind, part in KINDS.items() for _ in range(max(1, round(part * num_faults / 100)))][:num_faults]
+    kinds += dice.choices(list(KINDS), list(KINDS.values()), k=num_faults - len(kinds))
+    dice.shuffle(kinds)
+    times = sorted(dice.uniform(0, num_faults * interval_s) for _ in kinds)
+    return [
+        Fault(at_s, kind, dice.randrange(10**6), longest_s * dice.choice([dice.uniform(0.02, 0.25), dice.uniform(0.25, 1.0)]))
+        for at_s, kind in zip(times, kinds, strict=True)
+    ]
+
+
+async def inflict(host: ChaosHost, faults: Sequence[Fault]) -> Counter[str]:
+    """All faults, each at its time whether earlier ones are over or not; returns how many there were of each kind."""
+    restarts, happened = asyncio.Lock(), Counter[str]()
+
+    async def happen(fault: Fault) -> None:
+        await asyncio.sleep(fault.at_s)
+        if fault.kind == "restart the controller":
+            async with restarts:
+                await host.restart_controller()
+        elif fault.kind == "break a client's connection":
+            host.break_client(fault.target % len(host.doors))
+        else:
+            await _hurt(await _pick(host, fault.target), fault)
+        happened[fault.kind] += 1
+
+    async with asyncio.TaskGroup() as tasks:
+        for fault in faults:
+            tasks.create_task(happen(fault))
+    return happened
+
+
+async def _pick(host: ChaosHost, target: int) -> Worker:
+    """One of the workers that serve, once there is one."""
+    async with asyncio.timeout(_PICK_S):
+        while not (workers := host.serving):
+            await asyncio.sleep(0.02)
+    return workers[target % len(workers)]
+
+
+async def _hurt(worker: Worker, fault: Fault) -> None:
+    link, process = worker.link, worker.process
+    assert link is not None
+    match fault.kind:
+        case "kill a worker":
+            process.kill()
+        case "stop a worker":
+            process.stop()
+            await asyncio.sleep(fault.duration_s)
+            process.resume()
+        case "cut a link":
+            link.refuses = True
+            link.cut()
+            await asyncio.sleep(fault.duration_s)
+            link.refuses = False
+        case "silence a link":
+            link.silent = True
+            await asyncio.sleep(fault.duration_s)
+            link.silent = False
+        case _:
+            raise AssertionError(fault.kind)
