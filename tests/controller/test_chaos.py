@@ -18,7 +18,7 @@ from pilotfish.workers.timed_runner import TimingModel
 SEED = int(os.environ.get("PILOTFISH_CHAOS_SEED", "5"))
 NUM_REPLICAS, NUM_STREAMS, NUM_CLIENTS = 3, 64, 8
 # A worker dies every half a second here: by chance alone a request may lose its replica a few times in a row.
-FLEET = FleetConfig(num_replicas=NUM_REPLICAS, heartbeat_timeout_s=1.0, max_attempts=10, max_restarts=1000)
+FLEET = FleetConfig(num_replicas=NUM_REPLICAS, heartbeat_timeout_s=1.5, max_attempts=10, max_restarts=1000)
 LIMIT_S = 60.0
 
 
@@ -34,7 +34,7 @@ async def test_200_faults_lose_and_repeat_no_token(
         fleet=FLEET,
         timing=TimingModel(decode_ms=((1, 25.0), (32, 35.0)), prefill_ms_per_token=0.02),
     )
-    faults = schedule(SEED, num_faults=200, interval_s=0.14, longest_s=2.0)
+    faults = schedule(SEED, num_faults=200, interval_s=0.14, longest_s=3.0)
     async with ChaosHost(settings, tmp_path, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
         async with Load(host.doors, make_requests(prompts, seed=SEED, max_tokens=(80, 160))) as load:

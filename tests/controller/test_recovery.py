@@ -12,7 +12,6 @@ from local_workers import Cluster, LocalLauncher, LocalWorker, StartCluster
 from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.errors import ConfigError, InternalError, ModelLoadError, Unavailable
 from pilotfish.controller import fleet as fleet_module
-from pilotfish.controller import worker_link
 from pilotfish.controller.authority import Authority
 from pilotfish.controller.service import RequestHandle
 from pilotfish.controller.worker_process import Misplaced, NoRoom, WorkerDied, worker_name
@@ -211,11 +210,8 @@ async def test_submits_and_aborts_of_a_broken_connection_are_said_again(
     assert len(proxied.launched[0].engine.aborted) == 1
 
 
-async def test_a_silent_connection_is_opened_anew(
-    start_cluster: StartCluster, proxied: ProxyLauncher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker_link, "_SILENCE_TIMEOUT_S", 0.4)
-    cluster = await start_cluster(launcher=proxied)
+async def test_a_silent_connection_is_opened_anew(start_cluster: StartCluster, proxied: ProxyLauncher) -> None:
+    cluster = await start_cluster(launcher=proxied, fleet={"heartbeat_timeout_s": 2.0})
     handle = await generate(cluster)
     answer = Answer()
     await read_until(handle, answer, lambda a: a.num_deltas >= 3)

@@ -116,7 +116,7 @@ async def _control(settings: Settings, host: str, number: int, authority: Author
         controller_id=f"controller-{number}",
         journal_path=journal_path,
     )
-    await ask(host, "open", number, await controller.start())
+    await ask(host, "open", number, await controller.start(is_restart=number > 0))
     await asyncio.Event().wait()
 
 
