@@ -1,11 +1,14 @@
-"""What is done to a cluster, and when: a schedule that follows from its seed."""
+"""What is done to a cluster, and when: a schedule that follows from its seed.
+
+Its clock is what clients have received, in tokens: on a slow machine as on a fast one there is as much to lose between two faults.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from chaos_host import ChaosHost, Worker
@@ -20,38 +23,42 @@ KINDS: Mapping[str, int] = {
     "break a client's connection": 20,
 }
 _PICK_S = 30.0
+_STILL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`target` chooses among those who can suffer it then; `duration_s` is how long a stop, a cut or a silence lasts."""
+    """`at_tokens` counts from the first one on; `target` chooses among those who can suffer it then; `duration_s` is how long a
+    stop, a cut or a silence lasts."""
 
-    at_s: float
+    at_tokens: int
     kind: str
     target: int
     duration_s: float
 
 
-def schedule(seed: int, *, num_faults: int, interval_s: float, longest_s: float) -> list[Fault]:
-    """One fault every `interval_s` on average; each kind has its part. Half of the durations are up to a quarter of
+def schedule(seed: int, *, num_faults: int, interval_tokens: int, longest_s: float) -> list[Fault]:
+    """One fault every `interval_tokens` on average; each kind has its part. Half of the durations are up to a quarter of
     `longest_s`."""
     dice = random.Random(seed)
     kinds = [kind for kind, part in KINDS.items() for _ in range(max(1, round(part * num_faults / 100)))][:num_faults]
     kinds += dice.choices(list(KINDS), list(KINDS.values()), k=num_faults - len(kinds))
     dice.shuffle(kinds)
-    times = sorted(dice.uniform(0, num_faults * interval_s) for _ in kinds)
+    times = sorted(dice.randrange(num_faults * interval_tokens) for _ in kinds)
     return [
-        Fault(at_s, kind, dice.randrange(10**6), longest_s * dice.choice([dice.uniform(0.02, 0.25), dice.uniform(0.25, 1.0)]))
-        for at_s, kind in zip(times, kinds, strict=True)
+        Fault(when, kind, dice.randrange(10**6), longest_s * dice.choice([dice.uniform(0.02, 0.25), dice.uniform(0.25, 1.0)]))
+        for when, kind in zip(times, kinds, strict=True)
     ]
 
 
-async def inflict(host: ChaosHost, faults: Sequence[Fault]) -> Counter[str]:
-    """All faults, each at its time whether earlier ones are over or not; returns how many there were of each kind."""
-    restarts, happened = asyncio.Lock(), Counter[str]()
+async def inflict(host: ChaosHost, faults: Sequence[Fault], *, num_received: Callable[[], int]) -> Counter[str]:
+    """All faults, each at its time whether earlier ones are over or not; returns how many there were of each kind.
+
+    `num_received` is the clock. Raises TimeoutError: it stands still.
+    """
+    restarts, happened, start = asyncio.Lock(), Counter[str](), num_received()
 
     async def happen(fault: Fault) -> None:
-        await asyncio.sleep(fault.at_s)
         if fault.kind == "restart the controller":
             async with restarts:
                 await host.restart_controller()
@@ -63,6 +70,9 @@ async def inflict(host: ChaosHost, faults: Sequence[Fault]) -> Counter[str]:
 
     async with asyncio.TaskGroup() as tasks:
         for fault in faults:
+            async with asyncio.timeout(_STILL_S):
+                while num_received() - start < fault.at_tokens:
+                    await asyncio.sleep(0.01)
             tasks.create_task(happen(fault))
     return happened
 

@@ -65,12 +65,13 @@ class Tally:
 
 
 class Load:
-    """As many streams at a time as there are requests, over a client for each address."""
+    """As many streams at a time as there are requests, over a client for each address. `num_received` counts their tokens."""
 
     def __init__(self, addresses: Sequence[str], requests: Sequence[Request]) -> None:
         self._clients = [AsyncClient(address, retry=_RETRY, timeout_s=300) for address in addresses]
         self._requests = list(requests)
         self._expected: list[Completion] = []
+        self.num_received = 0
 
     async def __aenter__(self) -> Load:
         return self
@@ -129,6 +130,7 @@ class Load:
         async for delta in stream:
             texts[delta.index] = texts.get(delta.index, "") + delta.text
             tokens.setdefault(delta.index, []).extend(delta.token_ids)
+            self.num_received += len(delta.token_ids)
         for choice in stream.completion.choices:
             assert texts[choice.index] == choice.text
             assert tokens[choice.index] == list(choice.token_ids)
