@@ -1,6 +1,6 @@
 """What is done to a cluster, and when: a schedule that follows from its seed.
 
-Its clock is what clients have received, in tokens: on a slow machine as on a fast one there is as much to lose between two faults.
+Its clock is what clients have received, in tokens: a slow machine has as much to lose between two faults as a fast one.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 from chaos_host import ChaosHost, Worker
 
+RESTART = "restart the controller"
 # Parts of a hundred.
 KINDS: Mapping[str, int] = {
     "kill a worker": 24,
     "stop a worker": 20,
     "cut a link": 16,
     "silence a link": 12,
-    "restart the controller": 8,
+    RESTART: 8,
     "break a client's connection": 20,
 }
 _PICK_S = 30.0
@@ -37,12 +38,14 @@ class Fault:
     duration_s: float
 
 
-def schedule(seed: int, *, num_faults: int, interval_tokens: int, longest_s: float) -> list[Fault]:
+def schedule(
+    seed: int, *, num_faults: int, interval_tokens: int, longest_s: float, parts: Mapping[str, int] = KINDS
+) -> list[Fault]:
     """One fault every `interval_tokens` on average; each kind has its part. Half of the durations are up to a quarter of
     `longest_s`."""
     dice = random.Random(seed)
-    kinds = [kind for kind, part in KINDS.items() for _ in range(max(1, round(part * num_faults / 100)))][:num_faults]
-    kinds += dice.choices(list(KINDS), list(KINDS.values()), k=num_faults - len(kinds))
+    kinds = [kind for kind, part in parts.items() for _ in range(max(1, round(part * num_faults / 100)))][:num_faults]
+    kinds += dice.choices(list(parts), list(parts.values()), k=num_faults - len(kinds))
     dice.shuffle(kinds)
     times = sorted(dice.randrange(num_faults * interval_tokens) for _ in kinds)
     return [
@@ -59,7 +62,7 @@ async def inflict(host: ChaosHost, faults: Sequence[Fault], *, num_received: Cal
     restarts, happened, start = asyncio.Lock(), Counter[str](), num_received()
 
     async def happen(fault: Fault) -> None:
-        if fault.kind == "restart the controller":
+        if fault.kind == RESTART:
             async with restarts:
                 await host.restart_controller()
         elif fault.kind == "break a client's connection":

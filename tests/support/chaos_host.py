@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from pilotfish.controller.worker_process import WorkerDied
 from tcp_proxy import TcpProxy
 from zygote import Child, Zygote
 
-_START_S = 60.0
+_START_S = 240.0
 
 
 @dataclass(eq=False)

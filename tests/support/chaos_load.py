@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pytest
@@ -29,7 +29,12 @@ def make_requests(prompts: Sequence[Sequence[int] | str], *, seed: int, max_toke
     dice = random.Random(seed)
     requests = []
     for number, prompt in enumerate(prompts):
-        options: dict[str, Any] = {"temperature": 0.0, "seed": number, "max_tokens": dice.randint(*max_tokens), "ignore_eos": True}
+        options: dict[str, Any] = {
+            "temperature": 0.0,
+            "seed": number,
+            "max_tokens": dice.randint(*max_tokens),
+            "ignore_eos": True,
+        }
         if number % 2:
             options |= {"temperature": 0.9, "top_p": 0.95}
         if number % 8 in (1, 4):
@@ -56,6 +61,9 @@ class Tally:
     @property
     def is_clean(self) -> bool:
         return not (self.num_lost or self.num_repeated or self.num_hung or self.wrong)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(**{entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)})
 
     def __str__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""What the processes of a chaos test run: a worker (chaos_host.py starts it) and a controller, whose launcher asks that host."""
+"""What the processes of a chaos test run: a worker, which chaos_host.py starts, or a controller, whose launcher asks that."""
 
 from __future__ import annotations
 
@@ -171,5 +171,3 @@ async def receive(reader: asyncio.StreamReader) -> Any:
 def framed(message: object) -> bytes:
     data = pickle.dumps(message)
     return len(data).to_bytes(4) + data
-
-

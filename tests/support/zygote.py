@@ -6,6 +6,7 @@ However the test's process ends, the zygote ends with it, and every child with t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import importlib
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-_START_S = 60.0
+_START_S = 120.0
 
 
 class Child:
@@ -29,25 +30,25 @@ class Child:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._descriptor = os.pidfd_open(pid)
-        self.is_stopped = False
+        self._is_gone = False
 
     def kill(self) -> None:
         self._send(signal.SIGKILL)
 
     def stop(self) -> None:
-        self.is_stopped = True
         self._send(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self.is_stopped = False
         self._send(signal.SIGCONT)
 
     @property
     def has_ended(self) -> bool:
-        return bool(select.select([self._descriptor], [], [], 0)[0])
+        return self._has_ended_within(0)
 
     async def wait(self) -> None:
         """Until it has ended."""
+        if self.has_ended:
+            return
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         watched = os.dup(self._descriptor)  # a loop watches a descriptor once
         loop.add_reader(watched, ended.set)
@@ -60,16 +61,18 @@ class Child:
     def end(self) -> None:
         """Kills it if it lives; returns when it has ended."""
         self.kill()
-        assert select.select([self._descriptor], [], [], 10)[0]
+        assert self._has_ended_within(10)
 
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def _has_ended_within(self, timeout_s: float) -> bool:
+        if not self._is_gone and select.select([self._descriptor], [], [], timeout_s)[0]:
+            self._is_gone = True
+            os.close(self._descriptor)
+        return self._is_gone
 
     def _send(self, number: int) -> None:
-        try:
-            signal.pidfd_send_signal(self._descriptor, number)
-        except ProcessLookupError:
-            assert self.has_ended
+        if not self.has_ended:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
 
 
 class Zygote:
@@ -113,7 +116,7 @@ def _serve(parent: int) -> None:
     sys.path[:], modules = pickle.load(sys.stdin.buffer)
     for name in modules:
         importlib.import_module(name)
-    answer("ready")
+    _answer("ready")
     while True:
         try:
             function, arguments, log = pickle.load(sys.stdin.buffer)
@@ -121,12 +124,12 @@ def _serve(parent: int) -> None:
             return
         own = os.getpid()
         if pid := os.fork():
-            answer(pid)
+            _answer(pid)
             continue
         _run_child(own, function, arguments, log)
 
 
-def answer(message: object) -> None:
+def _answer(message: object) -> None:
     os.write(1, pickle.dumps(message))
 
 
@@ -135,9 +138,8 @@ def _run_child(parent: int, function: str, arguments: tuple[Any, ...], log: Path
     try:
         _die_with(parent)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY))):
-            os.dup2(source, target)
-            os.close(source)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY), 1)
         os.dup2(1, 2)
         module, _, name = function.partition(":")
         getattr(importlib.import_module(module), name)(*arguments)
