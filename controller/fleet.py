@@ -276,10 +276,10 @@ class Fleet:
         links = [self._connect(replica, worker, number) for number in range(len(worker.places))]
         watches = [worker.wait_dead(), self._until_drained(replica), *map(_until_unfit, links), *map(self._until_stuck, links)]
         tasks = [asyncio.create_task(watch) for watch in watches]
-        reason = "the controller ends it"
+        reason, has_failed = "the controller ends it", False
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            reason = done.pop().result()
+            reason, has_failed = done.pop().result(), True
             return reason
         finally:
             for place in replica.places:
@@ -289,7 +289,8 @@ class Fleet:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for place in replica.places:
-                self._dispatcher.remove_replica(place.name, reason)
+                if self._dispatcher.remove_replica(place.name, reason, has_failed=has_failed):
+                    replica.failures = 0  # a request's fault, which is not tried again
             await worker.end()
 
     def _connect(self, replica: Replica, worker: WorkerProcess, number: int) -> WorkerLink:
@@ -307,7 +308,7 @@ class Fleet:
         )
         replica.places = (*(replica.places if number else ()), place)
         self._learn_limits()
-        self._dispatcher.add_replica(place.name, place.link, serving.info)
+        self._dispatcher.add_replica(place.name, place.link, serving.info, group=replica.name)
         return place.link
 
     async def _until_stuck(self, link: WorkerLink) -> str:

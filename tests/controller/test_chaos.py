@@ -10,6 +10,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ from chaos_faults import KINDS, RESTART, Fault, inflict, schedule
 from chaos_host import ChaosHost
 from chaos_load import Load, Tally, make_requests
 from chaos_processes import Settings
+from openai import AsyncOpenAI, UnprocessableEntityError
+from pilotfish.client import AsyncClient
+from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.config import EngineConfig, FleetConfig
+from pilotfish.common.errors import PoisonousRequest
 from pilotfish.models.store import resolve
 from pilotfish.workers.timed_runner import TimingModel
 from process_size import ProcessSize
@@ -93,6 +98,39 @@ async def test_a_dozen_faults_cost_a_real_model_no_token(tmp_path: Path, record_
             await load.learn()
             happened, tally = await disturb(host, load, faults)
     check(record_property, happened, tally, num_faults=12)
+
+
+async def test_poisonous_requests_end_and_take_nobody_along(tokenizer_path: Path, tmp_path: Path) -> None:
+    """Two, over either door, each of which kills every worker that runs it; the fleet has its usual limits."""
+    poison = 96
+    fleet = FleetConfig(num_replicas=NUM_REPLICAS)
+    settings = replace(timed_settings(tokenizer_path), fleet=fleet, poison=poison)
+    prompts = [[number, 1, 2] for number in range(24)]
+    async with ChaosHost(settings, tmp_path, num_doors=1) as host:
+        await host.wait_serving(NUM_REPLICAS)
+        async with (
+            Load(host.doors, make_requests(prompts, seed=SEED, max_tokens=(60, 120))) as load,
+            AsyncClient(host.doors[0], timeout_s=LIMIT_S) as client,
+        ):
+            await load.learn()
+            over = asyncio.Event()
+            reading = asyncio.create_task(load.read(over, limit_s=LIMIT_S))
+            http = AsyncOpenAI(base_url=f"http://{host.http_door}/v1", api_key="none")
+            ends = await asyncio.gather(
+                client.generate([poison, 1], max_tokens=20, ignore_eos=True),
+                http.completions.create(model="chaos", prompt=[poison, 2], max_tokens=20, extra_body={"ignore_eos": True}),
+                return_exceptions=True,
+            )
+            over.set()
+            tally = await reading
+            state = await client.status()
+    assert tally.is_clean, "\n".join(tally.wrong[:20])
+    assert isinstance(ends[0], PoisonousRequest)
+    assert "3 replicas in a row when they died" in ends[0].message
+    assert isinstance(ends[1], UnprocessableEntityError)
+    assert ends[1].code == "poisonous_request"
+    assert 3 <= host.num_launched - NUM_REPLICAS <= 2 * fleet.max_attempts
+    assert ReplicaState.FAILED not in {replica.state for replica in state.replicas}
 
 
 @pytest.mark.slow

@@ -92,6 +92,11 @@ class ChaosHost:
         """Workers that live and serve, oldest first."""
         return [worker for worker in self._workers if worker.serving is not None and worker.lives]
 
+    @property
+    def num_launched(self) -> int:
+        """Workers, dead or alive."""
+        return len(self._workers)
+
     async def start_controller(self) -> None:
         """Returns when its doors are open; its predecessor has been killed."""
         self._opened.clear()

@@ -33,7 +33,7 @@ _HEARTBEAT_INTERVAL_S = 0.1
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Of a cluster: `timing` None runs the model at `model_path`, else only its tokenizer is used. A worker that is given
-    `poison` (with a timing) dies of the second step of a sequence with that token."""
+    `poison` (with a timing) dies of the second step of a sequence whose prompt begins with that token."""
 
     model_path: str
     engine: EngineConfig
@@ -59,7 +59,7 @@ class PoisonedRunner(TimedRunner):
         if any(row.slot in self._deadly_slots for row in plan.rows):
             os.kill(os.getpid(), signal.SIGKILL)
         self._deadly_slots -= set(plan.released_slots)
-        self._deadly_slots |= {entry.slot for entry in plan.admitted if self._poison in entry.token_ids}
+        self._deadly_slots |= {entry.slot for entry in plan.admitted if entry.request.prompt_token_ids[0] == self._poison}
         return super().launch(plan)
 
 
