@@ -9,13 +9,13 @@ import asyncio
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chaos_faults import KINDS, RESTART, Fault, inflict, schedule
-from chaos_host import ChaosHost
+from chaos_host import PRELOADED, ChaosHost
 from chaos_load import Load, Tally, make_requests
 from chaos_processes import Settings
 from openai import AsyncOpenAI, UnprocessableEntityError
@@ -26,6 +26,7 @@ from pilotfish.common.errors import PoisonousRequest
 from pilotfish.models.store import resolve
 from pilotfish.workers.timed_runner import TimingModel
 from process_size import ProcessSize
+from zygote import Zygote
 
 SEED = int(os.environ.get("PILOTFISH_CHAOS_SEED", "5"))
 NUM_REPLICAS, NUM_CLIENTS = 3, 8
@@ -36,6 +37,13 @@ LONGEST_S = 3.0  # of a stop or a silence: the longer half of the long ones cost
 TOPICS = ("the sea", "a fox", "two towers", "winter", "bread", "a lighthouse", "the moon", "chess")
 
 RecordProperty = Callable[[str, object], None]
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    mother = Zygote(PRELOADED)
+    yield mother
+    mother.close()
 
 
 def timed_settings(model_path: Path) -> Settings:
@@ -77,12 +85,14 @@ def check(record_property: RecordProperty, happened: Counter[str], tally: Tally,
     assert happened.total() == num_faults
 
 
-async def test_200_faults_cost_no_token(tokenizer_path: Path, tmp_path: Path, record_property: RecordProperty) -> None:
+async def test_200_faults_cost_no_token(
+    zygote: Zygote, tokenizer_path: Path, tmp_path: Path, record_property: RecordProperty
+) -> None:
     dice = random.Random(SEED)
     prefix = [dice.randrange(97) for _ in range(40)]
     prompts = [[*prefix[: dice.choice([0, 16, 40])], *(dice.randrange(97) for _ in range(10))] for _ in range(64)]
     faults = schedule(SEED, num_faults=200, interval_tokens=80, longest_s=LONGEST_S)
-    async with ChaosHost(timed_settings(tokenizer_path), tmp_path, num_doors=NUM_CLIENTS) as host:
+    async with ChaosHost(timed_settings(tokenizer_path), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
         async with Load(host.doors, make_requests(prompts, seed=SEED, max_tokens=(80, 160))) as load:
             await load.learn()
@@ -90,23 +100,25 @@ async def test_200_faults_cost_no_token(tokenizer_path: Path, tmp_path: Path, re
     check(record_property, happened, tally, num_faults=200)
 
 
-async def test_a_dozen_faults_cost_a_real_model_no_token(tmp_path: Path, record_property: RecordProperty) -> None:
+async def test_a_dozen_faults_cost_a_real_model_no_token(
+    zygote: Zygote, tmp_path: Path, record_property: RecordProperty
+) -> None:
     faults = schedule(SEED, num_faults=12, interval_tokens=40, longest_s=LONGEST_S)
-    async with ChaosHost(real_settings(), tmp_path, num_doors=NUM_CLIENTS) as host:
+    async with ChaosHost(real_settings(), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
-        async with Load(host.doors, make_requests(stories(24), seed=SEED, max_tokens=(12, 24))) as load:
+        async with Load(host.doors, make_requests(stories(24), seed=SEED, max_tokens=(12, 20))) as load:
             await load.learn()
             happened, tally = await disturb(host, load, faults)
     check(record_property, happened, tally, num_faults=12)
 
 
-async def test_poisonous_requests_end_and_take_nobody_along(tokenizer_path: Path, tmp_path: Path) -> None:
+async def test_poisonous_requests_end_and_take_nobody_along(zygote: Zygote, tokenizer_path: Path, tmp_path: Path) -> None:
     """Two, over either door, each of which kills every worker that runs it; the fleet has its usual limits."""
     poison = 96
     fleet = FleetConfig(num_replicas=NUM_REPLICAS)
     settings = replace(timed_settings(tokenizer_path), fleet=fleet, poison=poison)
     prompts = [[number, 1, 2] for number in range(24)]
-    async with ChaosHost(settings, tmp_path, num_doors=1) as host:
+    async with ChaosHost(settings, tmp_path, zygote=zygote, num_doors=1) as host:
         await host.wait_serving(NUM_REPLICAS)
         async with (
             Load(host.doors, make_requests(prompts, seed=SEED, max_tokens=(60, 120))) as load,
@@ -135,12 +147,12 @@ async def test_poisonous_requests_end_and_take_nobody_along(tokenizer_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-async def test_soak(tmp_path: Path, record_property: RecordProperty) -> None:
+async def test_soak(zygote: Zygote, tmp_path: Path, record_property: RecordProperty) -> None:
     """200 faults on the real model (make soak). Over the second half one controller lives, and does not grow."""
     first = schedule(SEED, num_faults=100, interval_tokens=80, longest_s=LONGEST_S)
     others = {kind: part for kind, part in KINDS.items() if kind != RESTART}
     second = schedule(SEED + 1, num_faults=100, interval_tokens=80, longest_s=LONGEST_S, parts=others)
-    async with ChaosHost(real_settings(), tmp_path, num_doors=NUM_CLIENTS) as host:
+    async with ChaosHost(real_settings(), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
         async with Load(host.doors, make_requests(stories(64), seed=SEED, max_tokens=(24, 48))) as load:
             await load.learn()

@@ -73,11 +73,18 @@ async def inflict(host: ChaosHost, faults: Sequence[Fault], *, num_received: Cal
 
     async with asyncio.TaskGroup() as tasks:
         for fault in faults:
-            async with asyncio.timeout(_STILL_S):
-                while num_received() - start < fault.at_tokens:
-                    await asyncio.sleep(0.01)
+            await _until(start + fault.at_tokens, num_received)
             tasks.create_task(happen(fault))
     return happened
+
+
+async def _until(num_tokens: int, num_received: Callable[[], int]) -> None:
+    seen = num_received()
+    while seen < num_tokens:
+        async with asyncio.timeout(_STILL_S):
+            while num_received() == seen:
+                await asyncio.sleep(0.01)
+        seen = num_received()
 
 
 async def _pick(host: ChaosHost, target: int) -> Worker:

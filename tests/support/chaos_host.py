@@ -23,6 +23,8 @@ from pilotfish.controller.worker_process import WorkerDied
 from tcp_proxy import TcpProxy
 from zygote import Child, Zygote
 
+# Transformers is most of what a worker with a model imports.
+PRELOADED = ("chaos_processes", "pilotfish.workers.model_runner", "transformers.models.llama.configuration_llama")
 _START_S = 240.0
 
 
@@ -46,8 +48,10 @@ class Worker:
 class ChaosHost:
     """See the module. `doors` are addresses for clients, each with a connection to the controller of its own."""
 
-    def __init__(self, settings: Settings, directory: Path, *, num_doors: int) -> None:
+    def __init__(self, settings: Settings, directory: Path, *, zygote: Zygote, num_doors: int) -> None:
+        """`zygote` has imported PRELOADED."""
         self._settings = settings
+        self._zygote = zygote
         self._directory = directory
         self._path = str(directory / "host")
         self._authority = Authority.create()
@@ -62,17 +66,11 @@ class ChaosHost:
         self.http_door = ""
 
     async def __aenter__(self) -> ChaosHost:
-        modules = ["chaos_processes"] if self._settings.timing else ["chaos_processes", "pilotfish.workers.model_runner"]
-        self._zygote = await asyncio.to_thread(Zygote, modules)
-        try:
-            self._server = await asyncio.start_unix_server(self._answer, self._path)
-            self.doors = [await door.start() for door in self._doors]
-            self._http = TcpProxy("127.0.0.1:1")
-            self.http_door = await self._http.start()
-            await self.start_controller()
-        except BaseException:
-            self._zygote.close()
-            raise
+        self._server = await asyncio.start_unix_server(self._answer, self._path)
+        self.doors = [await door.start() for door in self._doors]
+        self._http = TcpProxy("127.0.0.1:1")
+        self.http_door = await self._http.start()
+        await self.start_controller()
         return self
 
     async def __aexit__(
@@ -85,7 +83,6 @@ class ChaosHost:
             if proxy is not None:
                 await proxy.stop()
         self._server.close()
-        self._zygote.close()
 
     @property
     def serving(self) -> list[Worker]:

@@ -80,7 +80,11 @@ class Zygote:
 
     def __init__(self, modules: Sequence[str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [sys.executable, __file__, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # as workers under Ray: idle threads of OpenMP must not spin
         )
         self._send((sys.path, list(modules)))
         assert self._receive() == "ready"
