@@ -100,6 +100,7 @@ async def test_200_faults_cost_no_token(
     check(record_property, happened, tally, num_faults=200)
 
 
+@pytest.mark.timeout(600)  # on a machine that does much else
 async def test_a_dozen_faults_cost_a_real_model_no_token(
     zygote: Zygote, tmp_path: Path, record_property: RecordProperty
 ) -> None:
