@@ -92,6 +92,12 @@ class Cancelled(PilotfishError):
     code = "cancelled"
 
 
+class PoisonousRequest(PilotfishError):
+    """Every replica that ran this request died of it, as far as can be told. It would go on doing so: do not send it again."""
+
+    code = "poisonous_request"
+
+
 class InternalError(PilotfishError):
     """A defect of pilotfish; the log has the traceback."""
 
@@ -125,6 +131,7 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(Unavailable, "UNAVAILABLE", 503, "server_error"),
     StatusRow(DeadlineExceeded, "DEADLINE_EXCEEDED", 504, "timeout_error"),
     StatusRow(Cancelled, "CANCELLED", 499, "request_cancelled"),
+    StatusRow(PoisonousRequest, "INTERNAL", 422, "server_error"),  # not 500, which clients try again
     StatusRow(InternalError, "INTERNAL", 500, "server_error"),
 )
 

@@ -30,8 +30,6 @@ from .trace_setup import tracing_from_environment
 
 logger = logging.getLogger(__name__)
 
-_REBIND_TIMEOUT_S = 20.0
-
 
 class ControllerActor:
     """deployment.py makes it an actor. Errors come typed, as a RayTaskError's cause."""
@@ -81,7 +79,7 @@ class ControllerActor:
                 tracing=tracing_from_environment(os.environ),
                 journal_path=_journal_path(authority),
             )
-            addresses = await self._controller.start(bind_timeout_s=_REBIND_TIMEOUT_S if is_restart else 0.0)
+            addresses = await self._controller.start(is_restart=is_restart)
             await self._controller.wait_ready()
         except PilotfishError as error:
             logger.error("cannot serve: %s", error.message)

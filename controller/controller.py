@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BIND_PAUSE_S = 0.25
+_REBIND_TIMEOUT_S = 20.0
 
 
 class Controller:
@@ -94,16 +95,16 @@ class Controller:
         self._doors = Doors(self.service, self._front_end.tokenizer, config.gateway, render_metrics=self._render_metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, *, bind_timeout_s: float = 0.0) -> Addresses:
+    async def start(self, *, is_restart: bool = False) -> Addresses:
         """Open the doors and start the fleet.
 
-        A restarted controller gives `bind_timeout_s`: its predecessor's ports may take a moment to become free.
+        `is_restart`: it follows one whose process died, whose ports may take a moment to become free.
 
         Raises:
             ConfigError: a port is in use.
         """
         self._intake.restore(self._front_end.make_text)
-        deadline = time.monotonic() + bind_timeout_s
+        deadline = time.monotonic() + (_REBIND_TIMEOUT_S if is_restart else 0.0)
         while True:
             try:
                 await self._doors.open()
@@ -112,7 +113,7 @@ class Controller:
                 if time.monotonic() >= deadline:
                     raise
             await asyncio.sleep(_BIND_PAUSE_S)
-        await self._fleet.start()
+        await self._fleet.start(is_restart=is_restart)
         follow_health = self._doors.follow_health(self._fleet.changed, lambda: self._fleet.is_serving)
         self._tasks = [asyncio.create_task(work) for work in (follow_health, self._autoscaler.run())]
         for task in self._tasks:

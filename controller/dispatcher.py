@@ -2,8 +2,9 @@
 
 Binding is late: a sequence leaves the queue only when a replica has room, and the router may hold it for one that has what it
 needs cached. What runs where is known exactly, since every submit and every last output passes here. A sequence whose replica
-is lost, or gives it up, goes back in front of the queue with its known tokens. A tenant is charged what a sequence is expected
-to cost when it leaves the queue, and what it did cost when it ends. Everything runs on the controller's event loop.
+is lost, or gives it up, goes back in front of the queue with its known tokens; who may have killed it runs apart (Suspects).
+A tenant is charged what a sequence is expected to cost when it leaves the queue, and what it did cost when it ends. Everything
+runs on the controller's event loop.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..common import logs
 from ..common.cluster_state import ReplicaStatus
-from ..common.errors import InternalError, PilotfishError
+from ..common.errors import InternalError, PilotfishError, PoisonousRequest
 from ..common.hashing import block_hashes, root_hash
 from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
 from ..common.routing import RouteDecision
 from ..scheduler.admission import BATCH, INTERACTIVE, AdmissionQueue, priority_class
 from ..scheduler.request_cost import request_cost_ms
+from ..scheduler.return_queue import ReturnQueue
 from ..scheduler.router import Choice, ReplicaLimits, Router, RouterConfig
 from ..scheduler.snapshot import RunningRequest
+from ..scheduler.suspects import Suspects
 from .events import Observer
 from .sequence_state import SequenceState
 from .streams import RequestStream
@@ -62,7 +64,10 @@ class Demand:
 
 @dataclass(slots=True)
 class _Replica:
+    """`group`: who has the same dies with it."""
+
     target: Target
+    group: str
     kv_capacity_tokens: int
     accepting: bool = False
 
@@ -88,7 +93,8 @@ class Dispatcher:
         self._observers = observers
         self._replicas: dict[str, _Replica] = {}
         self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued, weights=tenant_weights)
-        self._returned: deque[SequenceState] = deque()
+        self._returned: ReturnQueue[SequenceState] = ReturnQueue()
+        self._suspects = Suspects(max_attempts)
         self._held: dict[str, SequenceState] = {}
         self._running: dict[str, SequenceState] = {}
         self._expected: dict[str, SequenceState] = {}
@@ -157,8 +163,7 @@ class Dispatcher:
             if sequence.finish_reason is not None:
                 sequence.stream.end_if_complete()
                 continue
-            if sequence in self._returned:
-                self._returned.remove(sequence)
+            self._returned.remove(sequence)
             self._place(sequence, run.request_id, [name], may_hold=False)
             adopted[run.request_id] = sequence.to_submit()
         return adopted
@@ -185,13 +190,14 @@ class Dispatcher:
             if self._held.pop(sequence.wire_id, None) is not None:
                 self.router.finish(sequence.wire_id)
             self._abort(sequence)
-        self._returned = deque(s for s in self._returned if s.stream is not stream)
+            self._returned.remove(sequence)
+            self._suspects.clear(sequence.request.request_id)
 
     def fail_queued(self, error: PilotfishError) -> None:
         """No replica will ever take what is queued."""
         for held in list(self._held.values()):
             held.stream.fail(error)
-        while (sequence := self._next()) is not None:
+        while (sequence := self._returned.pop() or self._queue.pop(_now_ms())) is not None:
             sequence.stream.fail(error)
 
     def pump(self) -> None:
@@ -199,10 +205,10 @@ class Dispatcher:
         if not self.num_queued:
             return
         candidates = [name for name, replica in self._replicas.items() if replica.accepting and replica.target.connected]
-        while (wire_id := self.router.next_ready(candidates, tick=_now_ms())) is not None:
+        while (wire_id := self.router.next_ready(self._open_to(0, candidates), tick=_now_ms())) is not None:
             self._route(self._held.pop(wire_id), wire_id, candidates)
         while (self._returned or len(self._queue)) and any(map(self.router.has_room, candidates)):
-            sequence = self._next()
+            sequence = self._next(candidates)
             if sequence is None:
                 return
             self._num_submits += 1
@@ -239,13 +245,14 @@ class Dispatcher:
 
     # Replicas.
 
-    def add_replica(self, name: str, target: Target, info: WorkerInfo) -> None:
-        """From `start_accepting` on the replica gets requests while it is connected and has room."""
+    def add_replica(self, name: str, target: Target, info: WorkerInfo, *, group: str = "") -> None:
+        """From `start_accepting` on the replica gets requests while it is connected and has room. Those of one `group` (if left
+        out, it alone) live and die together."""
         limits = ReplicaLimits(
             max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens, num_blocks=info.num_blocks
         )
         self.router.add_replica(name, limits)
-        self._replicas[name] = _Replica(target, kv_capacity_tokens=info.num_blocks * info.block_size)
+        self._replicas[name] = _Replica(target, group or name, kv_capacity_tokens=info.num_blocks * info.block_size)
 
     def start_accepting(self, name: str) -> None:
         """The caller calls `pump` when all have started that start together."""
@@ -272,16 +279,23 @@ class Dispatcher:
             self._return(sequence, reason)
         self.pump()
 
-    def remove_replica(self, name: str, reason: str) -> None:
-        """The replica is gone; what ran there runs elsewhere, or ends with an error after too many attempts."""
+    def remove_replica(self, name: str, reason: str, *, has_failed: bool = True) -> bool:
+        """The replica is gone; what ran there runs elsewhere. Where it `has_failed`, who was on too many that did ends with
+        PoisonousRequest; True: there was one."""
         del self._replicas[name]
         self._returned.extend(self._held.pop(wire_id) for wire_id in self.router.remove_replica(name))
         lost = [(wire_id, sequence) for wire_id, sequence in self._running.items() if sequence.replica == name]
         for wire_id, _ in lost:
             del self._running[wire_id]
+        is_explained = False
         for _, sequence in lost:
-            self._return(sequence, reason)
+            self._suspects.leave(sequence.request.request_id)
+            if has_failed and self._ends_after_failure(sequence, reason):
+                is_explained = True
+            else:
+                self._return(sequence, reason)
         self.pump()
+        return is_explained
 
     def take_snapshot(self, name: str, *, blocks: Sequence[BlockStored], next_event_id: int) -> None:
         self.router.trie.load_snapshot(name, blocks=blocks, next_event_id=next_event_id)
@@ -299,13 +313,27 @@ class Dispatcher:
             self.pump()
         return complete
 
-    def _next(self) -> SequenceState | None:
-        return self._returned.popleft() if self._returned else self._queue.pop(_now_ms())
+    def _next(self, candidates: Sequence[str]) -> SequenceState | None:
+        if not self._suspects:
+            return self._returned.pop() or self._queue.pop(_now_ms())
+        with_room = [name for name in candidates if self.router.has_room(name)]
+        returned = self._returned.pop(lambda num_failures: bool(self._open_to(num_failures, with_room)))
+        return returned or (self._queue.pop(_now_ms()) if self._open_to(0, with_room) else None)
+
+    def _open_to(self, num_failures: int, names: Sequence[str]) -> Sequence[str]:
+        """Those of the replicas to which a sequence that has failed so often may be sent."""
+        if not self._suspects:
+            return names
+        return [name for name in names if self._suspects.may_join(num_failures, self._replicas[name].group)]
 
     def _route(self, sequence: SequenceState, wire_id: str, candidates: Sequence[str]) -> None:
         """To the replica that the router chooses, or to those that are held for one."""
         self._expected.pop(sequence.request.request_id, None)
-        choice = self._place(sequence, wire_id, candidates)
+        num_failures = self._suspects.num_failures(sequence.request.request_id)
+        candidates = self._open_to(num_failures, candidates)
+        if num_failures:  # it must not wait for one where another suspect may run by then
+            candidates = [name for name in candidates if self.router.has_room(name)]
+        choice = self._place(sequence, wire_id, candidates, may_hold=not num_failures)
         if choice.is_held:
             sequence.wire_id = wire_id
             self._held[wire_id] = sequence
@@ -337,6 +365,7 @@ class Dispatcher:
         matched = next(score.matched_tokens for score in choice.scores if score.replica == choice.replica)
         self._recharge(sequence, self._expected_cost_ms(sequence, choice.replica, num_cached=matched))
         sequence.dispatched(wire_id, choice.replica)
+        self._suspects.join(request.request_id, self._replicas[choice.replica].group)
         self._running[wire_id] = sequence
         for observer in self._observers:
             observer.on_dispatch(sequence.stream.request_id, sequence.index, wire_id, choice.replica, choice.scores)
@@ -345,15 +374,19 @@ class Dispatcher:
     def _withdraw(self, sequence: SequenceState) -> None:
         """It neither runs nor waits afterwards; what its run still brings is for nobody."""
         self._abort(sequence)
+        self._suspects.leave(sequence.request.request_id)
         if self._running.pop(sequence.wire_id, None) or self._held.pop(sequence.wire_id, None):
             self.router.finish(sequence.wire_id)
-        if sequence in self._returned:
-            self._returned.remove(sequence)
+        self._returned.remove(sequence)
 
     def _take_output(self, sequence: SequenceState, output: SequenceOutput) -> None:
         reason = output.finish_reason
+        if output.token_ids:
+            sequence.num_refusals = 0
+            self._suspects.progress(sequence.request.request_id, len(output.token_ids))
         if reason is not None:
             del self._running[output.request_id]
+            self._suspects.leave(sequence.request.request_id)
             self._settle(sequence, num_output=output.offset + len(output.token_ids))
         stream = sequence.stream
         if stream.ended or sequence.finish_reason is not None:
@@ -370,22 +403,38 @@ class Dispatcher:
         except PilotfishError as error:
             stream.fail(error)
         if reason is FinishReason.ABORT and not sequence.abort_sent:
-            self._return(sequence, output.error or f"{sequence.replica} gave it up")
+            self._take_back(sequence, output.error or f"{sequence.replica} gave it up")
         elif reason is FinishReason.DEADLINE:
             stream.expire()
         elif reason is FinishReason.ERROR:
             stream.fail(InternalError(output.error))
 
+    def _ends_after_failure(self, sequence: SequenceState, reason: str) -> bool:
+        """Whether its stream ends because its replica has died: that was one too many, and it was the only suspect."""
+        name = sequence.request.request_id
+        if sequence.stream.ended or sequence.finish_reason is not None or self._suspects.fail(name):
+            return False
+        sequence.stream.fail(
+            PoisonousRequest(
+                f"{name} was running on {self._max_attempts} replicas in a row when they died, the last time because {reason}; "
+                "it is not tried again, and the logs of their workers may say why they died"
+            )
+        )
+        return True
+
+    def _take_back(self, sequence: SequenceState, reason: str) -> None:
+        """Its replica lives, but does not want it."""
+        sequence.num_refusals += 1
+        if sequence.num_refusals >= self._max_attempts:
+            name, number = sequence.request.request_id, sequence.num_refusals
+            sequence.stream.fail(InternalError(f"{name} was refused by workers {number} times, the last time because {reason}"))
+        self._return(sequence, reason)
+
     def _return(self, sequence: SequenceState, reason: str) -> None:
-        """To the front of the queue, unless nobody waits for it or it has lost too many replicas."""
+        """To the front of the queue, unless nobody waits for it."""
         if sequence.stream.ended or sequence.finish_reason is not None:
             return
         name, num_known = sequence.request.request_id, len(sequence.output_token_ids)
-        if sequence.num_attempts >= self._max_attempts:
-            sequence.stream.fail(
-                InternalError(f"{name} lost its replica {sequence.num_attempts} times, the last time because {reason}")
-            )
-            return
         logger.warning(
             "%s goes on elsewhere after %d tokens: %s",
             name,
@@ -395,7 +444,7 @@ class Dispatcher:
         )
         for observer in self._observers:
             observer.on_return(sequence.stream.request_id, sequence.index, sequence.wire_id, reason)
-        self._returned.append(sequence)
+        self._returned.append(sequence, num_failures=self._suspects.num_failures(name))
 
     def _abort(self, sequence: SequenceState) -> None:
         if sequence.wire_id in self._running and not sequence.abort_sent:

@@ -33,6 +33,7 @@ from .worker_process import Launcher, Misplaced, NoRoom, WorkerDied, WorkerProce
 logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.25
+_SILENCE_PART = 0.4  # of heartbeat_timeout_s; a connection that brings nothing is opened anew, then the replica counts as lost
 _DRAIN_INTERVAL_S = 0.05
 _RESTART_PAUSE_S = (0.0, 1.0, 5.0, 15.0)
 _MAX_PLACEMENTS = 3
@@ -62,6 +63,7 @@ class Fleet:
         self._replicas: list[Replica] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._last_epoch = 0
+        self._is_restart = False
         self._num_past_restarts = 0
         self._limits: ModelLimits | None = None
 
@@ -80,8 +82,12 @@ class Fleet:
         """The replicas that are not to go."""
         return [replica for replica in self._replicas if not replica.leaving.is_set()]
 
-    async def start(self) -> None:
-        """Take over living workers and start the missing ones; returns before they serve."""
+    async def start(self, *, is_restart: bool = False) -> None:
+        """Take over living workers and start the missing ones; returns before they serve.
+
+        `is_restart`: an earlier controller had this fleet; a worker that cannot start now is a loss, and tried again.
+        """
+        self._is_restart = is_restart
         found = dict(sorted((await self._launcher.find()).items(), key=lambda item: _number(item[0])))
         config = self._config
         num_wanted = min(max(len(found) or config.num_replicas, config.fewest), config.most)
@@ -196,7 +202,7 @@ class Fleet:
     def _add(self, name: str, worker: WorkerProcess | None = None) -> None:
         """A replica with a worker of an earlier controller, or a new one."""
         replica = Replica(name=name, on_move=self.changed.set)
-        replica.has_served = worker is not None  # what happens to it now is no failed start
+        replica.has_served = worker is not None or self._is_restart  # what happens to it now is no failed start
         self._replicas.append(replica)
         task = asyncio.create_task(self._lead(replica, worker), name=name)
         task.add_done_callback(partial(self._on_task_end, replica))
@@ -222,6 +228,7 @@ class Fleet:
             try:
                 if worker is None:
                     worker = await self._launch(replica)
+                replica.has_served = True
                 error: PilotfishError = InternalError(f"{replica.name}: {await self._serve(replica, worker)}")
             except PilotfishError as refusal:
                 error = refusal
@@ -269,10 +276,10 @@ class Fleet:
         links = [self._connect(replica, worker, number) for number in range(len(worker.places))]
         watches = [worker.wait_dead(), self._until_drained(replica), *map(_until_unfit, links), *map(self._until_stuck, links)]
         tasks = [asyncio.create_task(watch) for watch in watches]
-        reason = "the controller ends it"
+        reason, has_failed = "the controller ends it", False
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            reason = done.pop().result()
+            reason, has_failed = done.pop().result(), True
             return reason
         finally:
             for place in replica.places:
@@ -282,7 +289,8 @@ class Fleet:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for place in replica.places:
-                self._dispatcher.remove_replica(place.name, reason)
+                if self._dispatcher.remove_replica(place.name, reason, has_failed=has_failed):
+                    replica.failures = 0  # a request's fault, which is not tried again
             await worker.end()
 
     def _connect(self, replica: Replica, worker: WorkerProcess, number: int) -> WorkerLink:
@@ -293,13 +301,14 @@ class Fleet:
             address=serving.address,
             peer=worker_name(replica.name, epoch=serving.info.epoch, rank=serving.rank),
             identity=self._authority.issue("controller"),
+            silence_timeout_s=_SILENCE_PART * self._config.heartbeat_timeout_s,
             epoch=serving.info.epoch,
             controller_id=self._controller_id,
             listener=_Listener(replica, place, self._dispatcher, num_places=len(worker.places)),
         )
         replica.places = (*(replica.places if number else ()), place)
         self._learn_limits()
-        self._dispatcher.add_replica(place.name, place.link, serving.info)
+        self._dispatcher.add_replica(place.name, place.link, serving.info, group=replica.name)
         return place.link
 
     async def _until_stuck(self, link: WorkerLink) -> str:
@@ -353,7 +362,6 @@ class _Listener:
         connected = [place for place in replica.places if place.link is not None and place.link.connected]
         if replica.state is ReplicaState.STARTING and len(connected) == self._num_places:
             replica.move(Happening.STARTED)
-            replica.has_served = True
             replica.settled.set()
             for place in replica.places:
                 self._dispatcher.start_accepting(place.name)

@@ -52,7 +52,7 @@ class Replica:
     """A replica and its current worker, or its last one: `places`. `failures` counts losses in a row without a completed step
     between them.
 
-    `error` says why it is FAILED; `has_served`: a worker of it has been ready; `settled` is set once it was ready or FAILED.
+    `error` says why it is FAILED; `has_served`: a worker of it has started; `settled` is set once it was ready or FAILED.
     `leaving` is set when it is to go, for `leave_reason`; its streams may end there until `leave_by` of the monotonic clock.
     `on_move` is told of every change of state.
     """

@@ -39,7 +39,7 @@ class SequenceState:
     `wire_id` names its current run on a worker; every dispatch makes a new one, so that late output of an earlier run can never
     be taken for this one's. `prompt_hashes` are those of the prompt's full blocks. `texts` is the text in the pieces in which
     it came; `logprobs[i]` is that of token i, None where a restarted controller does not have it any more. `charged_ms` is what
-    its tenant was charged for it.
+    its tenant was charged for it; `num_refusals` counts workers that sent it back since it last got a token.
     """
 
     stream: RequestStream
@@ -53,6 +53,7 @@ class SequenceState:
     wire_id: str = ""
     replica: str = ""
     num_attempts: int = 0
+    num_refusals: int = 0
     abort_sent: bool = False
     cached_tokens: int | None = None
     finish_reason: FinishReason | None = None

@@ -34,7 +34,6 @@ _CALL_TIMEOUT_S = 10.0
 _ACK_INTERVAL_S = 0.5
 _ACK_STEPS = 64
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
-_SILENCE_TIMEOUT_S = 4.0  # heartbeats come every second
 
 
 class WorkerUnfit(Exception):
@@ -66,9 +65,18 @@ class WorkerLink:
     """
 
     def __init__(
-        self, *, address: str, peer: str, identity: Identity, epoch: int, controller_id: str, listener: LinkListener
+        self,
+        *,
+        address: str,
+        peer: str,
+        identity: Identity,
+        epoch: int,
+        controller_id: str,
+        silence_timeout_s: float,
+        listener: LinkListener,
     ) -> None:
-        """`peer` is the name in the worker's certificate, `identity` what is shown to it."""
+        """`peer` is the name in the worker's certificate, `identity` what is shown to it. A connection that brings nothing for
+        `silence_timeout_s` is broken, whatever the transport thinks."""
         self.address = address
         self.connected = False
         self.last_message_time = time.monotonic()
@@ -81,6 +89,7 @@ class WorkerLink:
         self._identity = identity
         self._epoch = epoch
         self._controller_id = controller_id
+        self._silence_timeout_s = silence_timeout_s
         self._listener = listener
         self._needs_snapshot = True
         self._in_flight: dict[str, EngineRequest] = {}
@@ -211,11 +220,10 @@ class WorkerLink:
             await self._outgoing_wake.wait()
 
     async def _watch_silence(self) -> None:
-        """A connection that brings nothing is broken, whatever the transport thinks."""
-        opened = time.monotonic()
-        while time.monotonic() - max(opened, self.last_message_time) < _SILENCE_TIMEOUT_S:  # noqa: ASYNC110 - silence is no event
-            await asyncio.sleep(_SILENCE_TIMEOUT_S / 4)
-        raise TimeoutError(f"nothing came for {_SILENCE_TIMEOUT_S:g} s")
+        opened, timeout_s = time.monotonic(), self._silence_timeout_s
+        while time.monotonic() - max(opened, self.last_message_time) < timeout_s:  # noqa: ASYNC110 - silence is no event
+            await asyncio.sleep(timeout_s / 4)
+        raise TimeoutError(f"nothing came for {timeout_s:g} s")
 
     def _send(self, message: worker_pb2.ControllerMessage) -> None:
         """Messages for a broken connection are not kept: the greeting of the next one says them again."""

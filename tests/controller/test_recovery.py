@@ -10,9 +10,8 @@ import pytest
 from fake_engine import expected_tokens
 from local_workers import Cluster, LocalLauncher, LocalWorker, StartCluster
 from pilotfish.common.cluster_state import ReplicaState
-from pilotfish.common.errors import ConfigError, InternalError, ModelLoadError, Unavailable
+from pilotfish.common.errors import ConfigError, InternalError, InvalidRequest, ModelLoadError, PoisonousRequest, Unavailable
 from pilotfish.controller import fleet as fleet_module
-from pilotfish.controller import worker_link
 from pilotfish.controller.authority import Authority
 from pilotfish.controller.service import RequestHandle
 from pilotfish.controller.worker_process import Misplaced, NoRoom, WorkerDied, worker_name
@@ -89,17 +88,26 @@ async def test_only_losses_without_a_step_between_them_count_against_a_replica(s
         await eventually(lambda: cluster.service.status().replicas[0].state is ReplicaState.READY)
 
 
-async def test_a_request_that_loses_too_many_replicas_ends(start_cluster: StartCluster) -> None:
-    cluster = await start_cluster(step_s=0.01, fleet={"max_attempts": 2, "max_restarts": 10})
+async def test_a_request_that_is_there_when_replica_after_replica_dies_ends(start_cluster: StartCluster) -> None:
+    """It gets on between the first deaths, which clears it, and does not between the last two."""
+    cluster = await start_cluster(step_s=0.002, fleet={"max_attempts": 2, "max_restarts": 10})
     handle = await generate(cluster, max_tokens=4000)
-    answer = Answer()
-    for num in (1, 2):
-        await read_until(handle, answer, lambda a, n=num: a.num_deltas >= 3 * n)
-        await cluster.launcher.launched[-1].kill()
-        if num == 1:
-            await eventually(lambda: len(cluster.launcher.launched) == 2)
-    with pytest.raises(InternalError, match="lost its replica 2 times"):
+    answer, launched = Answer(), cluster.launcher.launched
+    for num in (1, 2, 3):
+        await read_until(handle, answer, lambda a, n=num: a.num_deltas >= 15 * n)
+        await launched[-1].kill()
+        await eventually(lambda n=num: len(launched) == n + 1)
+    launched[-1].engine.gate.clear()
+    await eventually(lambda: len(launched[-1].engine.submitted) == 1)
+    await launched[-1].kill()
+    with pytest.raises(PoisonousRequest, match="running on 2 replicas in a row when they died"):
         await read(handle, into=answer)
+
+
+async def test_a_request_that_no_worker_takes_ends(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(refuse=InvalidRequest("token 300 is outside the vocabulary"))
+    with pytest.raises(InternalError, match="refused by workers 3 times, the last time because token 300"):
+        await read(await generate(cluster))
 
 
 async def test_a_stalled_step_costs_the_worker_and_not_the_request(start_cluster: StartCluster) -> None:
@@ -211,11 +219,8 @@ async def test_submits_and_aborts_of_a_broken_connection_are_said_again(
     assert len(proxied.launched[0].engine.aborted) == 1
 
 
-async def test_a_silent_connection_is_opened_anew(
-    start_cluster: StartCluster, proxied: ProxyLauncher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker_link, "_SILENCE_TIMEOUT_S", 0.4)
-    cluster = await start_cluster(launcher=proxied)
+async def test_a_silent_connection_is_opened_anew(start_cluster: StartCluster, proxied: ProxyLauncher) -> None:
+    cluster = await start_cluster(launcher=proxied, fleet={"heartbeat_timeout_s": 2.0})
     handle = await generate(cluster)
     answer = Answer()
     await read_until(handle, answer, lambda a: a.num_deltas >= 3)

@@ -161,7 +161,7 @@ async def test_a_client_that_leaves_on_purpose_frees_its_blocks_at_once(
     async with client.stream_generate(PROMPT, max_tokens=4000) as stream:
         await anext(stream)
     await eventually(lambda: cluster.launcher.launched[0].engine.scheduler.load().num_used_blocks == 0)
-    assert cluster.service.status().num_running == 0
+    await eventually(lambda: cluster.service.status().num_running == 0)
 
 
 async def test_a_later_reader_ends_an_earlier_one(start_cluster: StartCluster) -> None:
