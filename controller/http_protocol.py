@@ -84,7 +84,7 @@ class _Guarded(H11Protocol):
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         problem = str(error or msg).partition(": bytearray(")[0]  # without what was sent
-        self._refuse(status, InvalidRequest(f"this is no valid HTTP/1.1 request: {problem}"))
+        self._refuse(status, InvalidRequest(f"this is no valid HTTP request: {problem}"))
 
     def _watch_arrival(self) -> None:
         """Until the message is complete that has begun, or that a new connection owes."""
