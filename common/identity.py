@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+CONTROLLER_NAME = "controller"  # in its certificate
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:

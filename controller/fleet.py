@@ -20,6 +20,7 @@ from functools import partial
 from ..common.cluster_state import ReplicaState, ReplicaStatus
 from ..common.config import FleetConfig
 from ..common.errors import ConfigError, InternalError, ModelLoadError, ModelNotFound, PilotfishError, Unavailable
+from ..common.identity import CONTROLLER_NAME
 from ..common.requests import BlockStored, EngineRequest, StepOutput, WorkerInfo
 from ..proto import worker_pb2
 from ..scheduler.snapshot import RunningRequest
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.25
 _SILENCE_PART = 0.4  # of heartbeat_timeout_s; a connection that brings nothing is opened anew, then the replica counts as lost
+_MIN_LOOKS = 2  # at a silent worker before it counts as lost
 _DRAIN_INTERVAL_S = 0.05
 _RESTART_PAUSE_S = (0.0, 1.0, 5.0, 15.0)
 _MAX_PLACEMENTS = 3
@@ -300,7 +302,7 @@ class Fleet:
         place.link = WorkerLink(
             address=serving.address,
             peer=worker_name(replica.name, epoch=serving.info.epoch, rank=serving.rank),
-            identity=self._authority.issue("controller"),
+            identity=self._authority.issue(CONTROLLER_NAME),
             silence_timeout_s=_SILENCE_PART * self._config.heartbeat_timeout_s,
             epoch=serving.info.epoch,
             controller_id=self._controller_id,
@@ -312,15 +314,22 @@ class Fleet:
         return place.link
 
     async def _until_stuck(self, link: WorkerLink) -> str:
+        heard, num_looks = link.last_message_time, 0
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
-            silent_s = time.monotonic() - link.last_message_time
-            if silent_s > self._config.heartbeat_timeout_s:
+            num_looks = num_looks + 1 if link.last_message_time == heard else 0
+            heard = link.last_message_time
+            silent_s = time.monotonic() - heard
+            # When this process itself stood still, what came meanwhile is yet to be read.
+            if silent_s > self._config.heartbeat_timeout_s and num_looks >= _MIN_LOOKS:
                 return f"its worker at {link.address} has been silent for {silent_s:.1f} s"
             if link.failed:
                 return f"its engine failed: {link.failure}" if link.failure else "its engine failed"
             if link.step_age_s > self._stall_timeout_s:
-                return f"a step has been running for {link.step_age_s:.0f} s (stall_timeout_s is {self._stall_timeout_s:g})"
+                return (
+                    f"a step has been running for {link.step_age_s:.1f} s, after step {link.step_id} (phase {link.phase}; "
+                    f"stall_timeout_s is {self._stall_timeout_s:g})"
+                )
 
     async def _until_drained(self, replica: Replica) -> str:
         """Until a replica that is to go has nothing to do any more."""

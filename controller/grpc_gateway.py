@@ -7,6 +7,7 @@ Inference needs one, in the metadata "authorization: Bearer KEY", and so does re
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from ..proto import inference_pb2 as pb
 from ..proto.routing_codec import decision_to_proto
 from ..text.tokenizer import Tokenizer
 from . import grpc_messages
-from .grpc_guard import MAX_CALLS, Context, KeyGuard, abort, first_message, server_options
+from .grpc_guard import MAX_CALLS, Context, KeyGuard, abort, cut_off_later, first_message, server_options
 from .grpc_health import HealthService
 from .service import InferenceService, RequestHandle
 
@@ -100,15 +101,21 @@ class GrpcGateway:
             cls: type[Message], method: Callable[[Any, _Caller], AsyncIterator[Message]], *, for_operators: bool = False
         ) -> grpc.RpcMethodHandler:
             async def handle(_messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
+                limit: asyncio.TimerHandle | None = None
                 try:
                     caller = self._caller(context)
                     if for_operators:
                         self._service.tenants.check_operator(caller.tenant)
+                    if caller.timeout_s is None:  # else gRPC itself ends the call at its deadline
+                        limit = cut_off_later(context, self._config.default_timeout_s + self._config.client_timeout_s)
                     data = await first_message(context, timeout_s=self._config.client_timeout_s)
                     async for message in method(grpc_messages.parse(cls, data), caller):
                         yield message
                 except (PilotfishError, Exception) as error:  # noqa: BLE001 - a process's edge: logged and answered
                     await abort(context, error)
+                finally:
+                    if limit is not None:
+                        limit.cancel()
 
             return grpc.stream_stream_rpc_method_handler(handle, response_serializer=_serialize)
 

@@ -6,6 +6,7 @@ A client that sends nothing, half a request, or nothing more, holds a connection
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,7 @@ import grpc
 from grpc_health.v1 import health
 
 from ..common.config import GatewayConfig
-from ..common.errors import InternalError, InvalidRequest, PilotfishError, clipped, status_row
+from ..common.errors import DeadlineExceeded, InternalError, InvalidRequest, PilotfishError, clipped, status_row
 from .tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,23 @@ async def first_message(context: Context, *, timeout_s: float) -> bytes:
     if message is grpc.aio.EOF:
         raise InvalidRequest("the call ended before its request was sent")
     return message
+
+
+def cut_off_later(context: Context, delay_s: float) -> asyncio.TimerHandle:
+    """End the call of the current task after so long, whatever it waits for: a client that does not take its answer, say."""
+    task = asyncio.current_task()
+    assert task is not None
+    endings: set[asyncio.Task[None]] = set()  # asyncio itself keeps tasks weakly
+
+    async def end() -> None:
+        with contextlib.suppress(grpc.aio.AbortError):
+            await abort(context, DeadlineExceeded("the answer was not taken in time"))
+
+    def cut() -> None:
+        endings.add(asyncio.ensure_future(end()))  # it waits for the client, but with nothing of the request
+        task.cancel()
+
+    return asyncio.get_running_loop().call_later(delay_s, cut)
 
 
 async def abort(context: Context, error: Exception) -> NoReturn:

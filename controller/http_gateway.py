@@ -24,7 +24,7 @@ from starlette.routing import Route
 from ..common import logs
 from ..common.cluster_state import ModelCard, ReplicaState
 from ..common.config import GatewayConfig
-from ..common.errors import InternalError, ModelNotFound, PilotfishError
+from ..common.errors import InternalError, ModelNotFound, PilotfishError, clipped
 from ..text.tokenizer import Tokenizer
 from . import dashboard
 from .events import Delta, Started, Usage
@@ -296,6 +296,6 @@ def _card_json(card: ModelCard) -> dict[str, Any]:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = clipped(f"{request.method} {request.url.path}") + f": {error.detail}"
     body = {"error": {"message": message, "type": "invalid_request_error", "code": "not_found", "param": None}}
     return json_response(body, status=error.status_code, headers=dict(error.headers or {}))

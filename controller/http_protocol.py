@@ -7,6 +7,7 @@ connection that has waited longest without a request gives way to a new one. Wha
 from __future__ import annotations
 
 import asyncio
+import http
 import json
 import sys
 from collections.abc import Callable
@@ -82,7 +83,8 @@ class _Guarded(H11Protocol):
         """uvicorn calls it where h11 has found no HTTP in what came; `msg` does not say what is wrong."""
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        self._refuse(status, InvalidRequest(f"this is no valid HTTP/1.1 request: {error or msg}"))
+        problem = str(error or msg).partition(": bytearray(")[0]  # without what was sent
+        self._refuse(status, InvalidRequest(f"this is no valid HTTP request: {problem}"))
 
     def _watch_arrival(self) -> None:
         """Until the message is complete that has begun, or that a new connection owes."""
@@ -97,6 +99,9 @@ class _Guarded(H11Protocol):
             self._arrival_timer = None
 
     def _arrive_late(self) -> None:
+        if self.cycle is not None and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self.transport.close()  # it has had an answer and asks for nothing more
+            return
         self._refuse(408, InvalidRequest(f"the request was not complete after {self._timeout_s:g} s"))
 
     def _refuse(self, status: int, error: PilotfishError) -> None:
@@ -104,6 +109,11 @@ class _Guarded(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error_json(error)).encode()
             headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            reason = http.HTTPStatus(status).phrase
+            for event in (
+                h11.Response(status_code=status, headers=headers, reason=reason),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

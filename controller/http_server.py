@@ -68,6 +68,7 @@ def make_server(app: ASGIApp, gateway: GatewayConfig) -> Server:
             http=make_protocol(gateway),  # type: ignore[arg-type]  # called like a class
             log_level="error",  # what clients do wrong is told to them
             access_log=False,
+            server_header=False,
             ws="none",
             lifespan="off",
             timeout_graceful_shutdown=5,

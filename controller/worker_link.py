@@ -61,7 +61,7 @@ class WorkerLink:
         connected: the worker has greeted; what is submitted now leaves now.
         last_message_time: of the monotonic clock.
         load, step_id, step_age_s, failed, failure: as of the last message; `step_age_s` is 0 when no step runs, `failed` says
-            that the engine cannot go on, `failure` why.
+            that the engine cannot go on, `failure` why, `phase` what it was doing.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class WorkerLink:
         self.step_age_s = 0.0
         self.failed = False
         self.failure = ""
+        self.phase = ""
         self._peer = peer
         self._identity = identity
         self._epoch = epoch
@@ -162,7 +163,7 @@ class WorkerLink:
                 case "heartbeat":
                     beat = message.heartbeat
                     self.load, self.step_age_s, self.failed = load_from_proto(beat.load), beat.step_age_s, beat.failed
-                    self.failure = beat.message
+                    self.failure, self.phase = beat.message, beat.phase
                 case "hello":
                     self._greeted()
 

@@ -32,6 +32,12 @@ def channel_options(peer: str) -> list[tuple[str, str | int]]:
     ]
 
 
+def peer_name(context: grpc.ServicerContext | grpc.aio.ServicerContext) -> str:
+    """The name in the certificate that a call's other end has shown; "" if none."""
+    names = context.auth_context().get("x509_common_name", ())
+    return next(iter(names)).decode(errors="replace") if names else ""
+
+
 def explain(details: str | None) -> str:
     """What gRPC says of a call that failed, with what to look at where one end does not trust the other."""
     details = details or "no details"

@@ -20,7 +20,7 @@ import grpc
 from ..common.errors import InternalError
 from ..common.identity import Identity
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.credentials import channel_credentials, channel_options, explain, server_credentials
+from ..proto.credentials import channel_credentials, channel_options, explain, peer_name, server_credentials
 from .plan_channel import ChannelClosed, LostReader, MessageTooLarge, SlowReader
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -136,6 +136,8 @@ class PlanServer(worker_pb2_grpc.PlanStreamServicer):
         if request.epoch != self._epoch:
             problem = f"this leader belongs to epoch {self._epoch}, not {request.epoch}"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
+        if (name := peer_name(context)).rpartition(".")[0] != self._identity.name.rpartition(".")[0]:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{name!r} is no rank of {self._identity.name!r}")
         follower = self._followers.get(request.follower)
         if follower is None:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"this leader has no rank {request.follower!r} on another node")
@@ -259,6 +261,6 @@ class PlanFollower:
 def _error_of(error: grpc.RpcError) -> InternalError:
     code = error.code() if isinstance(error, grpc.Call) else None
     details = error.details() if isinstance(error, grpc.Call) else str(error)
-    if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT):
+    if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED):
         return InternalError(f"the leader does not take this rank: {details}")
     return ChannelClosed(f"the stream of step plans broke: {explain(details)}")

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import grpc
 
 from ..common.errors import PilotfishError
+from ..common.identity import CONTROLLER_NAME
 from ..common.requests import EngineLoad, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
 from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.codec import info_to_proto, load_to_proto, request_from_proto, step_to_proto
+from ..proto.credentials import peer_name
 from .engine_interface import FAILED_PHASE, EngineInterface
 from .outbox import StepOutbox
 
@@ -108,6 +110,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         request_iterator: AsyncIterator[worker_pb2.ControllerMessage],
         context: grpc.aio.ServicerContext[worker_pb2.ControllerMessage, worker_pb2.WorkerMessage],
     ) -> None:
+        await _check_caller(context)
         attach = await self._attach(request_iterator, context)
         self._disarm_away_timer()
         self._acknowledge(attach.acked_step_id)
@@ -135,8 +138,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Snapshot(
         self,
         request: worker_pb2.SnapshotRequest,  # noqa: ARG002 - it has no fields
-        context: grpc.aio.ServicerContext[worker_pb2.SnapshotRequest, worker_pb2.SnapshotResponse],  # noqa: ARG002
+        context: grpc.aio.ServicerContext[worker_pb2.SnapshotRequest, worker_pb2.SnapshotResponse],
     ) -> worker_pb2.SnapshotResponse:
+        await _check_caller(context)
         snapshot = await asyncio.to_thread(self._engine.snapshot)
         return worker_pb2.SnapshotResponse(
             epoch=self._info.epoch,
@@ -161,6 +165,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         request: worker_pb2.DrainRequest,  # noqa: ARG002 - it has no fields
         context: grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainResponse],
     ) -> worker_pb2.DrainResponse:
+        await _check_caller(context)
         self._draining = True
         time_left_s = context.time_remaining()
         self._idle.clear()
@@ -283,3 +288,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             failed=health.phase == FAILED_PHASE,
             message=health.message,
         )
+
+
+async def _check_caller(context: grpc.aio.ServicerContext) -> None:
+    """A worker's certificate is good for its own port and its leader's, not for passing as the controller."""
+    if (name := peer_name(context)) != CONTROLLER_NAME:
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"only the controller may call a worker, not {name!r}")

@@ -164,6 +164,9 @@ def test_only_parts_of_the_cluster_are_taken_and_followed(start_server: StartSer
         follower_of(address, "rank 1", identity=replace(stranger, authority=AUTHORITY.certificate))
     with pytest.raises(ChannelClosed, match="no part of this cluster"):
         follower_of(address, "rank 1", leader="replica-0.2.0")
+    for other in ("replica-0.2.1", "replica-1.3.1", "controller"):
+        with pytest.raises(InternalError, match="is no rank of"):
+            follower_of(address, "rank 1", identity=AUTHORITY.issue(other))
     follower_of(address, "rank 1").close()
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import pickle
+import random
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import grpc
 import pytest
@@ -95,6 +99,68 @@ async def test_who_is_no_part_of_the_cluster_is_refused(start_worker: StartWorke
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await worker_pb2_grpc.WorkerStub(channel).Snapshot(worker_pb2.SnapshotRequest(), timeout=10)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("name", [LEADER_NAME, "replica-0.3.1", "replica-1.2.0", "Controller"])
+async def test_other_parts_of_the_cluster_cannot_pass_as_the_controller(start_worker: StartWorker, name: str) -> None:
+    worker, identity = start_worker(), AUTHORITY.issue(name)
+    options = channel_options(LEADER_NAME)
+    async with grpc.aio.secure_channel(worker.address, channel_credentials(identity), options=options) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        attach = worker_pb2.ControllerMessage(attach=worker_pb2.Attach(epoch=3, controller_id="forged"))
+        calls = [
+            stub.Snapshot(worker_pb2.SnapshotRequest(), timeout=10),
+            stub.Drain(worker_pb2.DrainRequest(), timeout=10),
+            stub.Connect(iter([attach]), timeout=10).read(),
+        ]
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError, match="only the controller") as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    async with session(worker.address) as controller:  # and it is not draining
+        await controller.submit("a")
+        assert (await controller.finish("a")).finish_reason is FinishReason.LENGTH
+
+
+async def test_what_is_no_protocol_harms_nobody(start_worker: StartWorker, tmp_path: Path) -> None:
+    """Bytes on the bare port, pickles that would run something among them, and bytes in place of messages."""
+    worker, trace = start_worker(), tmp_path / "it-ran"
+    rng = random.Random(5)
+    host, _, port = worker.address.rpartition(":")
+    async with session(worker.address) as controller:
+        await controller.submit("a", max_tokens=400)
+        for data in (
+            pickle.dumps(_Runs(trace)),
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            *(rng.randbytes(2000) for _ in range(5)),
+        ):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(data)
+            writer.write_eof()
+            async with asyncio.timeout(10):
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()  # closed by the worker
+            writer.close()
+        async with open_channel(worker.address) as channel:
+            for method in ("Snapshot", "Drain", "Connect"):
+                for data in (pickle.dumps(_Runs(trace)), rng.randbytes(100)):
+                    call = channel.stream_stream(f"/pilotfish.v1.Worker/{method}")(iter([b"\xff" + data]), timeout=10)
+                    with pytest.raises(grpc.aio.AioRpcError) as refused:
+                        await call.read()
+                    assert refused.value.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+                    assert "Traceback" not in refused.value.details()
+        assert (await controller.finish("a")).finish_reason is FinishReason.LENGTH
+    assert not trace.exists()
+
+
+class _Runs:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self._path), "w")
 
 
 async def test_a_worker_of_another_start_is_not_taken_for_this_one(start_worker: StartWorker) -> None:

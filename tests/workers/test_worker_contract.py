@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -235,3 +237,55 @@ def test_steps_take_what_was_measured() -> None:
 def test_a_replica_without_a_model_needs_a_number_of_blocks() -> None:
     with pytest.raises(ConfigError, match="num_kv_blocks"):
         TimedReplica()(ModelConfig(model="any"), EngineConfig())
+
+
+def wild_submit(rng: random.Random, request_id: str) -> worker_pb2.Submit:
+    """Fields that no controller sends, one to four at a time, on a request that could run."""
+    floats = (math.nan, math.inf, -math.inf, -1.0, 0.0, 3e38, 5e-324)
+    ints = (-(2**31), -1, 0, 1, 2**31 - 1)
+    submit = worker_pb2.Submit(request_id=request_id, prompt_token_ids=PROMPT)
+    submit.sampling.MergeFrom(worker_pb2.TokenSampling(top_p=1.0, repetition_penalty=1.0, max_tokens=4))
+    for _ in range(rng.randint(1, 4)):
+        field = rng.choice(worker_pb2.TokenSampling.DESCRIPTOR.fields)
+        match field.name:
+            case "logit_bias":
+                submit.sampling.logit_bias[rng.choice(ints)] = rng.choice(floats)
+            case "bad_words":
+                submit.sampling.bad_words.add(token_ids=rng.choices(ints, k=rng.randint(0, 2)))
+            case "end_token_ids":
+                submit.sampling.end_token_ids.append(rng.choice(ints))
+            case name:
+                values = floats if field.type == field.TYPE_DOUBLE else ints
+                setattr(submit.sampling, name, rng.choice(values))
+        match rng.randrange(8):
+            case 0:
+                submit.prompt_token_ids[:] = rng.choices(ints, k=rng.choice((0, 1, 700)))
+            case 1:
+                submit.output_token_ids[:] = rng.choices(ints, k=rng.choice((1, 9)))
+            case 2:
+                submit.deadline_ms = rng.choice(floats)
+            case 3:
+                submit.tenant, submit.tenant_weight = "x", rng.choice(floats)
+            case 4:
+                submit.priority, submit.salt = rng.choice(ints), rng.randbytes(rng.choice((1, 100)))
+    return submit
+
+
+async def test_submits_that_no_controller_sends_harm_nobody(start_worker: StartWorker) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    async with session(start_worker()) as controller:
+        await controller.submit("alone", max_tokens=100)
+        await controller.finish("alone")
+        await controller.submit("beside", max_tokens=100)
+        for number in range(60):
+            submit = wild_submit(rng, f"wild-{number}")
+            await controller.send(submit=submit)
+            try:
+                await controller.finish(submit.request_id)
+            except TimeoutError:
+                raise AssertionError(f"no answer to {submit}") from None
+        await controller.finish("beside")
+        assert controller.tokens("beside") == controller.tokens("alone")
+        await controller.receive_until(lambda s: s.load.num_used_blocks == 0 and s.load.num_running == 0)
