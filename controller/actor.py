@@ -53,7 +53,7 @@ class ControllerActor:
         """Raises Unavailable while the model's tokenizer is still being loaded."""
         if self._controller is None:
             raise Unavailable("the controller is starting", retry_after_s=1.0)
-        return self._controller.service.status()
+        return self._controller.status()
 
     async def shutdown(self, grace_s: float) -> None:
         """Refuse new requests, give running ones `grace_s`, end all workers. The caller ends this actor afterwards."""

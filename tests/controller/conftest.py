@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from local_gateways import LocalGatewayLauncher
 from local_workers import Cluster, LocalLauncher, StartCluster
 from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig, TenantConfig
 from pilotfish.controller.controller import Controller
+from reading import eventually
 from small_model import save_tokenizer
 
 
@@ -34,6 +37,7 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
         **engine_options: Any,
     ) -> Cluster:
         launcher = launcher or LocalLauncher(engine_options=engine_options)
+        gateway = {"num_gateways": int(os.environ.get("PF_GATEWAYS", "0")), **(gateway or {})}
         config = ServeConfig(
             model=ModelConfig(model="tiny"),
             engine=EngineConfig(stall_timeout_s=stall_timeout_s),
@@ -41,6 +45,7 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             fleet=FleetConfig(**{"heartbeat_timeout_s": 5.0, **(fleet or {})}),
             tenants=tenants or {},
         )
+        gateways = LocalGatewayLauncher(config, tokenizer_path) if config.gateway.num_gateways else None
         controller = Controller(
             config,
             model_path=tokenizer_path,
@@ -48,12 +53,15 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             authority=launcher.authority,
             controller_id="test",
             journal_path=journal_path,
+            gateway_launcher=gateways,
         )
         started.append(controller)
         await controller.start()
         if wait:
             await controller.wait_ready()
-        return Cluster(controller, launcher)
+            if gateways is not None:
+                await eventually(lambda: all(g.service.models() for g in gateways.launched))
+        return Cluster(controller, launcher, gateways)
 
     yield start
     for controller in started:
