@@ -24,6 +24,7 @@ from ..common.config import ServeConfig
 from ..common.errors import InternalError, PilotfishError, Unavailable
 from .authority import Authority
 from .controller import Controller
+from .gateway_actor import RayGatewayLauncher
 from .ray_launcher import RayLauncher
 from .service import Addresses
 from .trace_setup import tracing_from_environment
@@ -78,6 +79,7 @@ class ControllerActor:
                 controller_id=f"{os.getpid()}-{secrets.token_hex(4)}",
                 tracing=tracing_from_environment(os.environ),
                 journal_path=_journal_path(authority),
+                gateway_launcher=RayGatewayLauncher(config, model_path),
             )
             addresses = await self._controller.start(is_restart=is_restart)
             await self._controller.wait_ready()
