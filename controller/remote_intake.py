@@ -76,6 +76,8 @@ class RemoteIntake:
         self._last_number = 0
         self._num_preparing = 0
         self._view: pb.ClusterView | None = None
+        self._limits: ModelLimits | None = None
+        self._unavailable: PilotfishError = Unavailable(_STARTING, retry_after_s=1.0)
         self._away_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self.tenants = Tenants(config.tenants, isolate_cache=config.gateway.isolate_cache)
@@ -186,17 +188,13 @@ class RemoteIntake:
         return response.content, response.media_type
 
     def limits(self) -> ModelLimits:
-        """As the controller last said. Raises Unavailable: what it said, or that it has not said anything yet."""
-        view = self._view
-        if view is None:
-            raise Unavailable(_STARTING, retry_after_s=1.0)
-        if not view.HasField("limits"):
-            raise failure_from_proto(view.unavailable)
-        return ModelLimits(
-            max_model_len=view.limits.max_model_len,
-            vocab_size=view.limits.vocab_size,
-            kv_capacity_tokens=view.limits.kv_capacity_tokens,
-        )
+        """As the controller last said. Raises Unavailable: what it said, or that it has not said anything yet.
+
+        A controller that was restarted and has not found its workers yet can take requests: they wait in its queue.
+        """
+        if self._limits is None:
+            raise self._unavailable
+        return self._limits
 
     def info(self) -> WorkerInfo | None:
         """The facts of one replica's worker, None before any has started."""
@@ -255,8 +253,7 @@ class RemoteIntake:
 
     def take(self, tick: pb.ControllerTick) -> None:
         if tick.HasField("cluster"):
-            self._view = tick.cluster
-            self.changed.set()
+            self._look(tick.cluster)
         for taken in tick.taken:
             if (request := self._requests.get(taken.number)) is not None:
                 self._on_taken(request, taken)
@@ -268,6 +265,20 @@ class RemoteIntake:
             if (request := self._requests.get(ended.number)) is not None:
                 request.is_over = True
                 self._fail(request, failure_from_proto(ended.failure))
+
+    def _look(self, view: pb.ClusterView) -> None:
+        self._view = view
+        self.changed.set()
+        if view.HasField("limits"):
+            self._limits = ModelLimits(
+                max_model_len=view.limits.max_model_len,
+                vocab_size=view.limits.vocab_size,
+                kv_capacity_tokens=view.limits.kv_capacity_tokens,
+            )
+            return
+        self._unavailable = failure_from_proto(view.unavailable)
+        if self._unavailable.retry_after_s is None:  # there will be no replica any more
+            self._limits = None
 
     def _on_taken(self, request: _Request, taken: pb.StreamTaken) -> None:
         if taken.HasField("entry"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,10 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
         stall_timeout_s: float = 60.0,
         wait: bool = True,
         journal_path: Path | None = None,
+        gateways: LocalGatewayLauncher | None = None,
         **engine_options: Any,
     ) -> Cluster:
         launcher = launcher or LocalLauncher(engine_options=engine_options)
-        gateway = {"num_gateways": int(os.environ.get("PF_GATEWAYS", "0")), **(gateway or {})}
         config = ServeConfig(
             model=ModelConfig(model="tiny"),
             engine=EngineConfig(stall_timeout_s=stall_timeout_s),
@@ -45,7 +44,8 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             fleet=FleetConfig(**{"heartbeat_timeout_s": 5.0, **(fleet or {})}),
             tenants=tenants or {},
         )
-        gateways = LocalGatewayLauncher(config, tokenizer_path) if config.gateway.num_gateways else None
+        if config.gateway.num_gateways and gateways is None:
+            gateways = LocalGatewayLauncher(config, tokenizer_path)
         controller = Controller(
             config,
             model_path=tokenizer_path,

@@ -11,6 +11,7 @@ from pilotfish.common.config import ServeConfig
 from pilotfish.common.identity import Identity
 from pilotfish.controller.gateway import Gateway
 from pilotfish.controller.service import Addresses, InferenceService
+from tcp_proxy import TcpProxy
 
 
 @dataclass
@@ -19,6 +20,8 @@ class LocalGateway:
 
     gateway: Gateway
     addresses: Addresses
+    controller_address: str
+    proxy: TcpProxy  # between it and the controller
     _dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -30,8 +33,7 @@ class LocalGateway:
             task.cancel()
         assert self.gateway._doors._grpc is not None
         await self.gateway._doors._grpc._server.stop(0)
-        await self.gateway.stop()
-        self._dead.set()
+        await self.end()
 
     async def wait_dead(self) -> str:
         await self._dead.wait()
@@ -39,6 +41,7 @@ class LocalGateway:
 
     async def end(self) -> None:
         await self.gateway.stop()
+        await self.proxy.stop()
         self._dead.set()
 
 
@@ -52,8 +55,9 @@ class LocalGatewayLauncher:
     launched: list[LocalGateway] = field(default_factory=list)
 
     async def launch(self, identity: Identity, *, controller_address: str) -> LocalGateway:
-        gateway = Gateway(self.config, model_path=self.model_path, identity=identity, controller_address=controller_address)
-        made = LocalGateway(gateway, await gateway.start())
+        proxy = TcpProxy(controller_address)
+        gateway = Gateway(self.config, model_path=self.model_path, identity=identity, controller_address=await proxy.start())
+        made = LocalGateway(gateway, await gateway.start(), controller_address, proxy)
         self.launched.append(made)
         return made
 
