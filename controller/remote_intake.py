@@ -303,6 +303,8 @@ class RemoteIntake:
         if row.run is not None:
             run = row.run
             stream.note_run(sequence, replica=run.replica, num_attempts=run.num_attempts, queue_ms=run.queue_ms)
+        if sequence.finish_reason is not None:  # by a stop string, of which the controller did not know yet
+            return
         try:
             is_stopped = stream.apply(sequence, row.output)
         except InternalError as error:
