@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from ..client import Client, ClusterState, ReplicaState, ReplicaStatus, ScalingState
+from ..client import Client, ClusterState, GatewayStatus, ReplicaState, ReplicaStatus, ScalingState
 from ..client.options import DEFAULT_PORT, RetryPolicy
 from ..common.errors import ConfigError
 from .status_watch import watch
@@ -53,6 +53,7 @@ def _text(state: ClusterState) -> str:
         f"requests, restarts  {state.num_requests}, {state.num_restarts}",
         f"replicas            {_scaling(state.scaling)}",
     ]
+    lines += map(_gateway_line, state.gateways)
     return "\n".join(lines + [line for replica in state.replicas for line in _replica_lines(replica)])
 
 
@@ -61,6 +62,14 @@ def _scaling(scaling: ScalingState) -> str:
         return f"{scaling.num_wanted}, a fixed number"
     text = f"{scaling.num_wanted} wanted, {scaling.min_replicas} to {scaling.max_replicas} allowed"
     return text + (f"; {scaling.reason} ({_duration(scaling.decided_age_s)} ago)" if scaling.reason else "")
+
+
+def _gateway_line(gateway: GatewayStatus) -> str:
+    if not gateway.is_connected:
+        return f"{gateway.name:<19} not connected: {gateway.message}"
+    restarted = f", restarted {gateway.restarts} times" if gateway.restarts else ""
+    addresses = f"{gateway.grpc_address}, {gateway.http_address}"
+    return f"{gateway.name:<19} {addresses}, {gateway.num_streams} streams, process {gateway.pid}{restarted}"
 
 
 def _replica_lines(replica: ReplicaStatus) -> list[str]:

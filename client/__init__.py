@@ -3,7 +3,7 @@
 `Client` for threads, `AsyncClient` for asyncio; errors are the classes of `pilotfish.common.errors`.
 """
 
-from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus, ScalingState
+from ..common.cluster_state import ClusterState, GatewayStatus, ModelCard, ReplicaState, ReplicaStatus, ScalingState
 from ..common.requests import FinishReason
 from ..common.routing import RouteDecision, RouteScore, RoutingState
 from ..common.sampling_params import SamplingParams
@@ -24,6 +24,7 @@ __all__ = [
     "Completion",
     "Delta",
     "FinishReason",
+    "GatewayStatus",
     "Logprob",
     "ModelCard",
     "ReplicaState",

@@ -15,11 +15,11 @@ from ..common.cluster_state import ClusterState, ModelCard
 from ..common.errors import Cancelled, Unavailable
 from ..common.routing import RouteDecision
 from ..proto import inference_pb2 as pb
+from ..proto.cluster_codec import card_from_proto, status_from_proto
 from ..proto.inference_pb2_grpc import InferenceStub
 from ..proto.routing_codec import decision_from_proto
 from .async_text_stream import AsyncTextStream, is_task_cancelled
 from .attempts import Attempts
-from .cluster import cluster_state, model_card
 from .options import (
     DEFAULT_CHANNEL,
     DEFAULT_RETRY,
@@ -115,11 +115,11 @@ class AsyncClient:
 
     async def models(self) -> tuple[ModelCard, ...]:
         """What is served."""
-        return tuple(map(model_card, (await self._short_call("ListModels", pb.ListModelsRequest())).models))
+        return tuple(map(card_from_proto, (await self._short_call("ListModels", pb.ListModelsRequest())).models))
 
     async def status(self) -> ClusterState:
         """The cluster at this moment: replicas, load, sampling defaults, addresses."""
-        return cluster_state(await self._short_call("ClusterStatus", pb.ClusterStatusRequest()))
+        return status_from_proto(await self._short_call("ClusterStatus", pb.ClusterStatusRequest()))
 
     async def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]:
         """Why a request went where it went: the router's choices for it, one for each of its choices and each replica it lost,

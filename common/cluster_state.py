@@ -62,6 +62,23 @@ class ScalingState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayStatus:
+    """A gateway process. `message` says why it is not connected; addresses are empty until it first was.
+
+    `num_streams` are read through it now; `restarts` counts since the controller started.
+    """
+
+    name: str
+    is_connected: bool
+    message: str = ""
+    grpc_address: str = ""
+    http_address: str = ""
+    pid: int = 0
+    restarts: int = 0
+    num_streams: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
     """A model that can be asked for by `name`."""
 
@@ -76,7 +93,7 @@ class ClusterState:
     """Everything at one moment. `num_queued` waits for a replica, `num_running` is on one; both count sequences (choices).
 
     Counts since the controller started: `num_prompt_tokens` of ended requests, of which a prefix cache saved
-    `num_cached_tokens`; `num_generated_tokens` as they come.
+    `num_cached_tokens`; `num_generated_tokens` as they come. `gateways` is empty where the controller has the doors.
     """
 
     version: str
@@ -96,3 +113,4 @@ class ClusterState:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
+    gateways: tuple[GatewayStatus, ...] = ()

@@ -100,6 +100,9 @@ class GatewayConfig:
         default_timeout_s: deadline of a request that brings none.
         isolate_cache: every tenant's prompts meet only its own in the prefix caches; else those of tenants that ask for it.
         resume_window_s: how long a resumable request (the SDK's are) runs on while its client is away, and its end is kept.
+        num_gateways: processes that have the doors, with tokenizer and text, all at the same ports (each at its own, where a
+            port is 0); 0: the controller's process has the doors.
+        link_port: where the controller listens for its gateways; 0 takes a free port.
     """
 
     host: str = "127.0.0.1"
@@ -112,12 +115,15 @@ class GatewayConfig:
     default_timeout_s: float = 600.0
     isolate_cache: bool = False
     resume_window_s: float = 15.0
+    num_gateways: int = 0
+    link_port: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("grpc_port", "http_port"):
+        for name in ("grpc_port", "http_port", "link_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be in [0, 65535], not {getattr(self, name)}")
         _require(self, "max_queued_requests", 1)
+        _require(self, "num_gateways", 0)
         _require(self, "max_body_bytes", 1024)
         _require(self, "max_connections", 1)
         for name in ("client_timeout_s", "resume_window_s"):

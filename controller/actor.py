@@ -24,6 +24,7 @@ from ..common.config import ServeConfig
 from ..common.errors import InternalError, PilotfishError, Unavailable
 from .authority import Authority
 from .controller import Controller
+from .gateway_actor import RayGatewayLauncher
 from .ray_launcher import RayLauncher
 from .service import Addresses
 from .trace_setup import tracing_from_environment
@@ -53,7 +54,7 @@ class ControllerActor:
         """Raises Unavailable while the model's tokenizer is still being loaded."""
         if self._controller is None:
             raise Unavailable("the controller is starting", retry_after_s=1.0)
-        return self._controller.service.status()
+        return self._controller.status()
 
     async def shutdown(self, grace_s: float) -> None:
         """Refuse new requests, give running ones `grace_s`, end all workers. The caller ends this actor afterwards."""
@@ -78,6 +79,7 @@ class ControllerActor:
                 controller_id=f"{os.getpid()}-{secrets.token_hex(4)}",
                 tracing=tracing_from_environment(os.environ),
                 journal_path=_journal_path(authority),
+                gateway_launcher=RayGatewayLauncher(config, model_path),
             )
             addresses = await self._controller.start(is_restart=is_restart)
             await self._controller.wait_ready()

@@ -1,7 +1,7 @@
-"""The controller put together, without Ray: front end, dispatcher, fleet, service and the two doors.
+"""The controller put together, without Ray: entrance, intake, dispatcher and fleet.
 
 Life: `start` opens the doors at once (requests are answered with Unavailable until a replica serves) and starts the fleet;
-`wait_ready` says when it serves; `stop` ends requests, doors and workers in this order.
+`wait_ready` says when it serves; `stop` ends requests, workers and doors in this order.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.cluster_state import ClusterState
 from ..common.config import ServeConfig
 from ..common.errors import ConfigError
 from .authority import Authority
 from .autoscaler import Autoscaler
 from .dispatcher import Dispatcher
-from .doors import Doors
+from .entrance import GatewayProcesses, OwnDoors
 from .fleet import Fleet
-from .front_end import FrontEnd
+from .gateway_fleet import GatewayLauncher
 from .intake import Intake
 from .journal import Journal
 from .metrics import Metrics
@@ -40,7 +41,8 @@ _REBIND_TIMEOUT_S = 20.0
 class Controller:
     """See the module's docstring.
 
-    `journal_path` is where a successor finds the requests in flight; None: they end with this controller.
+    `gateway_launcher` starts gateway processes, if the configuration wants any. `journal_path` is where a successor finds the
+    requests in flight; None: they end with this controller.
 
     Raises:
         ConfigError: the journal cannot be opened.
@@ -57,14 +59,11 @@ class Controller:
         controller_id: str,
         tracing: RequestTracing | None = None,
         journal_path: Path | None = None,
+        gateway_launcher: GatewayLauncher | None = None,
     ) -> None:
-        self._config = config
-        self._front_end = FrontEnd(
-            model_path, generation_config=config.model.generation_config, block_size=config.engine.block_size
-        )
-        self._metrics, totals = Metrics(), Totals()
+        metrics, totals = Metrics(), Totals()
         self._tracing = tracing
-        observers = (self._metrics, totals, RequestLog(), *([tracing] if tracing else []))
+        observers = (metrics, totals, RequestLog(), *([tracing] if tracing else []))
         self._dispatcher = Dispatcher(
             max_queued=config.gateway.max_queued_requests,
             max_attempts=config.fleet.max_attempts,
@@ -91,9 +90,20 @@ class Controller:
             tracing=tracing,
             observers=observers,
         )
-        self.service = InferenceService(config=config, front_end=self._front_end, intake=self._intake)
-        self._doors = Doors(self.service, self._front_end.tokenizer, config.gateway, render_metrics=self._render_metrics)
         self._tasks: list[asyncio.Task[None]] = []
+        self._entrance: OwnDoors | GatewayProcesses
+        if not config.gateway.num_gateways:
+            self._entrance = OwnDoors(config, self._intake, metrics, model_path=model_path)
+        elif gateway_launcher is None:
+            raise ConfigError("num_gateways is set where nothing can start gateway processes: leave it 0")
+        else:
+            self._entrance = GatewayProcesses(config, self._intake, metrics, launcher=gateway_launcher, authority=authority)
+
+    @property
+    def service(self) -> InferenceService:
+        """Of the doors in this process."""
+        assert isinstance(self._entrance, OwnDoors)
+        return self._entrance.service
 
     async def start(self, *, is_restart: bool = False) -> Addresses:
         """Open the doors and start the fleet.
@@ -102,23 +112,22 @@ class Controller:
 
         Raises:
             ConfigError: a port is in use.
+            PilotfishError: why a gateway process cannot start.
         """
-        self._intake.restore(self._front_end.make_text)
+        self._intake.restore(self._entrance.make_text)
         deadline = time.monotonic() + (_REBIND_TIMEOUT_S if is_restart else 0.0)
         while True:
             try:
-                await self._doors.open()
+                await self._entrance.open()
                 break
             except ConfigError:
                 if time.monotonic() >= deadline:
                     raise
             await asyncio.sleep(_BIND_PAUSE_S)
         await self._fleet.start(is_restart=is_restart)
-        follow_health = self._doors.follow_health(self._fleet.changed, lambda: self._fleet.is_serving)
-        self._tasks = [asyncio.create_task(work) for work in (follow_health, self._autoscaler.run())]
-        for task in self._tasks:
-            task.add_done_callback(_log_failure)
-        return self.service.addresses
+        self._tasks = [asyncio.create_task(self._autoscaler.run())]
+        self._tasks[0].add_done_callback(_log_failure)
+        return await self._entrance.wait_open()
 
     async def wait_ready(self) -> None:
         """Until every replica serves; raises why one never will."""
@@ -131,14 +140,13 @@ class Controller:
             task.cancel()
         await self._fleet.stop(grace_s=grace_s)
         self._intake.end_all()
-        await self._doors.close()
-        self._front_end.close()
+        await self._entrance.close()
         tracing, self._tracing = self._tracing, None
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 
-    async def _render_metrics(self) -> tuple[bytes, str]:
-        return self._metrics.render(self.service.status())
+    def status(self) -> ClusterState:
+        return self._entrance.status()
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -123,12 +123,26 @@ def end_actors() -> None:
 
 
 def _with_ports(gateway: GatewayConfig) -> GatewayConfig:
-    """A restarted controller must find the ports of the first one: 0 is settled before it starts."""
-    with contextlib.ExitStack() as held:  # both held until both are known: they must differ
+    """A restarted controller must find the ports of the first one: 0 is settled before it starts.
+
+    Raises:
+        ConfigError: a port that gateway processes are to share is in use; they would share it with whoever has it.
+    """
+    names = ["grpc_port", "http_port"]
+    with contextlib.ExitStack() as held:  # all held until all are known: they must differ
         ports = {}
-        for name in ("grpc_port", "http_port"):
-            if getattr(gateway, name) == 0:
-                listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in gateway.host else socket.AF_INET))
-                listener.bind((gateway.host, 0))
+        for name in [*names, "link_port"] if gateway.num_gateways else names:
+            if (port := getattr(gateway, name)) == 0 or gateway.num_gateways:
+                host = "127.0.0.1" if name == "link_port" else gateway.host
+                listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    listener.bind((host, port))
+                    listener.listen()
+                except OSError as error:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ConfigError(
+                        f"cannot serve on {host}:{port}: {error.strerror}; choose another with {flag} (0 takes a free one)"
+                    ) from error
                 ports[name] = listener.getsockname()[1]
     return replace(gateway, **ports)

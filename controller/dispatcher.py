@@ -184,14 +184,18 @@ class Dispatcher:
     def release(self, stream: RequestStream) -> None:
         """A stream has ended: what is left of it leaves the queue, or is ended on its worker."""
         for sequence in stream.sequences:
-            if self._expected.get(sequence.request.request_id) is sequence:
-                del self._expected[sequence.request.request_id]
-            self._queue.remove(sequence.request.request_id)
-            if self._held.pop(sequence.wire_id, None) is not None:
-                self.router.finish(sequence.wire_id)
-            self._abort(sequence)
-            self._returned.remove(sequence)
-            self._suspects.clear(sequence.request.request_id)
+            self.drop(sequence)
+
+    def drop(self, sequence: SequenceState) -> None:
+        """Nobody waits for more of a choice."""
+        if self._expected.get(sequence.request.request_id) is sequence:
+            del self._expected[sequence.request.request_id]
+        self._queue.remove(sequence.request.request_id)
+        if self._held.pop(sequence.wire_id, None) is not None:
+            self.router.finish(sequence.wire_id)
+        self._abort(sequence)
+        self._returned.remove(sequence)
+        self._suspects.clear(sequence.request.request_id)
 
     def fail_queued(self, error: PilotfishError) -> None:
         """No replica will ever take what is queued."""

@@ -21,6 +21,7 @@ from ..common.config import GatewayConfig
 from ..common.errors import ConfigError, InvalidRequest, PilotfishError
 from ..common.tenants import Tenant
 from ..proto import inference_pb2 as pb
+from ..proto.cluster_codec import card_to_proto, status_to_proto
 from ..proto.routing_codec import decision_to_proto
 from ..text.tokenizer import Tokenizer
 from . import grpc_messages
@@ -203,10 +204,10 @@ class GrpcGateway:
         return pb.TokenizeResponse(token_ids=result.token_ids, tokens=result.tokens)
 
     async def _list_models(self, _request: pb.ListModelsRequest, _caller: _Caller) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(models=[grpc_messages.card_to_proto(card) for card in self._service.models()])
+        return pb.ListModelsResponse(models=[card_to_proto(card) for card in self._service.models()])
 
     async def _cluster_status(self, _request: pb.ClusterStatusRequest, _caller: _Caller) -> pb.ClusterStatusResponse:
-        return grpc_messages.status_to_proto(self._service.status())
+        return status_to_proto(self._service.status())
 
     async def _explain_route(self, request: pb.ExplainRouteRequest, caller: _Caller) -> pb.ExplainRouteResponse:
         decisions = await self._service.explain_route(request.request_id, tenant=caller.tenant)

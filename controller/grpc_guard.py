@@ -31,7 +31,7 @@ Context: TypeAlias = grpc.aio.ServicerContext
 def server_options(config: GatewayConfig) -> list[tuple[str, int]]:
     timeout_ms = int(config.client_timeout_s * 1000)
     return [
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(config.num_gateways > 1)),
         ("grpc.max_receive_message_length", config.max_body_bytes),
         ("grpc.max_allowed_incoming_connections", config.max_connections),
         ("grpc.server_handshake_timeout_ms", timeout_ms),

@@ -6,7 +6,6 @@ know (a newer client's) is an InvalidRequest, never ignored.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NoReturn, TypeVar
@@ -15,14 +14,12 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from .. import __version__
-from ..common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus
 from ..common.errors import InvalidRequest
 from ..common.requests import TokenLogprob
 from ..common.sampling_params import MAX_CHOICES
 from ..proto import codec
 from ..proto import common_pb2 as common
 from ..proto import inference_pb2 as pb
-from ..proto.routing_codec import routing_to_proto
 from ..text.prepare import MAX_MESSAGES
 from ..text.tokenizer import Tokenizer
 from .events import Delta, Event, Started, Usage
@@ -30,14 +27,6 @@ from .sequence_state import Received
 
 M = TypeVar("M", bound=Message)
 _MAX_PARTS_SEARCHED = 10_000
-
-_STATES = {
-    ReplicaState.STARTING: pb.REPLICA_STATE_STARTING,
-    ReplicaState.READY: pb.REPLICA_STATE_READY,
-    ReplicaState.DRAINING: pb.REPLICA_STATE_DRAINING,
-    ReplicaState.LOST: pb.REPLICA_STATE_LOST,
-    ReplicaState.FAILED: pb.REPLICA_STATE_FAILED,
-}
 
 
 def parse(cls: type[M], data: bytes) -> M:
@@ -92,34 +81,6 @@ def event_to_proto(event: Event, tokenizer: Tokenizer) -> pb.GenerateEvent:
     return pb.GenerateEvent(usage=_usage_to_proto(event))
 
 
-def status_to_proto(state: ClusterState) -> pb.ClusterStatusResponse:
-    return pb.ClusterStatusResponse(
-        version=state.version,
-        model=state.model,
-        uptime_s=state.uptime_s,
-        replicas=[_replica_to_proto(replica) for replica in state.replicas],
-        scaling=pb.ScalingState(**dataclasses.asdict(state.scaling)),
-        num_queued=state.num_queued,
-        num_running=state.num_running,
-        generation_config=state.generation_config,
-        sampling_defaults=state.sampling_defaults,
-        grpc_address=state.grpc_address,
-        http_address=state.http_address,
-        num_requests=state.num_requests,
-        num_restarts=state.num_restarts,
-        controller_pid=state.controller_pid,
-        num_prompt_tokens=state.num_prompt_tokens,
-        num_cached_tokens=state.num_cached_tokens,
-        num_generated_tokens=state.num_generated_tokens,
-    )
-
-
-def card_to_proto(card: ModelCard) -> pb.ModelCard:
-    return pb.ModelCard(
-        name=card.name, architecture=card.architecture, max_model_len=card.max_model_len, created_unix_s=card.created_unix_s
-    )
-
-
 def _delta_to_proto(event: Delta, tokenizer: Tokenizer) -> pb.TextDelta:
     content = event.content
     return pb.TextDelta(
@@ -150,23 +111,6 @@ def _usage_to_proto(usage: Usage) -> pb.Usage:
         ttft_ms=usage.ttft_ms,
         total_ms=usage.total_ms,
         replica=usage.replica,
-    )
-
-
-def _replica_to_proto(replica: ReplicaStatus) -> pb.ReplicaStatus:
-    return pb.ReplicaStatus(
-        name=replica.name,
-        state=_STATES[replica.state],
-        message=replica.message,
-        address=replica.address,
-        node=replica.node,
-        restarts=replica.restarts,
-        info=None if replica.info is None else codec.info_to_proto(replica.info),
-        load=codec.load_to_proto(replica.load),
-        last_step_age_s=replica.last_step_age_s,
-        last_step_id=replica.last_step_id,
-        num_generated_tokens=replica.num_generated_tokens,
-        routing=None if replica.routing is None else routing_to_proto(replica.routing),
     )
 
 

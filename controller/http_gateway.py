@@ -82,7 +82,7 @@ class HttpGateway:
         Raises:
             ConfigError: the port is in use or the host is not of this machine.
         """
-        listener = bind(self._config.host, self._config.http_port)
+        listener = bind(self._config.host, self._config.http_port, shared=self._config.num_gateways > 1)
         self._server = make_server(self.app, self._config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         return f"{self._config.host}:{listener.getsockname()[1]}"

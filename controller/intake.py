@@ -1,7 +1,8 @@
 """Where requests enter the controller's process: ids, tenants' limits, the journal, the queue, and the record at the end.
 
-A request comes as an `Arrival`, what is known of it before its content is looked at, and gets its tokens on the way in.
-Everything runs on the controller's event loop.
+A request comes as an `Arrival`, what is known of it before its content is looked at, and gets its tokens on the way in. From
+the service of this process it has text states, from a gateway process (gateway_connection.py) none. Everything runs on the
+controller's event loop.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..common.errors import Cancelled, PilotfishError, Unavailable
 from ..common.requests import WorkerInfo
 from ..common.routing import RouteDecision
 from ..common.tenants import ANONYMOUS, Tenant
+from ..proto.journal_pb2 import JournalEntry
 from ..text.prepare import ModelLimits
 from .autoscaler import Autoscaler
 from .choice_text import MakeText
@@ -44,18 +46,22 @@ class Arrival:
 
     Attributes:
         timeout_s: until the last token, from its arrival.
+        age_s: since its arrival, where it came through a gateway process.
         retry_key: names the caller over several attempts of one call, for the place that a full queue holds for it.
         trace_headers: W3C `traceparent` and `tracestate`, where the caller traces.
         resumable: its client may lose its connection, and come back.
+        entry: what it is made of, where a gateway process reads it; when that has lost its connection the request goes on.
     """
 
     request_id: str
     timeout_s: float
+    age_s: float = 0.0
     priority: int = 0
     tenant: Tenant = ANONYMOUS
     retry_key: str = ""
     trace_headers: Mapping[str, str] = field(default_factory=dict)
     resumable: bool = False
+    entry: JournalEntry | None = None
 
 
 class Intake:
@@ -134,10 +140,37 @@ class Intake:
         self._num_requests += 1
         return stream
 
+    def readmit(self, arrival: Arrival, prepared: Prepared) -> RequestStream:
+        """Take in what an earlier controller had admitted; it waits for who knows how far it is (`StreamTable.take_up`)."""
+        self.tenants.limits(arrival.tenant).enter_again(_now_ms())
+        stream = self._add(arrival)
+        self.streams.suspend(stream, prepared)
+        return stream
+
     def report_refused(self, error: PilotfishError) -> None:
         """A request came to nothing before it was here."""
+        self.count_refused(error.code)
+
+    def count_refused(self, error_code: str) -> None:
         for observer in self._observers:
-            observer.on_refused(error.code)
+            observer.on_refused(error_code)
+
+    def stop(self, stream: RequestStream, index: int, *, num_tokens: int, reason: str) -> None:
+        """The gateway process of a request found a stop string in a choice, which ends with so many tokens."""
+        sequence = stream.sequences[index]
+        if not stream.ended and sequence.finish_reason is None:
+            self._dispatcher.drop(sequence)
+            stream.stop(sequence, num_tokens=num_tokens, reason=reason)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a replica takes requests."""
+        return self._fleet.is_serving
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set whenever a replica changes its state."""
+        return self._fleet.changed
 
     async def resume(
         self, request_id: str, received: Sequence[Received], *, tenant: Tenant
@@ -210,11 +243,16 @@ class Intake:
             self._num_preparing, tenant=tenant.name, priority=arrival.priority, retry_key=arrival.retry_key
         )
         self.tenants.limits(tenant).enter(_now_ms())
+        return self._add(arrival)
+
+    def _add(self, arrival: Arrival) -> RequestStream:
         return self.streams.add(
             arrival.request_id,
             timeout_s=arrival.timeout_s,
             resumable=arrival.resumable,
-            tenant=tenant,
+            tenant=arrival.tenant,
+            age_s=arrival.age_s,
+            entry=arrival.entry,
         )
 
     def _take_tokens(self, stream: RequestStream, prepared: Prepared) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,14 +80,13 @@ class Journal:
 
 
 def entry_of(stream: RequestStream, prepared: Prepared) -> journal_pb2.JournalEntry:
-    """What a successor needs of a request that is about to be queued."""
+    """What a successor needs of a request that is about to be queued, but its deadline."""
     first, *others = prepared.requests
     text = prepared.text_params
     return journal_pb2.JournalEntry(
         request_id=stream.request_id,
         model=stream.model,
         created_unix_s=stream.created_unix_s,
-        deadline_unix_s=time.time() + stream.time_left_s(),
         choices=[request_to_proto(first), *(request_to_proto(replace(other, prompt_token_ids=())) for other in others)],
         text=common_pb2.SamplingParams(
             stop=text.stop,

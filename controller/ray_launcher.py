@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import ray
 from ray.actor import ActorClass, ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -30,14 +30,13 @@ from ..common.requests import ServingWorker
 from ..proto.versions import mismatch, own_versions
 from .authority import Authority
 from .node_links import NodeLinks
+from .ray_actors import cause_of_death, until_dead
 from .ray_placement import find_group, place, reachable_only
 from .worker_process import NoRoom, WorkerDied, worker_name
 
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 4
-_WAIT_S = 30.0
-_UNAVAILABLE_PAUSE_S = 0.2
 _DESCRIBE_TIMEOUT_S = 5.0
 _CPU_BUNDLE = {"CPU": 0.001}  # Ray places no bundle of nothing
 _ENVIRONMENT = {
@@ -69,14 +68,8 @@ class RayWorker:
         _end(self._handles, self._group)
 
     async def _wait_rank_dead(self, rank: int) -> str:
-        while True:
-            try:
-                await self._handles[rank].wait.remote(_WAIT_S)
-            except ActorUnavailableError:  # Ray does not know yet
-                await asyncio.sleep(_UNAVAILABLE_PAUSE_S)
-            except RayActorError as error:
-                whose = f"rank {rank}: " if len(self._handles) > 1 else ""
-                return whose + _cause_of_death(error)
+        whose = f"rank {rank}: " if len(self._handles) > 1 else ""
+        return whose + await until_dead(self._handles[rank])
 
 
 class RayLauncher:
@@ -121,7 +114,7 @@ class RayLauncher:
             if isinstance(error, RayTaskError) and isinstance(error.cause, PilotfishError):
                 raise error.cause from None
             if isinstance(error, RayError):
-                raise WorkerDied(_cause_of_death(error)) from error
+                raise WorkerDied(cause_of_death(error)) from error
             raise
         self._links.forget()
         return RayWorker(handles, places, group)
@@ -263,9 +256,3 @@ def _end(handles: list[ActorHandle], group: PlacementGroup | None) -> None:
         ray.kill(handle)
     if group is not None:
         remove_placement_group(group)
-
-
-def _cause_of_death(error: RayError) -> str:
-    """Ray's account without its advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "its process ended: " + " ".join(lines[:3])

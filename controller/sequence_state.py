@@ -89,6 +89,13 @@ class SequenceState:
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         return not delta.is_empty
 
+    def stop(self, *, num_tokens: int, reason: str) -> None:
+        """It ends with so many tokens; the engine may have made more."""
+        if self.finish_reason is None:
+            del self.output_token_ids[num_tokens:]
+            del self.logprobs[num_tokens:]
+            self.finish_reason, self.stop_reason = FinishReason.STOP, reason
+
     def learn(self, token_ids: Sequence[int]) -> None:
         """Take tokens that somebody else kept; a choice that they complete ends.
 

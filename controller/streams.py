@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from ..common.errors import Cancelled, DeadlineExceeded, PilotfishError
 from ..common.requests import SequenceOutput
 from ..common.tenants import ANONYMOUS, Tenant
+from ..proto.journal_pb2 import JournalEntry
 from .events import Delta, Event, RequestRecord, Started, Usage
 from .front_end import Prepared
 from .sequence_state import Position, Received, SequenceState
@@ -28,6 +30,9 @@ class RequestStream:
         tenant: whose it is.
         tokens_taken: of its tenant's tokens a minute, until it is known what it used.
         resume_window_s: how long it runs on without a reader; 0: not at all.
+        is_resumable: its client may come back to it, to any door.
+        entry: of a request that a gateway process reads or an earlier controller had: what it was made of.
+        was_left: it ended because it had no reader for too long.
         is_suspended: a controller before this one had it, and its client has not come back yet.
     """
 
@@ -40,7 +45,10 @@ class RequestStream:
         on_end: Callable[[RequestStream], None],
         tenant: Tenant = ANONYMOUS,
         resume_window_s: float = 0.0,
+        is_resumable: bool = False,
+        age_s: float = 0.0,
     ) -> None:
+        """`timeout_s` counts from its arrival, which was `age_s` ago."""
         self.request_id = request_id
         self.model = model
         self.tenant = tenant
@@ -51,17 +59,20 @@ class RequestStream:
         self.error: PilotfishError | None = None
         self.created_unix_s = int(time.time())
         self.resume_window_s = resume_window_s
+        self.is_resumable = is_resumable
         self.is_suspended = False
+        self.was_left = False
+        self.entry: JournalEntry | None = None
         self._on_end = on_end
         self._num_prompt_tokens = 0
-        self._arrival = time.monotonic()
+        self._arrival = time.monotonic() - age_s
         self._timeout_s = timeout_s
         self._dispatched: float | None = None
         self._first_token: float | None = None
         self._end_time: float | None = None
-        self._reader: StreamReader | None = None
+        self._reader: Reader | None = None
         self._absence_timer: asyncio.TimerHandle | None = None
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self.expire)
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, timeout_s - age_s), self.expire)
 
     def start(self, prepared: Prepared) -> None:
         """The request was accepted. Every choice opens with the prompt's text, where the caller wants it (echo)."""
@@ -85,14 +96,23 @@ class RequestStream:
 
     def read(self, positions: Mapping[int, Position] | None = None) -> StreamReader:
         """A reader from the beginning, or from where it has come in each choice. One that reads already is ended."""
+        reader = StreamReader(self, positions or {})
+        self.attach(reader)
+        return reader
+
+    def attach(self, reader: Reader) -> None:
+        """From now on it is woken. One that reads already is ended."""
         if self._absence_timer is not None:
             self._absence_timer.cancel()
         if self._reader is not None:
             self._reader.supersede()
-        self._reader = StreamReader(self, positions or {})
+        self._reader = reader
+
+    @property
+    def reader(self) -> Reader | None:
         return self._reader
 
-    def leave(self, reader: StreamReader) -> None:
+    def leave(self, reader: Reader) -> None:
         """A reader goes; without another the request ends, at once or after `resume_window_s`."""
         if reader is not self._reader:
             return
@@ -125,6 +145,12 @@ class RequestStream:
         if self._dispatched is None:
             self._dispatched = time.monotonic()
 
+    def note_run(self, sequence: SequenceState, *, replica: str, num_attempts: int, queue_ms: float) -> None:
+        """Where a choice runs, as the controller's process says it to the one that has the doors."""
+        sequence.replica, sequence.num_attempts = replica, num_attempts
+        if self._dispatched is None:
+            self._dispatched = self._arrival + queue_ms / 1000
+
     def apply(self, sequence: SequenceState, output: SequenceOutput) -> bool:
         """Take a step's output for one choice; True if its text is complete while the worker still runs it (a stop string).
 
@@ -140,6 +166,11 @@ class RequestStream:
             self._wake()
         self.end_if_complete()
         return sequence.text.should_abort
+
+    def stop(self, sequence: SequenceState, *, num_tokens: int, reason: str) -> None:
+        """The process that makes the text found a stop string: the choice ends with so many tokens."""
+        sequence.stop(num_tokens=num_tokens, reason=reason)
+        self.end_if_complete()
 
     def end_if_complete(self) -> None:
         if not self.ended and all(s.finish_reason is not None for s in self.sequences):
@@ -175,6 +206,21 @@ class RequestStream:
             replica=first.replica if first else "",
         )
 
+    @property
+    def timeout_s(self) -> float:
+        """From its arrival."""
+        return self._timeout_s
+
+    @property
+    def age_s(self) -> float:
+        """Since its arrival."""
+        return time.monotonic() - self._arrival
+
+    @property
+    def queue_ms(self) -> float:
+        """From its arrival until a replica had room for its first choice; 0 before."""
+        return 0.0 if self._dispatched is None else 1000 * (self._dispatched - self._arrival)
+
     def record(self) -> RequestRecord:
         return RequestRecord(
             request_id=self.request_id,
@@ -196,12 +242,27 @@ class RequestStream:
         self._on_end(self)
 
     def _expire_absence(self) -> None:
+        self.was_left = True
         waited = f" for {self.resume_window_s:g} s" if self.resume_window_s else ""
         self.fail(Cancelled(f"request {self.request_id} was cancelled: its client was gone{waited}"))
 
     def _wake(self) -> None:
         if self._reader is not None:
             self._reader.wake.set()
+
+
+class Wake(Protocol):
+    """An asyncio.Event, or what is told the same way."""
+
+    def set(self) -> None: ...
+
+
+class Reader(Protocol):
+    """Who a stream wakes when there may be more, and tells when another takes its place."""
+
+    @property
+    def wake(self) -> Wake: ...
+    def supersede(self) -> None: ...
 
 
 class StreamReader:

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=$(mktemp -d); trap 'rm -rf "$out"' EXIT
 "$python" -m grpc_tools.protoc -Ipilotfish/proto=proto --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" \
-    pilotfish/proto/{common,inference,journal,worker}.proto
+    pilotfish/proto/{common,gateway,inference,journal,worker}.proto
 rm -f "$out"/pilotfish/proto/{common,journal}_pb2_grpc.py  # no service in them
 if [ "${1:-}" = --check ]; then
     for file in "$out"/pilotfish/proto/*; do

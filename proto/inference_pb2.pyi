@@ -285,8 +285,28 @@ class ScalingState(_message.Message):
     decided_age_s: float
     def __init__(self, min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., num_wanted: _Optional[int] = ..., num_up: _Optional[int] = ..., num_down: _Optional[int] = ..., reason: _Optional[str] = ..., decided_age_s: _Optional[float] = ...) -> None: ...
 
+class GatewayStatus(_message.Message):
+    __slots__ = ("name", "is_connected", "message", "grpc_address", "http_address", "pid", "restarts", "num_streams")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IS_CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    is_connected: bool
+    message: str
+    grpc_address: str
+    http_address: str
+    pid: int
+    restarts: int
+    num_streams: int
+    def __init__(self, name: _Optional[str] = ..., is_connected: _Optional[bool] = ..., message: _Optional[str] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., pid: _Optional[int] = ..., restarts: _Optional[int] = ..., num_streams: _Optional[int] = ...) -> None: ...
+
 class ClusterStatusResponse(_message.Message):
-    __slots__ = ("version", "model", "uptime_s", "replicas", "num_queued", "num_running", "generation_config", "sampling_defaults", "grpc_address", "http_address", "num_requests", "num_restarts", "controller_pid", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "scaling")
+    __slots__ = ("version", "model", "uptime_s", "replicas", "num_queued", "num_running", "generation_config", "sampling_defaults", "grpc_address", "http_address", "num_requests", "num_restarts", "controller_pid", "num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "scaling", "gateways")
     class SamplingDefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +331,7 @@ class ClusterStatusResponse(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCALING_FIELD_NUMBER: _ClassVar[int]
+    GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     uptime_s: float
@@ -328,7 +349,8 @@ class ClusterStatusResponse(_message.Message):
     num_cached_tokens: int
     num_generated_tokens: int
     scaling: ScalingState
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., generation_config: _Optional[str] = ..., sampling_defaults: _Optional[_Mapping[str, str]] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_restarts: _Optional[int] = ..., controller_pid: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., scaling: _Optional[_Union[ScalingState, _Mapping]] = ...) -> None: ...
+    gateways: _containers.RepeatedCompositeFieldContainer[GatewayStatus]
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., generation_config: _Optional[str] = ..., sampling_defaults: _Optional[_Mapping[str, str]] = ..., grpc_address: _Optional[str] = ..., http_address: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_restarts: _Optional[int] = ..., controller_pid: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., scaling: _Optional[_Union[ScalingState, _Mapping]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ...) -> None: ...
 
 class ExplainRouteRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_gateways import LocalGatewayLauncher
 from local_workers import Cluster, LocalLauncher, StartCluster
 from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig, TenantConfig
 from pilotfish.controller.controller import Controller
+from reading import eventually
 from small_model import save_tokenizer
 
 
@@ -31,6 +33,7 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
         stall_timeout_s: float = 60.0,
         wait: bool = True,
         journal_path: Path | None = None,
+        gateways: LocalGatewayLauncher | None = None,
         **engine_options: Any,
     ) -> Cluster:
         launcher = launcher or LocalLauncher(engine_options=engine_options)
@@ -41,6 +44,8 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             fleet=FleetConfig(**{"heartbeat_timeout_s": 5.0, **(fleet or {})}),
             tenants=tenants or {},
         )
+        if config.gateway.num_gateways and gateways is None:
+            gateways = LocalGatewayLauncher(config, tokenizer_path)
         controller = Controller(
             config,
             model_path=tokenizer_path,
@@ -48,12 +53,15 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
             authority=launcher.authority,
             controller_id="test",
             journal_path=journal_path,
+            gateway_launcher=gateways,
         )
         started.append(controller)
         await controller.start()
         if wait:
             await controller.wait_ready()
-        return Cluster(controller, launcher)
+            if gateways is not None:
+                await eventually(lambda: all(g.service.models() for g in gateways.launched))
+        return Cluster(controller, launcher, gateways)
 
     yield start
     for controller in started:

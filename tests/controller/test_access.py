@@ -109,7 +109,7 @@ async def test_what_nobody_listed_needs_a_key_too(channel: grpc.aio.Channel, met
 
 
 async def test_every_http_route_needs_its_key(cluster: Cluster) -> None:
-    http = cluster.controller._doors._http
+    http = cluster.controller._entrance.doors._http
     assert http is not None
     routes = {
         f"{method} {route.path.replace('{name:path}', 'tiny')}"

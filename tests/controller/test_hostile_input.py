@@ -255,7 +255,7 @@ async def test_who_does_not_read_is_cut_off(cluster: Cluster) -> None:
         client.connect((host, int(port)))
         client.setblocking(False)
         await asyncio.get_running_loop().sock_sendall(client, b"GET /dashboard HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
-        connections = cluster.controller._doors._http._server.server_state.connections
+        connections = cluster.controller._entrance.doors._http._server.server_state.connections
         await eventually(lambda: len(connections) == 1)
         await eventually(lambda: len(connections) == 0)
 
@@ -439,9 +439,9 @@ async def test_watchers_of_health_are_bounded_and_hold_up_nobody(start_cluster: 
         code, _ = await end_of(channel, "/grpc.health.v1.Health/Watch", b"")
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await end_of(channel, "/grpc.health.v1.Health/Check", b""))[0] is grpc.StatusCode.OK
-        cluster.controller._doors._grpc.set_serving(False)
+        cluster.controller._entrance.doors._grpc.set_serving(False)
         assert await asyncio.wait_for(calls[-1].read(), 10) == b"\x08\x02"
-        cluster.controller._doors._grpc.set_serving(True)
+        cluster.controller._entrance.doors._grpc.set_serving(True)
         for call in calls:
             call.cancel()
 

@@ -36,7 +36,7 @@ async def client_of() -> AsyncIterator[ClientOf]:
 
 
 def answer_to(cluster: Cluster, text: str, num_tokens: int) -> str:
-    tokenizer = cluster.controller._front_end.tokenizer
+    tokenizer = cluster.service._front_end.tokenizer
     return tokenizer.decode(expected_tokens(tokenizer.encode(text), num_tokens))
 
 

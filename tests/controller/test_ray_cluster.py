@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +20,11 @@ from typing import Any, Literal
 import grpc
 import pytest
 import ray
+from pilotfish.client import Client
 from pilotfish.common.cluster_state import ClusterState, ReplicaState
 from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ParallelConfig, ServeConfig
 from pilotfish.common.errors import ConfigError, ModelLoadError, PilotfishError
-from pilotfish.controller.deployment import Deployment, deploy, find
+from pilotfish.controller.deployment import Deployment, _with_ports, deploy, find
 from pilotfish.controller.service import Addresses
 from pilotfish.proto import inference_pb2 as pb
 from pilotfish.proto import inference_pb2_grpc
@@ -73,12 +76,13 @@ def config(
     num_replicas: int = 2,
     grpc_port: int = 0,
     device: Literal["cpu", "cuda"] = "cpu",
+    num_gateways: int = 0,
     **parallel: Any,
 ) -> ServeConfig:
     return ServeConfig(
         model=ModelConfig(model=str(model_path), served_name="tiny"),
         engine=EngineConfig(device=device, num_kv_blocks=512, num_threads=1, max_num_seqs=8),
-        gateway=GatewayConfig(grpc_port=grpc_port, http_port=0),
+        gateway=GatewayConfig(grpc_port=grpc_port, http_port=0, num_gateways=num_gateways),
         parallel=ParallelConfig(**parallel),
         fleet=FleetConfig(num_replicas=num_replicas),
     )
@@ -342,3 +346,86 @@ def test_a_worker_that_cannot_load_says_why(local_ray: None, model_path: Path, t
     finally:
         deployment.shutdown()
     assert ray.util.list_named_actors() == []
+
+
+def test_clients_of_gateways_see_no_gap_when_the_controller_or_their_gateway_is_killed(
+    local_ray: None, model_path: Path
+) -> None:
+    """Two gateways share one address. A controller that is killed costs their clients a pause; a gateway that is killed costs
+    its HTTP clients the connection, and the SDK's nothing."""
+    deployment = deploy(
+        config(model_path, num_replicas=1, num_gateways=2), model_path=str(model_path), worker_class=ray.remote(WorkerActor)
+    )
+    try:
+        served = Served(deployment, deployment.wait_ready(timeout_s=120))
+        wait_until(lambda: all(gateway.is_connected for gateway in deployment.status().gateways), "the gateways")
+        before = deployment.status()
+        assert {gateway.grpc_address for gateway in before.gateways} == {served.addresses.grpc}
+        assert len({gateway.pid for gateway in before.gateways} | {before.controller_pid}) == 3
+        expected = Reader(served, max_tokens=1500).finish()
+
+        over_grpc, over_http = Reader(served, max_tokens=1500), HttpReader(served, max_tokens=1500)
+        over_grpc.wait_for(20)
+        wait_until(lambda: len(over_http.text) >= 20, "text over HTTP")
+        os.kill(before.controller_pid, signal.SIGKILL)
+        assert over_grpc.finish().token_ids == expected.token_ids
+        assert over_http.finish() == over_grpc.text == expected.text
+        wait_until(lambda: all_ready(deployment, restarts=0), "the controller's successor")
+        after = deployment.status()
+        assert after.controller_pid != before.controller_pid
+        assert [gateway.pid for gateway in after.gateways] == [gateway.pid for gateway in before.gateways]
+
+        with Client(served.addresses.grpc) as client:
+            stream = client.stream_generate(PROMPT, max_tokens=1500, temperature=0, ignore_eos=True)
+            for _ in range(5):
+                next(stream)
+            wait_until(lambda: any(g.num_streams for g in deployment.status().gateways), "the stream's gateway")
+            victim = next(gateway for gateway in deployment.status().gateways if gateway.num_streams)
+            os.kill(victim.pid, signal.SIGKILL)
+            assert list(stream.read_all().token_ids) == expected.token_ids
+
+        def has_successor() -> bool:
+            gateways = {gateway.name: gateway for gateway in deployment.status().gateways}
+            return gateways[victim.name].is_connected and gateways[victim.name].restarts == 1
+
+        wait_until(has_successor, "the gateway's successor")
+        assert len(Reader(served, max_tokens=30).finish().token_ids) == 30
+        pids = [gateway.pid for gateway in deployment.status().gateways]
+        with pytest.raises(ConfigError, match=rf"{served.addresses.grpc}.*--grpc-port"):  # it would share their port
+            _with_ports(GatewayConfig(grpc_port=int(served.addresses.grpc.rpartition(":")[2]), num_gateways=2))
+    finally:
+        deployment.shutdown()
+    assert ray.util.list_named_actors() == []
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the gateways' end")
+
+
+class HttpReader(threading.Thread):
+    """A chat-like client over HTTP: the text of a streamed completion, read on a thread."""
+
+    def __init__(self, served: Served, *, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._address = served.addresses.http
+        self._body = {
+            "model": "tiny", "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True
+        }  # fmt: skip
+        self.text = ""
+        self._lines: list[str] = []
+        self.start()
+
+    def run(self) -> None:
+        request = urllib.request.Request(
+            f"http://{self._address}/v1/completions",
+            data=json.dumps(self._body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            for line in response:
+                if line.startswith(b"data: "):
+                    self._lines.append(line[6:].decode().strip())
+                    if self._lines[-1] != "[DONE]":
+                        self.text += json.loads(self._lines[-1])["choices"][0]["text"]
+
+    def finish(self) -> str:
+        self.join(60)
+        assert self._lines[-1] == "[DONE]"
+        return self.text

@@ -32,7 +32,7 @@ async def generate(cluster: Cluster, prompt: str | list[int] | None = None, **op
 
 
 def decoded(cluster: Cluster, token_ids: list[int]) -> str:
-    return cluster.controller._front_end.tokenizer.decode(token_ids)
+    return cluster.service._front_end.tokenizer.decode(token_ids)
 
 
 def used_blocks(cluster: Cluster, worker: int = 0) -> int:

@@ -75,7 +75,7 @@ async def test_the_sdk_brings_its_key_and_none_is_logged(
     engine = cluster.launcher.launched[0].engine
     assert engine.submitted[0].tenant == Tenant("acme"), "the worker is told whose it is"
     assert not any(secret in caplog.text for key in KEYS.values() for secret in (key, key[20:]))
-    assert not any(key[20:] in repr(cluster.controller._config) for key in KEYS.values())
+    assert not any(key[20:] in repr(cluster.service._config) for key in KEYS.values())
 
 
 async def test_a_tenant_cannot_end_anothers_request(start_cluster: StartCluster) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fake_engine import FakeEngine
+from local_gateways import LocalGatewayLauncher
 from pilotfish.common.identity import Identity
 from pilotfish.common.requests import ServingWorker, WorkerInfo
 from pilotfish.controller.authority import Authority
@@ -88,14 +89,16 @@ class LocalLauncher:
 
 @dataclass
 class Cluster:
-    """A controller and the launcher of its workers."""
+    """A controller, the launcher of its workers, and that of its gateways, where it has any."""
 
     controller: Controller
     launcher: LocalLauncher
+    gateways: LocalGatewayLauncher | None = None
 
     @property
     def service(self) -> InferenceService:
-        return self.controller.service
+        """Behind the doors: of the first gateway, or the controller's own."""
+        return self.controller.service if self.gateways is None else self.gateways.launched[0].service
 
 
 StartCluster = Callable[..., Awaitable[Cluster]]

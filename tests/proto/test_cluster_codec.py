@@ -1,11 +1,10 @@
 import pytest
-from pilotfish.client.cluster import cluster_state, model_card
-from pilotfish.common.cluster_state import ClusterState, ModelCard, ReplicaState, ReplicaStatus, ScalingState
+from pilotfish.common.cluster_state import ClusterState, GatewayStatus, ModelCard, ReplicaState, ReplicaStatus, ScalingState
 from pilotfish.common.errors import InternalError
 from pilotfish.common.requests import EngineLoad, WorkerInfo
 from pilotfish.common.routing import RoutingState
-from pilotfish.controller.grpc_messages import card_to_proto, status_to_proto
 from pilotfish.proto import inference_pb2 as pb
+from pilotfish.proto.cluster_codec import card_from_proto, card_to_proto, status_from_proto, status_to_proto
 
 INFO = WorkerInfo(
     model_name="m",
@@ -81,17 +80,18 @@ def test_the_controllers_state_arrives_whole():
         num_prompt_tokens=40,
         num_cached_tokens=16,
         num_generated_tokens=80,
+        gateways=(GatewayStatus(name="gateway-0", is_connected=True, grpc_address="127.0.0.1:1", pid=7, num_streams=2),),
     )
-    assert cluster_state(pb.ClusterStatusResponse.FromString(status_to_proto(state).SerializeToString())) == state
+    assert status_from_proto(pb.ClusterStatusResponse.FromString(status_to_proto(state).SerializeToString())) == state
 
 
 def test_model_cards_arrive_whole():
     card = ModelCard(name="m", architecture="LlamaForCausalLM", max_model_len=8192, created_unix_s=1700000000)
-    assert model_card(card_to_proto(card)) == card
+    assert card_from_proto(card_to_proto(card)) == card
 
 
 @pytest.mark.parametrize("value", [0, 77])
 def test_a_state_of_another_version_is_named(value):
     message = pb.ClusterStatusResponse(replicas=[pb.ReplicaStatus(state=value)])
     with pytest.raises(InternalError, match=f"replica state {value}, which this client does not know"):
-        cluster_state(message)
+        status_from_proto(message)
