@@ -393,7 +393,7 @@ async def test_shutdown_with_grace_lets_running_requests_end(start_cluster: Star
 
 async def test_a_deadline_ends_a_request_that_is_being_prepared(start_cluster: StartCluster) -> None:
     cluster = await start_cluster()
-    front_end, done = cluster.controller._front_end, threading.Event()
+    front_end, done = cluster.service._front_end, threading.Event()
     busy = [front_end._pool.submit(done.wait, 30) for _ in range(2)]  # long prompts of others, say
     try:
         with pytest.raises(DeadlineExceeded):
@@ -406,7 +406,7 @@ async def test_a_deadline_ends_a_request_that_is_being_prepared(start_cluster: S
 
 async def test_long_texts_wait_for_each_other_only(start_cluster: StartCluster) -> None:
     cluster = await start_cluster()
-    front_end, done = cluster.controller._front_end, threading.Event()
+    front_end, done = cluster.service._front_end, threading.Event()
     front_end._pool_of_long.submit(done.wait, 30)
     try:
         long = asyncio.create_task(cluster.service.start_request(prompt="x" * 200_000, sampling={"max_tokens": 2}))
