@@ -16,14 +16,13 @@ import grpc
 from google.protobuf.message import Message
 
 from ..common.errors import Unavailable
-from ..common.identity import Identity
+from ..common.identity import CONTROLLER_NAME, Identity
 from ..proto import gateway_pb2 as pb
 from ..proto import gateway_pb2_grpc
 from ..proto.credentials import channel_credentials, channel_options, explain
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER_NAME = "controller"  # in its certificate
 _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_receive_message_length", 256 * 1024 * 1024),
     ("grpc.use_local_subchannel_pool", 1),  # a new channel connects at once, whatever an earlier one met

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from ..common.cluster_state import ClusterState
 from ..common.config import ServeConfig
+from ..common.identity import CONTROLLER_NAME
 from .authority import Authority
 from .choice_text import MakeText, tokens_only
-from .controller_link import CONTROLLER_NAME
 from .doors import Doors
 from .front_end import FrontEnd
 from .gateway_fleet import GatewayFleet, GatewayLauncher

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 
@@ -21,7 +21,7 @@ from ..common.identity import Identity
 from ..proto import gateway_pb2 as pb
 from ..proto import gateway_pb2_grpc
 from ..proto import inference_pb2 as inference
-from ..proto.credentials import server_credentials
+from ..proto.credentials import peer_name, server_credentials
 from ..proto.routing_codec import decision_to_proto
 from .gateway_connection import GatewayConnection
 from .intake import Intake
@@ -39,6 +39,7 @@ _OPTIONS: list[tuple[str, str | int]] = [
 ]
 _SHOW_INTERVAL_S = 1.0
 _FLUSH_TIMEOUT_S = 2.0
+_HELLO_TIMEOUT_S = 10.0
 
 Context: TypeAlias = grpc.aio.ServicerContext
 
@@ -106,7 +107,14 @@ class GatewayServer(gateway_pb2_grpc.GatewayLinkServicer):
         )
 
     async def Connect(self, _requests: AsyncIterator[pb.GatewayMessage], context: Context) -> None:
-        hello = (await context.read()).hello
+        await _check_caller(context)
+        try:
+            first = await asyncio.wait_for(context.read(), _HELLO_TIMEOUT_S)
+        except TimeoutError:
+            first = grpc.aio.EOF
+        if first is grpc.aio.EOF:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
+        hello = first.hello
         await self._check(hello, context)
         connection = GatewayConnection(hello, self._intake)
         if (earlier := self._connections.pop(hello.name, None)) is not None:
@@ -125,21 +133,23 @@ class GatewayServer(gateway_pb2_grpc.GatewayLinkServicer):
                 del self._connections[hello.name]
                 logger.warning("%s is not connected any more", hello.name)
 
-    async def Abort(self, request: pb.GatewayAbortRequest, _context: Context) -> inference.AbortResponse:
+    async def Abort(self, request: pb.GatewayAbortRequest, context: Context) -> inference.AbortResponse:
+        await _check_caller(context)
         tenant = self._intake.tenants.named(request.tenant)
         return inference.AbortResponse(found=await self._intake.abort(request.request_id, tenant=tenant))
 
-    async def ExplainRoute(self, request: inference.ExplainRouteRequest, _context: Context) -> inference.ExplainRouteResponse:
+    async def ExplainRoute(self, request: inference.ExplainRouteRequest, context: Context) -> inference.ExplainRouteResponse:
+        await _check_caller(context)
         decisions = await self._intake.explain_route(request.request_id)
         return inference.ExplainRouteResponse(decisions=map(decision_to_proto, decisions))
 
-    async def Metrics(self, _request: pb.MetricsRequest, _context: Context) -> pb.MetricsResponse:
+    async def Metrics(self, _request: pb.MetricsRequest, context: Context) -> pb.MetricsResponse:
+        await _check_caller(context)
         content, media_type = self._metrics.render(self._status())
         return pb.MetricsResponse(content=content, media_type=media_type)
 
     async def _check(self, hello: pb.GatewayHello, context: Context) -> None:
-        names: Any = context.auth_context().get("x509_common_name", [])
-        if [hello.name.encode()] != list(names) or not hello.name.startswith(GATEWAY_PREFIX):
+        if hello.name != peer_name(context):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"the certificate is not that of a gateway {hello.name!r}")
         if hello.version != __version__:
             await context.abort(
@@ -160,3 +170,9 @@ class GatewayServer(gateway_pb2_grpc.GatewayLinkServicer):
                     connection.show(state)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._intake.changed.wait(), _SHOW_INTERVAL_S)
+
+
+async def _check_caller(context: Context) -> None:
+    """A worker's certificate is of the same authority."""
+    if not (name := peer_name(context)).startswith(GATEWAY_PREFIX):
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"only gateways may call the controller here, not {name!r}")

@@ -21,13 +21,14 @@ from pilotfish.client import AsyncClient, RetryPolicy
 from pilotfish.common.api_keys import hash_line, make_key
 from pilotfish.common.config import TenantConfig
 from pilotfish.common.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, RequestNotFound, Unavailable
+from pilotfish.common.identity import CONTROLLER_NAME
 from pilotfish.common.requests import FinishReason
 from pilotfish.controller import gateway_fleet, remote_intake
-from pilotfish.controller.controller_link import CONTROLLER_NAME, ControllerLink, GatewayUnfit
+from pilotfish.controller.controller_link import ControllerLink, GatewayUnfit
 from pilotfish.controller.sequence_state import Received
 from pilotfish.controller.service import RequestHandle
 from pilotfish.proto import gateway_pb2 as pb
-from pilotfish.proto import gateway_pb2_grpc
+from pilotfish.proto import gateway_pb2_grpc, inference_pb2
 from pilotfish.proto.credentials import channel_credentials, channel_options
 from reading import Answer, Choice, eventually, read, read_until
 from tcp_proxy import TcpProxy
@@ -160,7 +161,7 @@ async def test_refusals_deadlines_and_cancels_of_the_controller_reach_the_caller
     one, other = launched(cluster)
     cluster.launcher.launched[0].engine.gate.clear()
     on_worker = [await generate(one) for _ in range(3)]
-    queued = [await generate(other, timeout_s=0.2) for _ in range(2)]
+    queued = [await generate(other, timeout_s=1.5) for _ in range(2)]  # time to be queued, on a busy machine
     with pytest.raises(Overloaded) as refused:
         await generate(one)
     assert refused.value.retry_after_s
@@ -360,6 +361,18 @@ async def test_only_a_gateway_of_this_version_and_cluster_gets_in(start_cluster:
         with pytest.raises(GatewayUnfit) as unfit:
             await asyncio.wait_for(link.run(pb.GatewayHello(name="gateway-0", version=version), gateway.gateway._intake), 10)
         assert unfit.value.__cause__.code() == status  # type: ignore[union-attr]
+    worker, options = channel_credentials(authority.issue("replica-0.1.0")), channel_options(CONTROLLER_NAME)
+    async with grpc.aio.secure_channel(gateway.controller_address, worker, options=options) as channel:
+        stub = gateway_pb2_grpc.GatewayLinkStub(channel)  # type: ignore[no-untyped-call]
+        for call in (
+            stub.Metrics(pb.MetricsRequest(), timeout=10),
+            stub.Abort(pb.GatewayAbortRequest(request_id="x"), timeout=10),
+            stub.ExplainRoute(inference_pb2.ExplainRouteRequest(request_id="x"), timeout=10),
+            stub.Connect(iter([pb.GatewayMessage()]), timeout=10).read(),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="only gateways may call") as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
     stranger = channel_credentials(AUTHORITY.issue("gateway-0"))
     async with grpc.aio.secure_channel(
         gateway.controller_address, stranger, options=channel_options(CONTROLLER_NAME)

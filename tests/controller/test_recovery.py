@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import pytest
 from fake_engine import expected_tokens
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from http_calls import get
 from local_workers import Cluster, LocalLauncher, LocalWorker, StartCluster
 from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.errors import ConfigError, InternalError, InvalidRequest, ModelLoadError, PoisonousRequest, Unavailable
@@ -110,7 +115,10 @@ async def test_a_request_that_no_worker_takes_ends(start_cluster: StartCluster) 
         await read(await generate(cluster))
 
 
-async def test_a_stalled_step_costs_the_worker_and_not_the_request(start_cluster: StartCluster) -> None:
+async def test_a_stalled_step_costs_the_worker_and_not_the_request(
+    start_cluster: StartCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is stuck, since which step and at what is told."""
     cluster = await start_cluster(step_s=0.002, stall_timeout_s=0.3)
     handle = await generate(cluster)
     answer = Answer()
@@ -119,6 +127,50 @@ async def test_a_stalled_step_costs_the_worker_and_not_the_request(start_cluster
     await read(handle, into=answer)
     check(answer)
     assert len(cluster.launcher.launched) == 2
+    assert re.search(r"replica-0: a step has been running for [\d.]+ s, after step \d+ \(phase step;", caplog.text)
+
+
+async def test_health_says_not_serving_while_the_engine_is_stuck(start_cluster: StartCluster) -> None:
+    """The worker's port answers all the time; its successor is slow to come."""
+    launcher = HeldLauncher(engine_options={"step_s": 0.002})
+    cluster = await start_cluster(launcher=launcher, stall_timeout_s=0.3)
+    async with grpc.aio.insecure_channel(cluster.service.addresses.grpc) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        while (await watch.read()).status != health_pb2.HealthCheckResponse.SERVING:
+            pass
+        launcher.may_launch.clear()
+        launcher.launched[0].engine.gate.clear()
+        reading = asyncio.create_task(read(await generate(cluster)))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert (await get(cluster, "/health"))[0] == 503
+        launcher.may_launch.set()
+        check(await reading)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        assert (await get(cluster, "/health"))[0] == 200
+
+
+@dataclass
+class HeldLauncher(LocalLauncher):
+    may_launch: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.may_launch.set()
+
+    async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+        await self.may_launch.wait()
+        return await super().launch(replica, epoch=epoch)
+
+
+async def test_a_controller_that_stood_still_loses_no_worker(start_cluster: StartCluster) -> None:
+    """Heartbeats that wait to be read are no silence."""
+    cluster = await start_cluster(step_s=0.002, fleet={"heartbeat_timeout_s": 0.5})
+    handle = await generate(cluster)
+    answer = Answer()
+    await read_until(handle, answer, lambda a: a.num_deltas >= 5)
+    sum(range(25_000_000))  # one call: no other thread runs meanwhile
+    await read(handle, into=answer)
+    check(answer)
+    assert len(cluster.launcher.launched) == 1
 
 
 async def test_a_lost_step_costs_the_worker_and_not_the_request(start_cluster: StartCluster) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
+from http_calls import get, post
 from local_workers import Cluster, LocalLauncher, StartCluster
 from pilotfish.client import AsyncClient, RoutingState
 from pilotfish.common.errors import DeadlineExceeded
@@ -46,6 +48,42 @@ async def test_drift_is_bounded_in_flight_and_zero_when_idle(start_cluster: Star
         await read(late)
     assert abs(largest.drift_tokens) <= 2 * 512 + 60, "what is on its way, or two steps' tokens"
     await eventually(lambda: is_settled(cluster))
+
+
+async def test_who_asks_changes_no_count(start_cluster: StartCluster) -> None:
+    """Health checks, status, metrics and refused requests leave the ledger as it is, with work under way and without."""
+    cluster = await start_cluster(fleet={"num_replicas": 2}, step_s=0.001)
+    engines = [worker.engine for worker in cluster.launcher.launched]
+
+    async def counts() -> tuple[dict[str, RoutingState], int, int]:
+        return routing(cluster), cluster.service.status().num_running, len(cluster.controller._intake.streams.in_flight())
+
+    async def ask(times: int) -> None:
+        async with AsyncClient(cluster.service.addresses.grpc) as client:
+            check = grpc.aio.insecure_channel(cluster.service.addresses.grpc)
+            async with check:
+                health = check.unary_unary("/grpc.health.v1.Health/Check")
+                for _ in range(times):
+                    await asyncio.gather(health(b""), client.status(), client.models(), client.explain_route("nobody"))
+                    for path in ("/health", "/metrics", "/dashboard/state"):
+                        await get(cluster, path)
+                    assert (await post(cluster, "/v1/completions", {"prompt": ""}))[0] == 400
+
+    handles = [await generate(cluster, [i, i, i], max_tokens=20) for i in range(4)]
+    readers = [asyncio.create_task(read(handle)) for handle in handles]
+    await eventually(lambda: all(handle._stream.sequences[0].output_token_ids for handle in handles))
+    for engine in engines:
+        engine.gate.clear()
+    await asyncio.sleep(0.1)  # what was on its way is here
+    before = await counts()
+    await ask(10)
+    assert await counts() == before
+    for engine in engines:
+        engine.gate.set()
+    await asyncio.gather(*readers)
+    await eventually(lambda: is_settled(cluster))
+    await ask(5)
+    assert is_settled(cluster)
 
 
 async def test_drift_is_zero_again_when_a_replica_was_lost(start_cluster: StartCluster) -> None:

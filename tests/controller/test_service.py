@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -388,3 +389,30 @@ async def test_shutdown_with_grace_lets_running_requests_end(start_cluster: Star
     events = [event async for event in handle]
     assert events[-1].completion_tokens == 60
     await stopping
+
+
+async def test_a_deadline_ends_a_request_that_is_being_prepared(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster()
+    front_end, done = cluster.service._front_end, threading.Event()
+    busy = [front_end._pool.submit(done.wait, 30) for _ in range(2)]  # long prompts of others, say
+    try:
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.wait_for(cluster.service.start_request(prompt="x", sampling={}, timeout_s=0.2), 10)
+        assert cluster.controller._intake.streams.in_flight() == []
+        assert not any(future.done() for future in busy)
+    finally:
+        done.set()
+
+
+async def test_long_texts_wait_for_each_other_only(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster()
+    front_end, done = cluster.service._front_end, threading.Event()
+    front_end._pool_of_long.submit(done.wait, 30)
+    try:
+        long = asyncio.create_task(cluster.service.start_request(prompt="x" * 200_000, sampling={"max_tokens": 2}))
+        await read(await cluster.service.start_request(prompt="x", sampling={"max_tokens": 2}))
+        assert not long.done()
+    finally:
+        done.set()
+    with pytest.raises(InvalidRequest, match="the prompt has 200000 tokens"):
+        await long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 from pilotfish.common.requests import BlockRemoved, BlockStored
@@ -71,6 +72,30 @@ def test_events_that_came_before_the_snapshot_arrived_are_taken_after_it(trie):
     assert trie.match([C], tick=0)["r0"] == 0
     assert trie.match([A], tick=0)["r0"] == 0, "the snapshot replaces what was known"
     assert trie.apply("r0", first_event_id=6, events=stored(A))
+
+
+@pytest.mark.parametrize("num_blocks", [1_000, 100_000])
+def test_a_large_snapshot_is_loaded_in_a_few_operations_a_block(trie, num_blocks):
+    """Counted, not timed: calls of Python's and of C's functions, with what is known before and events on the way."""
+    hashes = [number.to_bytes(16, "little") for number in range(2 * num_blocks)]
+    trie.apply("r0", first_event_id=1, events=stored(*hashes[:num_blocks]))
+    trie.apply("r0", first_event_id=2 * num_blocks, events=stored(*hashes[-100:]))  # a gap
+    trie.insert_speculative("r0", hashes[:1000], tick=0)
+    blocks, num_calls = stored(*hashes[:num_blocks]), 0
+
+    def count(_frame, event, _argument):
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        complete = trie.load_snapshot("r0", blocks=blocks, next_event_id=2 * num_blocks)
+    finally:
+        sys.setprofile(None)
+    assert complete
+    assert trie.num_blocks("r0") == num_blocks + 100
+    assert num_calls < 3 * num_blocks + 1000
+    assert trie.match(hashes, tick=0) == {"r0": num_blocks, "r1": 0}
 
 
 def test_a_gap_after_the_snapshot_needs_another(trie):

@@ -24,10 +24,10 @@ PLAIN = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.5}, {"tem
 MIXED = [*PLAIN[:3], {**LOUD, "max_tokens": 5}]
 
 
-def submit(engine: Engine, *, max_tokens: int = 12, samplings: list[dict] = SAMPLING) -> None:
+def submit(engine: Engine, *, max_tokens: int = 12, samplings: list[dict] = SAMPLING, name: str = "r") -> None:
     for index, sampling in enumerate(samplings):
         settings = TokenSampling(**{"max_tokens": max_tokens, **sampling}, seed=index)
-        engine.submit(EngineRequest(request_id=f"r{index}", prompt_token_ids=tuple(range(index, 30)), sampling=settings))
+        engine.submit(EngineRequest(request_id=f"{name}{index}", prompt_token_ids=tuple(range(index, 30)), sampling=settings))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -47,6 +47,24 @@ def test_ranks_say_what_one_engine_says(tiny_llama: Path, size: int, samplings: 
         assert collected.tokens == alone.tokens
         for rank in range(1, size):
             assert "closed" in followers.said(rank)
+
+
+def test_aborts_free_the_blocks_of_every_rank_within_two_steps(tiny_llama: Path) -> None:
+    """Blocks are the leader's to give; a rank that kept anything of an aborted request would say something else."""
+    with replica(tiny_llama, 2) as (leader, collected, _):
+        submit(leader, name="before")
+        collected.wait_for_ends(4)
+        submit(leader, max_tokens=400, name="aborted")
+        collected.wait_for(lambda: all(len(collected.tokens.get(f"aborted{i}", ())) >= 3 for i in range(4)), "tokens of all")
+        assert all(leader.abort(f"aborted{index}") for index in range(4))
+        last_step_id = collected.steps[-1].step_id
+        collected.wait_for_ends(8)
+        assert collected.steps[-1].step_id <= last_step_id + 2
+        assert (collected.steps[-1].load.num_used_blocks, collected.steps[-1].load.num_running) == (0, 0)
+        submit(leader, name="after")
+        collected.wait_for_ends(12)
+        for index in range(4):
+            assert collected.tokens[f"after{index}"] == collected.tokens[f"before{index}"]
 
 
 def test_a_dead_rank_ends_the_engine(tiny_llama: Path) -> None:
