@@ -17,7 +17,8 @@ import json
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Any
 
 import grpc
 from pilotfish.models.store import resolve
@@ -30,7 +31,8 @@ NUM_STREAMS = 500
 NUM_CALLERS = 128
 TARGET_TOKENS_PER_S = 20_000
 PROMPT_TOKENS = 64
-PARTS = ("requests", "tokens", "latency", "memory")
+GATEWAY_TOKENS_PER_S = 3_000  # so few that each token is a message, also where all processes share two cores
+PARTS = ("requests", "tokens", "latency", "memory", "gateways")
 
 
 def steady(tokens_per_s: float) -> TimingModel:
@@ -42,11 +44,13 @@ def steady(tokens_per_s: float) -> TimingModel:
 class Load:
     """The clients: requests with random prompts, in turns over a few channels."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, addresses: Sequence[str]) -> None:
         self._rng = random.Random(0)
         self._numbers = itertools.count()
         options = [("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(4)]
+        self._channels = [
+            grpc.aio.insecure_channel(address, options=options) for _, address in zip(range(4), itertools.cycle(addresses))
+        ]
         self._stubs = itertools.cycle([inference_pb2_grpc.InferenceStub(channel) for channel in self._channels])
 
     async def close(self) -> None:
@@ -86,13 +90,14 @@ async def bench_requests(fleet: TimedFleet, load: Load, *, seconds: float) -> di
             times_ms.append((time.monotonic() - asked_s) * 1e3)
 
     await asyncio.gather(*(load.request() for _ in range(NUM_CALLERS)))
-    cpu_s, start_s = fleet.controller_cpu_s(), time.monotonic()
+    cpu_s, gateways_s, start_s = fleet.controller_cpu_s(), fleet.gateways_cpu_s(), time.monotonic()
     await asyncio.gather(*(call(start_s + seconds) for _ in range(NUM_CALLERS)))
     return {
         "callers": NUM_CALLERS,
         "requests_per_s": round(len(times_ms) / (time.monotonic() - start_s)),
         "asked_for": 1500,
         "controller_cpu_us_per_request": round((fleet.controller_cpu_s() - cpu_s) / len(times_ms) * 1e6),
+        "gateways_cpu_us_per_request": round((fleet.gateways_cpu_s() - gateways_s) / len(times_ms) * 1e6),
         **percentiles("total_ms", times_ms),
     }
 
@@ -122,11 +127,12 @@ async def bench_tokens(fleet: TimedFleet, load: Load, *, seconds: float, offered
         await all_begun.wait()
     await asyncio.sleep(2)
     arrivals.clear()
-    num_messages, cpu_s, start_s = 0, fleet.controller_cpu_s(), time.monotonic()
+    gateways_s, num_messages, cpu_s, start_s = fleet.gateways_cpu_s(), 0, fleet.controller_cpu_s(), time.monotonic()
     await asyncio.sleep(seconds)
-    spent_s, cpu_s, counted, messages = (
+    spent_s, cpu_s, gateways_s, counted, messages = (
         time.monotonic() - start_s,
         fleet.controller_cpu_s() - cpu_s,
+        fleet.gateways_cpu_s() - gateways_s,
         list(arrivals),
         num_messages,
     )
@@ -144,6 +150,7 @@ async def bench_tokens(fleet: TimedFleet, load: Load, *, seconds: float, offered
         "tokens_per_message": round(len(counted) / max(messages, 1), 2),
         "controller_cores": round(cpu_s / spent_s, 2),
         "controller_cpu_us_per_token": round(cpu_s / max(len(counted), 1) * 1e6, 1),
+        "gateways_cpu_us_per_token": round(gateways_s / max(len(counted), 1) * 1e6, 1),
         **percentiles("added_ms", delays_ms),
     }
 
@@ -169,12 +176,14 @@ def percentiles(name: str, values: list[float]) -> dict[str, float]:
     return {f"{name}_p{p}": round(ordered[min(len(ordered) * p // 100, len(ordered) - 1)], 1) for p in (50, 99) if ordered}
 
 
-def run(part: str, path: str, *, seconds: float, num_requests: int) -> dict[str, object]:
+def run(
+    part: str, path: str, *, seconds: float, num_requests: int, num_gateways: int = 0, tokens_per_s: float | None = None
+) -> dict[str, Any]:
     """One part with a fleet of its own."""
-    offered = {"tokens": 1.5 * TARGET_TOKENS_PER_S, "latency": 0.5 * TARGET_TOKENS_PER_S}.get(part, 100_000.0)
+    offered = tokens_per_s or {"tokens": 1.5 * TARGET_TOKENS_PER_S, "latency": 0.5 * TARGET_TOKENS_PER_S}.get(part, 100_000.0)
 
     async def measure(fleet: TimedFleet) -> dict[str, object]:
-        load = Load(fleet.address)
+        load = Load(fleet.addresses)
         try:
             if part == "requests":
                 return await bench_requests(fleet, load, seconds=seconds)
@@ -185,10 +194,46 @@ def run(part: str, path: str, *, seconds: float, num_requests: int) -> dict[str,
             await load.close()
 
     num_kv_blocks = 2048 if part == "memory" else 100_000  # full soon: the router's index grows with the caches until then
-    with TimedFleet(FleetSettings(path=path, timing=steady(offered), num_kv_blocks=num_kv_blocks)) as fleet:
+    settings = FleetSettings(path=path, timing=steady(offered), num_kv_blocks=num_kv_blocks, num_gateways=num_gateways)
+    with TimedFleet(settings) as fleet:
         before = os.getloadavg()[0]
         result = asyncio.run(measure(fleet))
-    return {"part": part, **result, "load_average": [round(before, 1), round(os.getloadavg()[0], 1)], "cores": os.cpu_count()}
+    return {
+        "part": part,
+        "gateways": num_gateways,
+        **result,
+        "load_average": [round(before, 1), round(os.getloadavg()[0], 1)],
+        "cores": os.cpu_count(),
+    }
+
+
+def run_gateways(path: str, *, seconds: float) -> Iterator[dict[str, Any]]:
+    """Requests and tokens with the doors in the controller's process, in one gateway, in two; then what the split gains.
+
+    `with_a_core_each` is what the process with the most work for each request (or token) could do alone on a core.
+    """
+    for part, unit in (("requests", "request"), ("tokens", "token")):
+        rates: list[tuple[float, float]] = []
+        for num_gateways in range(3):
+            row = run(
+                part,
+                path,
+                seconds=seconds,
+                num_requests=0,
+                num_gateways=num_gateways,
+                tokens_per_s=GATEWAY_TOKENS_PER_S if part == "tokens" else None,
+            )
+            own_us, gateways_us = row[f"controller_cpu_us_per_{unit}"], row[f"gateways_cpu_us_per_{unit}"]
+            row["with_a_core_each"] = round(1e6 / max(own_us, gateways_us / max(num_gateways, 1)))
+            rates.append((row.get("requests_per_s") or row["delivered_tokens_per_s"], row["with_a_core_each"]))
+            yield row
+        (rate, alone), *others = rates
+        yield {
+            "part": "gateways",
+            "of": f"{unit}s per second",
+            "here": [round(other / rate, 2) for other, _ in others],
+            "with_a_core_each": [round(other / alone, 2) for _, other in others],
+        }
 
 
 def main() -> None:
@@ -200,6 +245,10 @@ def main() -> None:
     args = parser.parse_args()
     path = str(resolve(args.model).path)
     for part in args.parts:
+        if part == "gateways":
+            for row in run_gateways(path, seconds=args.seconds):
+                print(json.dumps(row), flush=True)
+            continue
         print(json.dumps(run(part, path, seconds=args.seconds, num_requests=args.requests)), flush=True)
 
 

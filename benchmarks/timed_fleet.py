@@ -1,8 +1,8 @@
 """A controller and replicas without a model, in processes of their own, for benchmarks of what is around the model.
 
 One process hosts the replicas: real engines and gRPC servers over a TimedRunner, which say when a token came into being. One
-runs the Controller, as under Ray but with a launcher that asks the host. Life: `TimedFleet` starts both, its `with` block ends
-them; a process whose parent is gone ends too.
+runs the Controller, as under Ray but with a launcher that asks the host; each gateway has one, if there are any. Life:
+`TimedFleet` starts all, its `with` block ends them; a process whose parent is gone ends too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pilotfish.common.identity import Identity
 from pilotfish.common.requests import ServingWorker, StepOutput
 from pilotfish.controller.authority import Authority
 from pilotfish.controller.controller import Controller
+from pilotfish.controller.gateway import Gateway
+from pilotfish.controller.service import Addresses
 from pilotfish.controller.worker_process import worker_name
 from pilotfish.workers.timed_runner import TimedReplica, TimingModel
 
@@ -38,6 +40,7 @@ class FleetSettings:
     num_replicas: int = 8
     max_num_seqs: int = 128
     num_kv_blocks: int = 100_000
+    num_gateways: int = 0
 
     def engine(self) -> EngineConfig:
         return EngineConfig(device="cpu", max_num_seqs=self.max_num_seqs, num_kv_blocks=self.num_kv_blocks)
@@ -120,27 +123,74 @@ class _HostLauncher:
         return {}
 
 
-def _control(settings: FleetSettings, calls: Connection, parent: Connection) -> None:
-    """The controller's process: sends its gRPC address, then serves until the parent closes the connection."""
+def _config(settings: FleetSettings) -> ServeConfig:
+    return ServeConfig(
+        model=ModelConfig(model="timed"),
+        engine=settings.engine(),
+        gateway=GatewayConfig(grpc_port=0, http_port=0, max_queued_requests=4096, num_gateways=settings.num_gateways),
+        fleet=FleetConfig(num_replicas=settings.num_replicas),
+    )
+
+
+@dataclass(slots=True)
+class _StartedGateway:
+    addresses: Addresses
+
+    async def wait_dead(self) -> str:
+        """Its process lives as long as the benchmark."""
+        await asyncio.Event().wait()
+        raise AssertionError("nothing ends this wait")
+
+    async def end(self) -> None:
+        """The benchmark ends it."""
+
+
+class _GatewayLauncher:
+    """The controller's GatewayLauncher: tells each process, which waits for it, who it is."""
+
+    def __init__(self, calls: Mapping[str, Connection]) -> None:
+        self._calls = calls
+
+    async def launch(self, identity: Identity, *, controller_address: str) -> _StartedGateway:
+        connection = self._calls[identity.name]
+        connection.send((identity, controller_address))
+        return _StartedGateway(await asyncio.to_thread(connection.recv))
+
+    async def find(self) -> Mapping[str, _StartedGateway]:
+        return {}
+
+
+def _gateway(settings: FleetSettings, calls: Connection) -> None:
+    """A gateway's process: serves until the controller's closes the connection."""
+
+    async def serve() -> None:
+        identity, address = calls.recv()
+        gateway = Gateway(_config(settings), model_path=settings.path, identity=identity, controller_address=address)
+        calls.send(await gateway.start())
+        await asyncio.to_thread(_until_closed, calls)
+        os._exit(0)
+
+    asyncio.run(serve())
+
+
+def _control(settings: FleetSettings, calls: Connection, parent: Connection, gateways: Mapping[str, Connection]) -> None:
+    """The controller's process: sends the gRPC addresses, then serves until the parent closes the connection."""
 
     async def serve() -> None:
         authority = Authority.create()
-        config = ServeConfig(
-            model=ModelConfig(model="timed"),
-            engine=settings.engine(),
-            gateway=GatewayConfig(grpc_port=0, http_port=0, max_queued_requests=4096),
-            fleet=FleetConfig(num_replicas=settings.num_replicas),
-        )
         controller = Controller(
-            config,
+            _config(settings),
             model_path=Path(settings.path),
             launcher=_HostLauncher(calls, authority),
             authority=authority,
             controller_id="benchmark",
+            gateway_launcher=_GatewayLauncher(gateways),
         )
         addresses = await controller.start()
         await controller.wait_ready()
-        parent.send(addresses.grpc)
+        while not all(gateway.is_connected for gateway in controller.status().gateways):  # noqa: ASYNC110 - once
+            await asyncio.sleep(0.05)
+        parent.send([gateway.grpc_address for gateway in controller.status().gateways] or [addresses.grpc])
         await asyncio.to_thread(_until_closed, parent)
         await controller.stop()
 
@@ -155,27 +205,39 @@ def _until_closed(connection: Connection) -> None:
 
 
 class TimedFleet:
-    """See the module. Entered, the controller serves at `address` (gRPC)."""
+    """See the module. Entered, the doors are at `addresses` (gRPC), one a gateway."""
 
     def __init__(self, settings: FleetSettings) -> None:
         host_calls, controller_calls = _PROCESSES.Pipe()
         self._answers, host_answers = _PROCESSES.Pipe()
         self._parent, controller_parent = _PROCESSES.Pipe()
-        self._ends = (host_calls, controller_calls, host_answers, controller_parent)
+        pipes = {f"gateway-{index}": _PROCESSES.Pipe() for index in range(settings.num_gateways)}
+        to_gateways = {name: ours for name, (ours, _) in pipes.items()}
+        self._ends = (
+            host_calls,
+            controller_calls,
+            host_answers,
+            controller_parent,
+            *(end for ends in pipes.values() for end in ends),
+        )
+        self._gateways = [
+            _PROCESSES.Process(target=_gateway, args=(settings, theirs), daemon=True) for _, theirs in pipes.values()
+        ]
         self._host = _PROCESSES.Process(target=_host, args=(settings, host_calls, host_answers), daemon=True)
         self._controller = _PROCESSES.Process(
-            target=_control, args=(settings, controller_calls, controller_parent), daemon=True
+            target=_control, args=(settings, controller_calls, controller_parent, to_gateways), daemon=True
         )
-        self.address = ""
+        self.addresses: list[str] = []
 
     def __enter__(self) -> TimedFleet:
         self._host.start()
-        self._controller.start()
+        for process in (self._controller, *self._gateways):
+            process.start()
         for end in self._ends:
             end.close()
         if not self._parent.poll(_START_S):
             raise SystemExit(f"the controller did not serve within {_START_S:g} s; its messages are above")
-        self.address = self._parent.recv()
+        self.addresses = self._parent.recv()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -183,7 +245,7 @@ class TimedFleet:
         self._controller.join(30)
         self._answers.close()
         self._host.join(30)
-        for process in (self._controller, self._host):
+        for process in (self._controller, self._host, *self._gateways):
             process.kill()
 
     def emissions(self) -> Mapping[tuple[str, int], float]:
@@ -193,10 +255,18 @@ class TimedFleet:
 
     def controller_cpu_s(self) -> float:
         """CPU time of the controller's process so far."""
-        fields = Path(f"/proc/{self._controller.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_s(self._controller.pid)
+
+    def gateways_cpu_s(self) -> float:
+        """CPU time of all gateways' processes so far."""
+        return sum(_cpu_s(process.pid) for process in self._gateways)
 
     def controller_rss_mib(self) -> float:
         """Memory of the controller's process."""
         lines = Path(f"/proc/{self._controller.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+def _cpu_s(pid: int | None) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -20,6 +21,7 @@ from ..proto.inference_pb2_grpc import InferenceStub
 from ..proto.routing_codec import decision_from_proto
 from .async_text_stream import AsyncTextStream, is_task_cancelled
 from .attempts import Attempts
+from .doors import Doors
 from .options import (
     DEFAULT_CHANNEL,
     DEFAULT_RETRY,
@@ -28,7 +30,6 @@ from .options import (
     TlsOptions,
     call_metadata,
     key_metadata,
-    parse_address,
 )
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
@@ -51,7 +52,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str = "127.0.0.1:50051",
+        address: str | Sequence[str] = "127.0.0.1:50051",
         *,
         api_key: str | None = None,
         tls: TlsOptions | None = None,
@@ -60,19 +61,24 @@ class AsyncClient:
         timeout_s: float | None = None,
         short_timeout_s: float = 30.0,
     ) -> None:
-        self.address = parse_address(address)
+        self._doors = Doors.parse(address)
         self._metadata = key_metadata(api_key)
         self._retry = retry
         self._timeout_s = timeout_s
         self._short_timeout_s = short_timeout_s
         self._is_closed = False
-        self._arguments = channel.arguments(address=self.address, tls=tls)
+        self._arguments = [channel.arguments(address=door, tls=tls) for door in self._doors.addresses]
         self._credentials = None if tls is None else tls.credentials()
         self._streams: weakref.WeakSet[AsyncTextStream] = weakref.WeakSet()
         self._ending: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._channel: Any = None
-        self._stub: Any = None
+        self._channels: list[Any] = []
+        self._stubs: list[Any] = []
+
+    @property
+    def address(self) -> str:
+        """Where the next request begins."""
+        return self._doors.addresses[self._doors.preferred]
 
     async def generate(
         self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
@@ -134,8 +140,8 @@ class AsyncClient:
         self._is_closed = True
         if self._ending:
             await asyncio.wait(list(self._ending), timeout=_END_TIMEOUT_S)
-        if self._channel is not None:
-            await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -147,7 +153,7 @@ class AsyncClient:
 
     def _stream(self, call: TextCall) -> AsyncTextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
-        begin = traced(self._begin, address=self.address, metadata=(*self._metadata, call_metadata()))
+        begin = traced(partial(self._begin, attempts), address=self.address, metadata=(*self._metadata, call_metadata()))
         stream = AsyncTextStream(begin, self._end_request, attempts, call)
         self._streams.add(stream)
         return stream
@@ -160,7 +166,8 @@ class AsyncClient:
     def _begin_end(self, request_id: str) -> None:
         async def abort() -> None:
             with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
-                await self._begin("Abort", pb.AbortRequest(request_id=request_id), _END_TIMEOUT_S, self._metadata)
+                attempts = self._attempts(_END_TIMEOUT_S)
+                await self._begin(attempts, "Abort", pb.AbortRequest(request_id=request_id), _END_TIMEOUT_S, self._metadata)
 
         if not self._is_closed:
             task = asyncio.get_running_loop().create_task(abort())
@@ -171,7 +178,9 @@ class AsyncClient:
         attempts = self._attempts(self._short_timeout_s)
         while True:
             try:
-                return await self._begin(method, request, attempts.remaining_s(), self._metadata)
+                answer = await self._begin(attempts, method, request, attempts.remaining_s(), self._metadata)
+                attempts.progressed()
+                return answer
             except asyncio.CancelledError:
                 if is_task_cancelled():
                     raise
@@ -180,18 +189,19 @@ class AsyncClient:
                 delay_s = attempts.delay_after(failure)
             await asyncio.sleep(delay_s)
 
-    def _begin(self, method: str, request: Any, timeout_s: float | None, metadata: Metadata) -> Any:
+    def _begin(self, attempts: Attempts, method: str, request: Any, timeout_s: float | None, metadata: Metadata) -> Any:
         if self._is_closed:
             raise Unavailable("this client is closed")
-        if self._stub is None:
+        if not self._stubs:
             self._loop = asyncio.get_running_loop()
-            self._channel = (
-                grpc.aio.insecure_channel(self.address, options=self._arguments)
-                if self._credentials is None
-                else grpc.aio.secure_channel(self.address, self._credentials, options=self._arguments)
-            )
-            self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
+            self._channels = list(map(self._open, self._doors.addresses, self._arguments))
+            self._stubs = [InferenceStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
+        return getattr(self._stubs[attempts.door], method)(request, timeout=timeout_s, metadata=metadata)
+
+    def _open(self, address: str, arguments: list[tuple[str, str | int]]) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=arguments)
+        return grpc.aio.secure_channel(address, self._credentials, options=arguments)
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=lambda: self._is_closed)
+        return Attempts(doors=self._doors, policy=self._retry, timeout_s=timeout_s, is_closed=lambda: self._is_closed)

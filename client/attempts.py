@@ -10,6 +10,7 @@ import grpc
 
 from ..common.errors import InvalidRequest, PilotfishError, RequestNotFound, Unavailable
 from .continuation import Continuation
+from .doors import Doors
 from .failures import error_from_call, is_break
 from .options import RetryPolicy
 
@@ -17,13 +18,18 @@ from .options import RetryPolicy
 class Attempts:
     """Begins with the request; `timeout_s` counts from then, waits included.
 
-    `address` is for messages; `is_closed` says whether the client was closed, which ends its calls.
+    Where a connection breaks the next call goes to the next of `doors`. `is_closed` says whether the client was closed, which
+    ends its calls.
+
+    Attributes:
+        door: number of the door for the call that runs or is due.
     """
 
-    def __init__(self, *, address: str, policy: RetryPolicy, timeout_s: float | None, is_closed: Callable[[], bool]) -> None:
+    def __init__(self, *, doors: Doors, policy: RetryPolicy, timeout_s: float | None, is_closed: Callable[[], bool]) -> None:
         if timeout_s is not None and not 0 < timeout_s < 1e9:
             raise InvalidRequest(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
-        self._address = address
+        self._doors = doors
+        self.door = doors.preferred
         self._policy = policy
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -35,6 +41,7 @@ class Attempts:
     def progressed(self) -> None:
         """Something arrived: the next break is a new one."""
         self._broken_since, self._num_resumes = None, 0
+        self._doors.preferred = self.door
 
     def remaining_s(self) -> float | None:
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
@@ -45,7 +52,9 @@ class Attempts:
         Raises:
             PilotfishError: there is no other attempt; the class says what happened.
         """
-        return self._delay_s(self._error(failure), failure)
+        error = self._error(failure)
+        self._turn_from(failure)
+        return self._delay_s(error, failure)
 
     def delay_before_next(
         self, failure: grpc.RpcError, continuation: Continuation, *, answering: bool, cancelled_here: bool = False
@@ -61,6 +70,7 @@ class Attempts:
         """
         cancelled_here = cancelled_here or self._is_closed()
         error = self._error(failure, answering=answering, cancelled_here=cancelled_here)
+        self._turn_from(failure)
         has_broken = is_break(failure) and not cancelled_here
         if has_broken or (continuation.is_resuming and isinstance(error, Unavailable)):
             continuation.is_resuming = True
@@ -76,6 +86,15 @@ class Attempts:
         if answering or continuation.is_resuming:
             raise error from failure
         return self._delay_s(error, failure)
+
+    @property
+    def _address(self) -> str:
+        return self._doors.addresses[self.door]
+
+    def _turn_from(self, failure: grpc.RpcError) -> None:
+        """After a break the next door is due."""
+        if is_break(failure):
+            self.door = (self.door + 1) % len(self._doors.addresses)
 
     def _error(self, failure: grpc.RpcError, *, answering: bool = False, cancelled_here: bool = False) -> PilotfishError:
         return error_from_call(

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -19,6 +20,7 @@ from ..proto.cluster_codec import card_from_proto, status_from_proto
 from ..proto.inference_pb2_grpc import InferenceStub
 from ..proto.routing_codec import decision_from_proto
 from .attempts import Attempts
+from .doors import Doors
 from .options import (
     DEFAULT_CHANNEL,
     DEFAULT_RETRY,
@@ -27,7 +29,6 @@ from .options import (
     TlsOptions,
     call_metadata,
     key_metadata,
-    parse_address,
 )
 from .requests import ChatOptions, GenerateOptions, Messages, Params, TextCall, chat_call, generate_call, tokenize_request
 from .results import Completion, Tokenization
@@ -56,7 +57,8 @@ class Client:
     Unavailable and so on; the message says what to do.
 
     Args:
-        address: "host:port" of the server's gRPC door.
+        address: "host:port" of the server's gRPC door, or several of one cluster (of gateways on several machines): where a
+            connection breaks, its requests go on through the next one.
         api_key: sent with every call as `authorization: Bearer KEY`; None takes the variable PILOTFISH_API_KEY. Use it with
             `tls`, or anyone on the way can read it.
         tls: encrypt the connection; None sends plain text.
@@ -71,7 +73,7 @@ class Client:
 
     def __init__(
         self,
-        address: str = "127.0.0.1:50051",
+        address: str | Sequence[str] = "127.0.0.1:50051",
         *,
         api_key: str | None = None,
         tls: TlsOptions | None = None,
@@ -80,7 +82,7 @@ class Client:
         timeout_s: float | None = None,
         short_timeout_s: float = 30.0,
     ) -> None:
-        self.address = parse_address(address)
+        self._doors = Doors.parse(address)
         self._metadata = key_metadata(api_key)
         self._retry = retry
         self._timeout_s = timeout_s
@@ -88,13 +90,13 @@ class Client:
         self._closed = threading.Event()
         self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
         self._ending: set[Future[None]] = set()
-        arguments = channel.arguments(address=self.address, tls=tls)
-        self._channel = (
-            grpc.insecure_channel(self.address, options=arguments)
-            if tls is None
-            else grpc.secure_channel(self.address, tls.credentials(), options=arguments)
-        )
-        self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._channels = [_open(door, tls, channel) for door in self._doors.addresses]
+        self._stubs: list[Any] = [InferenceStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
+
+    @property
+    def address(self) -> str:
+        """Where the next request begins."""
+        return self._doors.addresses[self._doors.preferred]
 
     def generate(
         self, prompt: str | Sequence[int], params: Params | None = None, **options: Unpack[GenerateOptions]
@@ -155,7 +157,8 @@ class Client:
             stream.close()
         self._closed.set()
         wait(list(self._ending), _END_TIMEOUT_S)
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -165,7 +168,7 @@ class Client:
 
     def _stream(self, call: TextCall) -> TextStream:
         attempts = self._attempts(self._timeout_s if call.timeout_s is None else call.timeout_s)
-        begin = traced(self._begin, address=self.address, metadata=(*self._metadata, call_metadata()))
+        begin = traced(partial(self._begin, attempts), address=self.address, metadata=(*self._metadata, call_metadata()))
         stream = TextStream(begin, self._end_request, attempts, call)
         self._streams.add(stream)
         return stream
@@ -174,7 +177,8 @@ class Client:
         """Tell the server that nobody waits for an answer. Where that fails it runs on for `resume_window_s` and ends then."""
         if self._closed.is_set():
             return
-        call = self._stub.Abort.future(pb.AbortRequest(request_id=request_id), timeout=_END_TIMEOUT_S, metadata=self._metadata)
+        abort = self._stubs[self._doors.preferred].Abort
+        call = abort.future(pb.AbortRequest(request_id=request_id), timeout=_END_TIMEOUT_S, metadata=self._metadata)
         ended: Future[None] = Future()
         self._ending.add(ended)
 
@@ -188,15 +192,24 @@ class Client:
         attempts = self._attempts(self._short_timeout_s)
         while True:
             try:
-                return self._begin(method, request, attempts.remaining_s(), self._metadata)
+                answer = self._begin(attempts, method, request, attempts.remaining_s(), self._metadata)
+                attempts.progressed()
+                return answer
             except grpc.RpcError as failure:
                 delay_s = attempts.delay_after(failure)
             self._closed.wait(delay_s)
 
-    def _begin(self, method: str, request: Any, timeout_s: float | None, metadata: Metadata) -> Any:
+    def _begin(self, attempts: Attempts, method: str, request: Any, timeout_s: float | None, metadata: Metadata) -> Any:
         if self._closed.is_set():
             raise Unavailable("this client is closed")
-        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
+        return getattr(self._stubs[attempts.door], method)(request, timeout=timeout_s, metadata=metadata)
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(address=self.address, policy=self._retry, timeout_s=timeout_s, is_closed=self._closed.is_set)
+        return Attempts(doors=self._doors, policy=self._retry, timeout_s=timeout_s, is_closed=self._closed.is_set)
+
+
+def _open(address: str, tls: TlsOptions | None, channel: ChannelOptions) -> grpc.Channel:
+    arguments = channel.arguments(address=address, tls=tls)
+    if tls is None:
+        return grpc.insecure_channel(address, options=arguments)
+    return grpc.secure_channel(address, tls.credentials(), options=arguments)

@@ -49,6 +49,15 @@ def test_token_ids_are_a_prompt(client, server):
     assert list(server.inference.requests[0].tokens.ids) == [5, 6, 7]
 
 
+def test_of_several_addresses_the_next_is_tried(server):
+    with Client(["127.0.0.1:1", server.address], retry=QUICK) as client:
+        assert client.generate("count 2").text == "1 2 "
+        assert client.address == server.address  # the next one begins there
+        assert client.models()
+    with pytest.raises(ConfigError, match="several of one cluster"):
+        Client([])
+
+
 def test_choices_are_told_apart(client):
     completion = client.generate("count 2", n=3)
     assert [choice.index for choice in completion.choices] == [0, 1, 2]

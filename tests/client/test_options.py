@@ -1,6 +1,7 @@
 import pytest
 from pilotfish.client import Client, RetryPolicy, TlsOptions
 from pilotfish.client.attempts import Attempts
+from pilotfish.client.doors import Doors
 from pilotfish.client.options import ChannelOptions, parse_address
 from pilotfish.common.errors import ConfigError, InternalError, InvalidRequest, Overloaded, Unavailable
 
@@ -72,7 +73,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine():
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
 def test_wrong_timeouts(timeout_s):
     with pytest.raises(InvalidRequest, match="timeout_s must be a positive number"):
-        Attempts(address="x", policy=RetryPolicy(), timeout_s=timeout_s, is_closed=bool)
+        Attempts(doors=Doors.parse("x"), policy=RetryPolicy(), timeout_s=timeout_s, is_closed=bool)
 
 
 def test_tls_files_and_tokens_are_checked_at_once(tmp_path):
