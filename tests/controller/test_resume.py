@@ -177,10 +177,7 @@ async def test_a_later_reader_ends_an_earlier_one(start_cluster: StartCluster) -
 
 
 CASES: list[dict[str, Any]] = [
-    {"temperature": 0},
-    {"temperature": 1.0, "seed": 11},
     {"temperature": 1.0, "seed": 11, "n": 3},
-    {"temperature": 0, "logprobs": 2},
     {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 0, "presence_penalty": 0.5},
 ]
 
