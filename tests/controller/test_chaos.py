@@ -39,6 +39,8 @@ LONGEST_S = 3.0  # of a stop or a silence: the longer half of the long ones cost
 REAL_FLEET, REAL_LONGEST_S = replace(FLEET, heartbeat_timeout_s=4.0), 7.0
 TOPICS = ("the sea", "a fox", "two towers", "winter", "bread", "a lighthouse", "the moon", "chess")
 
+pytestmark = pytest.mark.timeout(600)  # on a machine that does much else
+
 RecordProperty = Callable[[str, object], None]
 
 
@@ -103,7 +105,6 @@ async def test_200_faults_cost_no_token(
     check(record_property, happened, tally, num_faults=200)
 
 
-@pytest.mark.timeout(600)  # on a machine that does much else
 async def test_a_dozen_faults_cost_a_real_model_no_token(
     zygote: Zygote, tmp_path: Path, record_property: RecordProperty
 ) -> None:
