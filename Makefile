@@ -1,5 +1,6 @@
 # make demo    a real model answers through the real path, then everything is stopped
 # make test    every check and every test that needs no GPU (JOBS=4: tests in so many processes)
+# make soak    200 faults on the real model: workers and controllers killed, links cut; minutes
 # make test-cluster  a real `ray up` over several hosts (namespaces of this machine); needs root, and says what is missing
 # make serve   serve the model in the foreground (ARGS="--http-port 8000 ...")
 # make lint    the checks alone; make format fixes what can be fixed
@@ -11,7 +12,7 @@ JOBS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster serve lint format bench model
+.PHONY: help demo test soak test-cluster serve lint format bench model
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -46,6 +47,9 @@ format: .venv/.ready
 
 test: model lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+soak: model
+	$(BIN)/python -m pytest tests/controller/test_chaos.py -m slow $(ARGS)
 
 test-cluster: .venv/.ready
 	$(BIN)/python -m pytest tests/cluster -m hosts -rs $(ARGS)

@@ -35,7 +35,7 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
 _SHOW_INTERVAL_S = 1.0
 _FLUSH_TIMEOUT_S = 2.0

@@ -31,7 +31,7 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 5_000),  # a peer that is silently gone is found in 8 s
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 3_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 3_000),
 ]
 _ACCEPTED = "pilotfish-accepted"  # in the metadata that comes before the first plan
 _STOP_CHECK_S = 0.5  # how soon a thread that waits for nothing in particular notices that it should end

@@ -26,15 +26,20 @@ from pilotfish.common.errors import PoisonousRequest
 from pilotfish.models.store import resolve
 from pilotfish.workers.timed_runner import TimingModel
 from process_size import ProcessSize
-from zygote import Zygote
+from reading import eventually
+from zygote import Child, Zygote
 
 SEED = int(os.environ.get("PILOTFISH_CHAOS_SEED", "5"))
 NUM_REPLICAS, NUM_CLIENTS = 3, 8
-LIMIT_S = 60.0
+LIMIT_S = 120.0  # for streams under way to end, once nothing disturbs them
 # Workers die so often here that a request may lose its replica a few times in a row by chance.
 FLEET = FleetConfig(num_replicas=NUM_REPLICAS, heartbeat_timeout_s=1.5, max_attempts=10, max_restarts=1000)
 LONGEST_S = 3.0  # of a stop or a silence: the longer half of the long ones costs the worker
+# Who computes may be silent for longer, on a machine that does other things too.
+REAL_FLEET, REAL_LONGEST_S = replace(FLEET, heartbeat_timeout_s=4.0), 7.0
 TOPICS = ("the sea", "a fox", "two towers", "winter", "bread", "a lighthouse", "the moon", "chess")
+
+pytestmark = pytest.mark.timeout(600)  # on a machine that does much else
 
 RecordProperty = Callable[[str, object], None]
 
@@ -58,7 +63,7 @@ def timed_settings(model_path: Path) -> Settings:
 def real_settings() -> Settings:
     model_path = resolve("smollm2-135m", allow_download=False).path
     engine = EngineConfig(device="cpu", max_num_seqs=32, num_kv_blocks=600, num_threads=1)
-    return Settings(model_path=str(model_path), engine=engine, fleet=FLEET)
+    return Settings(model_path=str(model_path), engine=engine, fleet=REAL_FLEET)
 
 
 def stories(number: int) -> list[str]:
@@ -100,17 +105,55 @@ async def test_200_faults_cost_no_token(
     check(record_property, happened, tally, num_faults=200)
 
 
-@pytest.mark.timeout(600)  # on a machine that does much else
 async def test_a_dozen_faults_cost_a_real_model_no_token(
     zygote: Zygote, tmp_path: Path, record_property: RecordProperty
 ) -> None:
-    faults = schedule(SEED, num_faults=12, interval_tokens=40, longest_s=LONGEST_S)
+    faults = schedule(SEED, num_faults=12, interval_tokens=40, longest_s=REAL_LONGEST_S)
     async with ChaosHost(real_settings(), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
         async with Load(host.doors, make_requests(stories(24), seed=SEED, max_tokens=(12, 20))) as load:
             await load.learn()
             happened, tally = await disturb(host, load, faults)
     check(record_property, happened, tally, num_faults=12)
+
+
+async def test_streamed_chats_over_http_outlive_their_workers(zygote: Zygote, tokenizer_path: Path, tmp_path: Path) -> None:
+    """One worker is killed, the next one stopped until its replica counts as lost."""
+    settings = replace(timed_settings(tokenizer_path), fleet=replace(FLEET, num_replicas=2))
+
+    async def chat(client: AsyncOpenAI, number: int, seen: Counter[int]) -> tuple[str, str | None, int]:
+        text, reason, num_tokens = "", None, 0
+        stream = await client.chat.completions.create(
+            model="chaos",
+            messages=[{"role": "user", "content": f"story {number}"}],
+            max_tokens=120,
+            temperature=number % 2,
+            seed=number,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        async for chunk in stream:
+            seen[number] += 1
+            if chunk.usage is not None:
+                num_tokens = chunk.usage.completion_tokens
+            for choice in chunk.choices:
+                text, reason = text + (choice.delta.content or ""), choice.finish_reason
+        return text, reason, num_tokens
+
+    async with (
+        ChaosHost(settings, tmp_path, zygote=zygote, num_doors=0) as host,
+        AsyncOpenAI(base_url=f"http://{host.http_door}/v1", api_key="none", max_retries=0, timeout=240) as client,
+    ):
+        await host.wait_serving(2)
+        undisturbed = await asyncio.gather(*(chat(client, number, Counter()) for number in range(8)))
+        seen = Counter[int]()
+        reading = [asyncio.create_task(chat(client, number, seen)) for number in range(8)]
+        for num_chunks, hurt in ((10, Child.kill), (40, Child.stop)):
+            await eventually(lambda least=num_chunks: len(seen) == 8 and min(seen.values()) >= least)
+            hurt(host.serving[0].process)
+        assert await asyncio.gather(*reading) == undisturbed
+        assert host.num_launched >= 4
+    assert {num_tokens for _, _, num_tokens in undisturbed} == {120}
 
 
 async def test_poisonous_requests_end_and_take_nobody_along(zygote: Zygote, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -150,12 +193,12 @@ async def test_poisonous_requests_end_and_take_nobody_along(zygote: Zygote, toke
 @pytest.mark.timeout(3600)
 async def test_soak(zygote: Zygote, tmp_path: Path, record_property: RecordProperty) -> None:
     """200 faults on the real model (make soak). Over the second half one controller lives, and does not grow."""
-    first = schedule(SEED, num_faults=100, interval_tokens=80, longest_s=LONGEST_S)
+    first = schedule(SEED, num_faults=100, interval_tokens=25, longest_s=REAL_LONGEST_S)
     others = {kind: part for kind, part in KINDS.items() if kind != RESTART}
-    second = schedule(SEED + 1, num_faults=100, interval_tokens=80, longest_s=LONGEST_S, parts=others)
+    second = schedule(SEED + 1, num_faults=100, interval_tokens=25, longest_s=REAL_LONGEST_S, parts=others)
     async with ChaosHost(real_settings(), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
-        async with Load(host.doors, make_requests(stories(64), seed=SEED, max_tokens=(24, 48))) as load:
+        async with Load(host.doors, make_requests(stories(64), seed=SEED, max_tokens=(16, 32))) as load:
             await load.learn()
             happened, tally = await disturb(host, load, first)
             assert host.controller is not None

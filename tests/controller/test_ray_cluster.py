@@ -181,12 +181,23 @@ def test_a_killed_worker_costs_no_token(served: Served) -> None:
 
 
 def test_a_killed_controller_comes_back_with_the_same_workers(served: Served) -> None:
+    """A plain call ends with the process; the SDK's goes on at the next token."""
     before = served.deployment.status()
-    reader = Reader(served, max_tokens=1500)
-    reader.wait_for(20)
-    os.kill(before.controller_pid, signal.SIGKILL)
-    reader.join(30)
-    assert isinstance(reader.error, grpc.RpcError)  # its connection went with the process
+    greedy = {"max_tokens": 800, "temperature": 0, "ignore_eos": True}
+    with Client(served.addresses.grpc, timeout_s=60) as client:
+        undisturbed = client.generate(PROMPT, **greedy)
+        stream = client.stream_generate(PROMPT, **greedy)
+        while len(stream.completion.token_ids) < 20:
+            next(stream)
+        reader = Reader(served, max_tokens=1500)
+        reader.wait_for(20)
+        os.kill(before.controller_pid, signal.SIGKILL)
+        reader.join(30)
+        assert isinstance(reader.error, grpc.RpcError)
+        completion = stream.read_all()
+    assert completion.token_ids == undisturbed.token_ids
+    assert completion.text == undisturbed.text
+    assert completion.usage.completion_tokens == 800
     wait_until(lambda: all_ready(served.deployment, restarts=0), "the controller's successor")
     after = served.deployment.status()
     assert after.controller_pid != before.controller_pid

@@ -68,22 +68,6 @@ async def test_a_stream_goes_on_when_its_worker_is_killed(start_cluster: StartCl
     check(await read(await generate(cluster)))
 
 
-async def test_killing_workers_again_and_again_loses_nothing(start_cluster: StartCluster) -> None:
-    cluster = await start_cluster(
-        step_s=0.002, max_num_seqs=4, fleet={"num_replicas": 2, "max_attempts": 50, "max_restarts": 50}
-    )
-    readers = [asyncio.create_task(read(await generate(cluster, max_tokens=200))) for _ in range(12)]
-    for round_ in range(5):
-        await asyncio.sleep(0.1)
-        ready = [r for r in cluster.controller._fleet._replicas if r.state is ReplicaState.READY]
-        if ready:
-            address = ready[round_ % len(ready)].places[0].serving.address
-            await next(w for w in cluster.launcher.launched if w.address == address).kill()
-    for answer in await asyncio.gather(*readers):
-        check(answer, 200)
-    assert cluster.service.status().num_restarts >= 4
-
-
 async def test_only_losses_without_a_step_between_them_count_against_a_replica(start_cluster: StartCluster) -> None:
     cluster = await start_cluster(fleet={"max_restarts": 1})
     for num_restarts in range(4):

@@ -177,10 +177,7 @@ async def test_a_later_reader_ends_an_earlier_one(start_cluster: StartCluster) -
 
 
 CASES: list[dict[str, Any]] = [
-    {"temperature": 0},
-    {"temperature": 1.0, "seed": 11},
     {"temperature": 1.0, "seed": 11, "n": 3},
-    {"temperature": 0, "logprobs": 2},
     {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 0, "presence_penalty": 0.5},
 ]
 
@@ -322,7 +319,6 @@ async def test_what_nobody_comes_back_for_leaves_the_journal_and_the_workers(
         journal_path=journal_path,
         gateway={"resume_window_s": 0.2},
     )
-    await eventually(lambda: second.service.status().num_running == 1)  # taken over, while its client may come back
     await eventually(lambda: worker.engine.scheduler.load().num_used_blocks == 0)
     await eventually(lambda: not list(second.controller._intake.streams._journal.entries()))
     await second.controller.stop()

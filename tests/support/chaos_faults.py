@@ -24,7 +24,7 @@ KINDS: Mapping[str, int] = {
     "break a client's connection": 20,
 }
 _PICK_S = 30.0
-_STILL_S = 60.0
+_STILL_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class Load:
     """As many streams at a time as there are requests, over a client for each address. `num_received` counts their tokens."""
 
     def __init__(self, addresses: Sequence[str], requests: Sequence[Request]) -> None:
-        self._clients = [AsyncClient(address, retry=_RETRY, timeout_s=300) for address in addresses]
+        self._clients = [AsyncClient(address, retry=_RETRY, timeout_s=1800) for address in addresses]
         self._requests = list(requests)
         self._expected: list[Completion] = []
         self.num_received = 0

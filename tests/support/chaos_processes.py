@@ -28,6 +28,7 @@ from pilotfish.workers.timed_runner import TimedReplica, TimedRunner, TimedStep,
 from pilotfish.workers.worker_service import ServerLimits
 
 _HEARTBEAT_INTERVAL_S = 0.1
+_VOCAB_SIZE = 257
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +65,17 @@ class PoisonedRunner(TimedRunner):
 
 
 @dataclass(frozen=True)
-class PoisonedReplica:
-    """An Engine's `set_up`."""
+class ChaosReplica:
+    """An Engine's `set_up` without a model, which takes all tokens of the tests' tokenizer."""
 
     timing: TimingModel
-    poison: int
+    poison: int | None
 
     def __call__(self, model_config: ModelConfig, engine_config: EngineConfig) -> tuple[TimedRunner, WorkerInfo]:
-        _, info = TimedReplica(timing=self.timing)(model_config, engine_config)
-        return PoisonedRunner(self.timing, self.poison), info
+        runner, info = TimedReplica(timing=self.timing)(model_config, engine_config)
+        if self.poison is not None:
+            runner = PoisonedRunner(self.timing, self.poison)
+        return runner, replace(info, vocab_size=_VOCAB_SIZE)
 
 
 def run_worker(settings: Settings, host: str, number: int, identity: Identity, epoch: int) -> None:
@@ -80,8 +83,7 @@ def run_worker(settings: Settings, host: str, number: int, identity: Identity, e
     logs.set_up(f"worker {number}")
     set_up: Any = None
     if settings.timing is not None:
-        poison, timing = settings.poison, settings.timing
-        set_up = TimedReplica(timing=timing) if poison is None else PoisonedReplica(timing, poison)
+        set_up = ChaosReplica(settings.timing, settings.poison)
     server = WorkerServer(ServerLimits(heartbeat_interval_s=_HEARTBEAT_INTERVAL_S), identity)
     engine = Engine(settings.model, settings.engine, on_step=server.on_step, set_up=set_up)
     info = replace(engine.start(), epoch=epoch, pid=os.getpid())
