@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _PARTS = {
     "queue_ms": "prompts queued there",
@@ -14,11 +15,11 @@ _PARTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouteScore:
+class RouteScore(NamedTuple):
     """The parts of one replica's cost for a prompt, in milliseconds; the formula is in scheduler/router.py.
 
-    `has_room` is False where the request would have waited: full batch or cache, or prompts enough for the next steps.
+    `has_room` is False where the request would have waited: full batch or cache, or prompts enough for the next steps. A tuple,
+    because the router makes one for every replica and request.
     """
 
     replica: str

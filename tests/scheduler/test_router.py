@@ -10,7 +10,7 @@ from pilotfish.scheduler.router import Candidate, Router, RouterConfig, choose
 from pilotfish.scheduler.step_times import StepTime
 
 SIZE = 16
-TIME = StepTime(10.0, 0.1)
+TIME = StepTime.line(10.0, 0.1)
 
 
 def hashes_of(tokens):
@@ -75,7 +75,7 @@ def test_decoding_load_counts():
 
 
 def test_a_slower_replica_gets_less():
-    candidates = [candidate("slow", step_time=StepTime(20.0, 0.2)), candidate("fast", queued_tokens=100)]
+    candidates = [candidate("slow", step_time=StepTime.line(20.0, 0.2)), candidate("fast", queued_tokens=100)]
     assert choose(candidates, num_tokens=1000, expected_output_tokens=100).replica == "fast"
 
 
