@@ -57,10 +57,12 @@ class Outcome:
 
 FIGURES = ("hit_rate", "ttft_p50_ms", "ttft_p99_ms", "goodput", "busiest_ms", "busy", "copies", "wall_s")
 
-def simulate(workload: str, policy: str, *, num_replicas: int, num_requests: int, seed: int) -> Outcome:
+def simulate(
+    workload: str, policy: str, *, num_replicas: int, num_requests: int, seed: int, sizes: ReplicaSizes | None = None
+) -> Outcome:
     """One run to its end."""
     load = WORKLOADS[workload](random.Random(seed), num_replicas=num_replicas, num_requests=num_requests)
-    sizes = ReplicaSizes()
+    sizes = sizes or ReplicaSizes()
     bursts = {block_hashes(prefix, sizes.block_size, parent=root_hash())[-1] for prefix in load.bursts}
     num_computed: Counter[bytes] = Counter()
 

@@ -54,6 +54,10 @@ class ReplicaTrie:
         """The blocks that the replica itself has named: all of its cache, while no snapshot is needed."""
         return {block for block, lapse in self._replicas[replica].blocks.items() if lapse == _CONFIRMED}
 
+    def is_confirmed(self, replica: str, block_hash: bytes) -> bool:
+        """Whether the replica itself has named it."""
+        return self._replicas[replica].blocks.get(block_hash) == _CONFIRMED
+
     def num_snapshots(self, replica: str) -> int:
         """Loaded since it was added."""
         return self._replicas[replica].num_snapshots

@@ -20,7 +20,7 @@ replica has room.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import NamedTuple
@@ -86,6 +86,7 @@ class Candidate(NamedTuple):
     replica: str
     step_time: StepTime
     matched_tokens: int = 0
+    shared_tokens: int = 0
     queued_tokens: int = 0
     num_active: int = 0
     wait_ms: float = 0.0
@@ -138,13 +139,15 @@ def choose(
 def _score(candidate: Candidate, num_tokens: int, decode_steps: float, work_weight: float) -> RouteScore:
     time, num_queued = candidate.step_time, candidate.queued_tokens
     queue_ms = time.prompt_ms(num_queued)
-    prefill_ms = time.prompt_ms(num_queued + max(num_tokens - candidate.matched_tokens, 1)) - queue_ms
+    num_uncached = max(num_tokens - candidate.matched_tokens, 1)
+    num_wanted = max(candidate.shared_tokens - candidate.matched_tokens, 0)
+    prefill_ms = time.prompt_ms(num_queued + num_uncached) - queue_ms
     return RouteScore(
         candidate.replica,
         queue_ms,
         candidate.wait_ms,
         prefill_ms,
-        work_weight * prefill_ms,
+        work_weight * prefill_ms * (1.0 - num_wanted / num_uncached),
         candidate.tier_load_ms,
         decode_steps * time.decode_ms(candidate.num_active + 1),
         candidate.matched_tokens,
@@ -228,10 +231,12 @@ class Router:
         may_wait = may_hold and (was_held is None or tick - was_held.since < config.hold_ticks)
         held = _Held(was_held.replica if was_held else "", was_held.since if was_held else tick, hashes, num_tokens)
         names = self._limits if candidates is None else candidates
+        matches = self.trie.match(hashes, names, tick=tick)
+        num_shared = self._num_shared(hashes, names, matches)
         choice = choose(
             [
-                self._candidate(name, held, num_matched, expected_output_tokens, tiers.get(name, 0.0), may_wait)
-                for name, num_matched in zip(names, self.trie.match(hashes, names, tick=tick), strict=True)
+                self._candidate(name, held, matched, num_shared, expected_output_tokens, tiers.get(name, 0.0), may_wait)
+                for name, matched in zip(names, matches, strict=True)
             ],
             num_tokens=num_tokens,
             expected_output_tokens=expected_output_tokens,
@@ -344,8 +349,27 @@ class Router:
             num_snapshots=self.trie.num_snapshots(replica),
         )
 
+    def _num_shared(self, hashes: Sequence[bytes], names: Iterable[str], matches: Sequence[int]) -> int:
+        """Leading blocks that are in a cache and that a request there uses now: the longest match, if it is such."""
+        longest = max(matches, default=0)
+        if not longest:
+            return 0
+        block = hashes[longest - 1]
+        is_shared = any(
+            matched == longest and block in self.ledger.of(name).prefix_references and self.trie.is_confirmed(name, block)
+            for name, matched in zip(names, matches, strict=True)
+        )
+        return longest if is_shared else 0
+
     def _candidate(
-        self, name: str, request: _Held, num_matched: int, expected_output_tokens: float, tier_load_ms: float, may_wait: bool
+        self,
+        name: str,
+        request: _Held,
+        num_matched: int,
+        num_shared: int,
+        expected_output_tokens: float,
+        tier_load_ms: float,
+        may_wait: bool,
     ) -> Candidate:
         account, limits, num_tokens = self.ledger.of(name), self._limits[name], request.num_tokens
         num_active = account.num_sent + account.num_held
@@ -358,6 +382,7 @@ class Router:
             name,
             self.step_times.of(name),
             min(num_matched * self._config.block_size, num_tokens - 1),
+            min(num_shared * self._config.block_size, num_tokens - 1),
             account.queued_tokens + account.held_tokens,
             num_active,
             wait_ms,
