@@ -6,8 +6,8 @@ The schedulers, caches, queue and router are the real ones; steps take what thos
 Goodput is the share of requests that had their first token within 200 ms and each further one within 25 ms on average.
 `busiest` is balance in time: what a request would have to wait at the busiest replica (the prompts there that are not computed
 yet, and one step of what decodes there), the mean of moments while requests arrive. `busy` is the busiest replica's time over
-the mean. `copies` is how often a prompt that came new and many times at once was computed, 1.0 at best. With several seeds a row
-is the mean of theirs. Everything but the last column follows from the seeds alone.
+the mean. `copies` is how often a prompt that came new and many times at once was computed, 1.0 at best. With several seeds a
+row is the mean of theirs. Everything but the last column follows from the seeds alone.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Outcome:
 
 
 FIGURES = ("hit_rate", "ttft_p50_ms", "ttft_p99_ms", "goodput", "busiest_ms", "busy", "copies", "wall_s")
+
 
 def simulate(
     workload: str, policy: str, *, num_replicas: int, num_requests: int, seed: int, sizes: ReplicaSizes | None = None
@@ -123,10 +124,11 @@ def busiest_ms(requests: Sequence[SimulatedRequest], *, num_replicas: int) -> fl
 
 def means(outcomes: Sequence[Outcome]) -> Iterable[Outcome]:
     """Of the seeds of each policy, cluster and workload."""
-    for first in outcomes:
-        same = [o for o in outcomes if (o.workload, o.num_replicas, o.policy) == (first.workload, first.num_replicas, first.policy)]
-        if same[0] is first:
-            yield replace(first, **{name: statistics.mean(getattr(o, name) for o in same) for name in FIGURES})
+    groups: dict[tuple[str, int, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.workload, outcome.num_replicas, outcome.policy), []).append(outcome)
+    for same in groups.values():
+        yield replace(same[0], **{name: statistics.mean(getattr(o, name) for o in same) for name in FIGURES})
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -157,9 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     with ProcessPoolExecutor(args.jobs) as pool:
         runs = [
-            pool.submit(
-                simulate, workload, policy, num_replicas=size, num_requests=size * args.requests_per_replica, seed=seed
-            )
+            pool.submit(simulate, workload, policy, num_replicas=size, num_requests=size * args.requests_per_replica, seed=seed)
             for seed in args.seeds
             for size in args.replicas
             for workload in args.workloads

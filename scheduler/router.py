@@ -1,16 +1,20 @@
 """Which replica takes a request: the one where it costs least, in estimated milliseconds.
 
-    cost = P(queued) + wait + (1 + work_weight) * (P(queued + uncached) - P(queued)) + tier_load
-           + decode_weight * E[output] * D(num_active + 1)
+    cost = P(queued) + wait + prefill + work_weight * new * prefill + tier_load + decode_weight * E[output] * D(num_active + 1)
+    prefill = P(queued + uncached) - P(queued)
 
 P: ms that so many prompt tokens add to a replica's steps; D: ms of a step in which so many sequences decode (step_times.py);
 queued: uncached prompt tokens routed there that are not computed yet (the ledger, exact because every request passes here);
 wait: until the batch and the KV cache have room; uncached: this prompt less its cached prefix; tier_load: ms to bring cached
 blocks from a slower tier; num_active: requests there, of which half are left on average while this one decodes: hence
-decode_weight. Computing a prefix costs this request its time, and all that wait behind it and decode beside it the same again
-(`work_weight`): so a burst with one prefix stays together although waiting for the prefix takes as long as computing it
-elsewhere. Cached work is not charged: affinity and load are weighed in one unit, without a mode switch. Replicas within `tie_ms`
-of the best count as equal: the one chosen longest ago takes the request.
+decode_weight. Cached work is not charged: affinity and load are weighed in one unit, without a mode switch. Replicas within
+`tie_ms` of the best count as equal: the one chosen longest ago takes the request.
+
+Computing a prompt costs this request its time, and those that wait behind it and decode beside it the same again
+(`work_weight`), unless it serves others too. `new` is the part of the uncached tokens that does not: those outside of a prefix
+that requests elsewhere use now, out of a cache. So popular prompts spread over as many replicas as their requests keep busy. A
+new prefix that comes many times at once is in no cache yet, and stays together although waiting for it takes as long as
+computing it elsewhere.
 
 Binding is late. A replica has room while it could start the request soon: a place in its batch, blocks in its cache, and
 prompts for no more than the next steps. Where the cheapest has none, the request is held for it (`Choice.is_held`), charged
@@ -43,7 +47,7 @@ class RouterConfig:
     """How costs are weighed.
 
     Attributes:
-        work_weight: worth of a millisecond taken from later requests against one of this request.
+        work_weight: worth of a millisecond taken from other requests against one of this request.
         decode_weight: worth of a millisecond of decoding against one before the first token.
         tie_ms: costs this close are equal.
         speculative_ticks: how long a routed prompt counts as cached before the replica says so.
@@ -81,7 +85,11 @@ class ReplicaLimits:
 
 
 class Candidate(NamedTuple):
-    """A replica as the cost function sees it. `last_chosen` is a counter, lower is longer ago."""
+    """A replica as the cost function sees it.
+
+    `shared_tokens`: of the prompt, the same for all: a prefix that requests use now. `last_chosen`: a counter, lower is longer
+    ago.
+    """
 
     replica: str
     step_time: StepTime
@@ -140,14 +148,14 @@ def _score(candidate: Candidate, num_tokens: int, decode_steps: float, work_weig
     time, num_queued = candidate.step_time, candidate.queued_tokens
     queue_ms = time.prompt_ms(num_queued)
     num_uncached = max(num_tokens - candidate.matched_tokens, 1)
-    num_wanted = max(candidate.shared_tokens - candidate.matched_tokens, 0)
+    num_shared = max(candidate.shared_tokens - candidate.matched_tokens, 0)
     prefill_ms = time.prompt_ms(num_queued + num_uncached) - queue_ms
     return RouteScore(
         candidate.replica,
         queue_ms,
         candidate.wait_ms,
         prefill_ms,
-        work_weight * prefill_ms * (1.0 - num_wanted / num_uncached),
+        work_weight * prefill_ms * (1.0 - num_shared / num_uncached),
         candidate.tier_load_ms,
         decode_steps * time.decode_ms(candidate.num_active + 1),
         candidate.matched_tokens,
@@ -235,7 +243,15 @@ class Router:
         num_shared = self._num_shared(hashes, names, matches)
         choice = choose(
             [
-                self._candidate(name, held, matched, num_shared, expected_output_tokens, tiers.get(name, 0.0), may_wait)
+                self._candidate(
+                    name,
+                    held,
+                    num_matched=matched,
+                    num_shared=num_shared,
+                    expected_output_tokens=expected_output_tokens,
+                    tier_load_ms=tiers.get(name, 0.0),
+                    may_wait=may_wait,
+                )
                 for name, matched in zip(names, matches, strict=True)
             ],
             num_tokens=num_tokens,
@@ -365,6 +381,7 @@ class Router:
         self,
         name: str,
         request: _Held,
+        *,
         num_matched: int,
         num_shared: int,
         expected_output_tokens: float,

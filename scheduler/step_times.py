@@ -8,8 +8,8 @@ there on each token takes its time. Sizes that nobody has run are in proportion 
 
 Each replica has a factor by which it is slower or faster than the fleet is in steps of the same sizes, 1 until it has shown
 otherwise: a new replica is neither flooded nor starved, and one that alone ran long prompts is not taken for a slow one. A step
-far from what was expected (a pause of the machine, a first compilation) counts only up to a limit; a wide one while steps of its
-size are new.
+far from what was expected (a pause of the machine, a first compilation) counts only up to a limit; a wide one while steps of
+its size are new.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Curve:
 
 
 class StepTime:
-    """Milliseconds of a step on one replica. `decode` by sequences that decode; `prompts` by prompt tokens beside one of them."""
+    """Milliseconds of a step on one replica. `decode`: by sequences that decode; `prompts`: by prompt tokens beside one."""
 
     __slots__ = ("decode", "factor", "prompts")
 
