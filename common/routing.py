@@ -9,7 +9,7 @@ _PARTS = {
     "queue_ms": "prompts queued there",
     "wait_ms": "waiting for a place in its batch or cache",
     "prefill_ms": "computing what its cache lacks",
-    "work_ms": "what that takes from others",
+    "work_ms": "what that takes from others",  # never named alone
     "tier_load_ms": "loading from a slower cache",
     "decode_ms": "decoding in its batch",
 }
@@ -72,6 +72,7 @@ class RouteDecision:
         if more_ms < 0:
             return "" if score.has_room else f"{-more_ms:.1f} ms less, but it had no room and its line was full"
         differences = {name: getattr(score, name) - getattr(chosen, name) for name in _PARTS}
+        differences["prefill_ms"] += differences.pop("work_ms")  # one has the other for its cause
         name = max(differences, key=lambda part: differences[part])
         if differences[name] <= 0:
             return "costs the same; it was chosen more recently"

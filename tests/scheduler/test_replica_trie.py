@@ -100,7 +100,7 @@ def test_a_large_snapshot_is_loaded_in_a_few_operations_a_block(trie, num_blocks
     assert complete
     assert trie.num_blocks("r0") == num_blocks + 100
     assert num_calls < 3 * num_blocks + 1000
-    assert trie.match(hashes, tick=0) == {"r0": num_blocks, "r1": 0}
+    assert trie.match(hashes, ["r0", "r1"], tick=0) == [num_blocks, 0]
 
 
 def test_a_gap_after_the_snapshot_needs_another(trie):
