@@ -62,6 +62,7 @@ class SimulatedRequest:
     output: list[int] = field(default_factory=list)
     replica: str = ""
     cached_tokens: int = 0
+    sent_ms: float = 0.0
     first_token_ms: float = 0.0
     end_ms: float = 0.0
     refused: bool = False
@@ -210,6 +211,7 @@ class Simulation:
             self._at(self.now_ms + self._policy.hold_ms, self._pump)  # it may have to go elsewhere by then
             return
         request.replica, replica = chosen, self._replicas[chosen]
+        request.sent_ms = self.now_ms
         self._running[request.request_id] = request
         sampling = TokenSampling(temperature=0.0, max_tokens=request.conversation.turns[request.turn].num_output, seed=0)
         replica.scheduler.add(EngineRequest(request_id=request.request_id, prompt_token_ids=request.prompt, sampling=sampling))
@@ -237,7 +239,6 @@ class Simulation:
             kv_events=events,
             num_batched_tokens=plan.num_tokens,
             timings=StepTimings(total_ms=step_ms),
-            load=replica.scheduler.load(),
         )
         replica.plan = None
         self._policy.take_step(replica.name, step)

@@ -123,7 +123,7 @@ class LongestPrefix(_CountingPolicy):
         self._trie.add_replica(replica)
 
     def _choose(self, request: SimulatedRequest, candidates: Sequence[str], *, tick: int) -> str:
-        matches = self._trie.match(request.hashes, tick=tick)
+        matches = dict(zip(candidates, self._trie.match(request.hashes, candidates, tick=tick), strict=True))
         longest = max(matches[name] for name in candidates)
         if 2 * longest >= len(request.hashes):
             candidates = [name for name in candidates if matches[name] == longest]

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=max(len(a.token_ids) + a.output_tokens for a in arrivals),
     )
-    replay = Replay.create(router, engine, StepTime(args.step_ms, args.token_ms), num_replicas=args.replicas)
+    replay = Replay.create(router, engine, StepTime.line(args.step_ms, args.token_ms), num_replicas=args.replicas)
     summary = summarize(replay.run(arrivals), replay.busy_ms)
     print(json.dumps(summary) if args.json else "\n".join(f"{name:16} {value:g}" for name, value in summary.items()))
     if args.explain is not None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _PARTS = {
     "queue_ms": "prompts queued there",
     "wait_ms": "waiting for a place in its batch or cache",
     "prefill_ms": "computing what its cache lacks",
-    "work_ms": "what that takes from others",
+    "work_ms": "what that takes from others",  # never named alone
     "tier_load_ms": "loading from a slower cache",
     "decode_ms": "decoding in its batch",
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouteScore:
+class RouteScore(NamedTuple):
     """The parts of one replica's cost for a prompt, in milliseconds; the formula is in scheduler/router.py.
 
-    `has_room` is False where the request would have waited: full batch or cache, or prompts enough for the next steps.
+    `has_room` is False where the request would have waited: full batch or cache, or prompts enough for the next steps. A tuple,
+    because the router makes one for every replica and request.
     """
 
     replica: str
@@ -71,6 +72,7 @@ class RouteDecision:
         if more_ms < 0:
             return "" if score.has_room else f"{-more_ms:.1f} ms less, but it had no room and its line was full"
         differences = {name: getattr(score, name) - getattr(chosen, name) for name in _PARTS}
+        differences["prefill_ms"] += differences.pop("work_ms")  # one has the other for its cause
         name = max(differences, key=lambda part: differences[part])
         if differences[name] <= 0:
             return "costs the same; it was chosen more recently"

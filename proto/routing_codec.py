@@ -6,7 +6,7 @@ from ..common.routing import RouteDecision, RouteScore, RoutingState
 from . import inference_pb2
 
 _STATE_FIELDS = tuple(RoutingState.__dataclass_fields__)
-_SCORE_FIELDS = tuple(RouteScore.__dataclass_fields__)
+_SCORE_FIELDS = RouteScore._fields
 _DECISION_FIELDS = tuple(name for name in RouteDecision.__dataclass_fields__ if name != "scores")
 
 

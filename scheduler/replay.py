@@ -136,7 +136,8 @@ class Replay:
         replica = self._replicas[name]
         replica.plan = replica.scheduler.plan()
         if replica.plan is not None:
-            step_ms = self.step_time.step_ms(replica.plan.num_tokens)
+            num_decoding = sum(row.num_tokens == 1 for row in replica.plan.rows)
+            step_ms = self.step_time.step_ms(num_decoding, replica.plan.num_tokens - num_decoding)
             replica.busy_ms += step_ms
             self._at(self.now_ms + step_ms, lambda: self._end_step(name, step_ms))
         elif outputs := tuple(replica.scheduler.drain_outputs()):  # it never fits

@@ -54,6 +54,10 @@ class ReplicaTrie:
         """The blocks that the replica itself has named: all of its cache, while no snapshot is needed."""
         return {block for block, lapse in self._replicas[replica].blocks.items() if lapse == _CONFIRMED}
 
+    def is_confirmed(self, replica: str, block_hash: bytes) -> bool:
+        """Whether the replica itself has named it."""
+        return self._replicas[replica].blocks.get(block_hash) == _CONFIRMED
+
     def num_snapshots(self, replica: str) -> int:
         """Loaded since it was added."""
         return self._replicas[replica].num_snapshots
@@ -104,10 +108,10 @@ class ReplicaTrie:
                 blocks[block_hash] = lapse
         self._lapses.append((lapse, replica, hashes))
 
-    def match(self, hashes: Sequence[bytes], *, tick: int) -> Mapping[str, int]:
-        """For every replica, how many leading blocks of `hashes` it holds."""
+    def match(self, hashes: Sequence[bytes], replicas: Iterable[str], *, tick: int) -> list[int]:
+        """For each of `replicas`, how many leading blocks of `hashes` it holds."""
         self._drop_lapsed(tick)
-        return {replica: _num_leading(index.blocks, hashes) for replica, index in self._replicas.items()}
+        return [_num_leading(self._replicas[replica].blocks, hashes) for replica in replicas]
 
     def _drop_lapsed(self, tick: int) -> None:
         while self._lapses and self._lapses[0][0] <= tick:
@@ -119,7 +123,14 @@ class ReplicaTrie:
 
 
 def _num_leading(blocks: Mapping[bytes, int], hashes: Sequence[bytes]) -> int:
-    for position, block_hash in enumerate(hashes):
-        if block_hash not in blocks:
-            return position
-    return len(hashes)
+    """By halving: a cache that holds a block holds all before it, since it evicts from the end."""
+    if not hashes or hashes[0] not in blocks:
+        return 0
+    held, beyond = 0, len(hashes)
+    while beyond - held > 1:
+        middle = (held + beyond) // 2
+        if hashes[middle] in blocks:
+            held = middle
+        else:
+            beyond = middle
+    return beyond

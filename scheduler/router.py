@@ -1,14 +1,20 @@
 """Which replica takes a request: the one where it costs least, in estimated milliseconds.
 
-    cost = queued * t + wait + (1 + work_weight) * uncached * t + tier_load + decode_weight * E[output] * step(num_active + 1)
+    cost = P(queued) + wait + prefill + work_weight * new * prefill + tier_load + decode_weight * E[output] * D(num_active + 1)
+    prefill = P(queued + uncached) - P(queued)
 
-t: ms a prompt token takes there; queued: uncached prompt tokens routed there that are not computed yet (the ledger, exact
-because every request passes here); wait: until the batch and the KV cache have room; uncached: this prompt less its cached
-prefix; tier_load: ms to bring cached blocks from a slower tier; step: ms of a decode step with the requests there and this
-one. Computing a prefix costs this request its time, and those behind it the same again (`work_weight`): so a burst with one
-prefix stays together although waiting for the prefix takes as long as computing it elsewhere. Cached work is not charged:
-affinity and load are weighed in one unit, without a mode switch. Replicas within `tie_ms` of the best count as equal: the one
-chosen longest ago takes the request.
+P: ms that so many prompt tokens add to a replica's steps; D: ms of a step in which so many sequences decode (step_times.py);
+queued: uncached prompt tokens routed there that are not computed yet (the ledger, exact because every request passes here);
+wait: until the batch and the KV cache have room; uncached: this prompt less its cached prefix; tier_load: ms to bring cached
+blocks from a slower tier; num_active: requests there, of which half are left on average while this one decodes: hence
+decode_weight. Cached work is not charged: affinity and load are weighed in one unit, without a mode switch. Replicas within
+`tie_ms` of the best count as equal: the one chosen longest ago takes the request.
+
+Computing a prompt costs this request its time, and those that wait behind it and decode beside it the same again
+(`work_weight`), unless it serves others too. `new` is the part of the uncached tokens that does not: those outside of a prefix
+that requests elsewhere use now, out of a cache. So popular prompts spread over as many replicas as their requests keep busy. A
+new prefix that comes many times at once is in no cache yet, and stays together although waiting for it takes as long as
+computing it elsewhere.
 
 Binding is late. A replica has room while it could start the request soon: a place in its batch, blocks in its cache, and
 prompts for no more than the next steps. Where the cheapest has none, the request is held for it (`Choice.is_held`), charged
@@ -18,20 +24,22 @@ replica has room.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import NamedTuple
 
 from ..common.errors import Unavailable
 from ..common.requests import EngineLoad, StepOutput
 from ..common.routing import RouteDecision, RouteScore, RoutingState
 from .decision_log import DecisionLog
-from .ledger import Ledger
+from .ledger import Account, Ledger
 from .replica_trie import ReplicaTrie
 from .step_times import StepTime, StepTimes
 
 __all__ = ["Candidate", "Choice", "ReplicaLimits", "ReplicaTrie", "RouteScore", "Router", "RouterConfig", "choose"]
 
-_PRIOR = StepTime(10.0, 0.1)
+_PRIOR = StepTime.line(10.0, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +47,7 @@ class RouterConfig:
     """How costs are weighed.
 
     Attributes:
-        work_weight: worth of a millisecond taken from later requests against one of this request.
+        work_weight: worth of a millisecond taken from other requests against one of this request.
         decode_weight: worth of a millisecond of decoding against one before the first token.
         tie_ms: costs this close are equal.
         speculative_ticks: how long a routed prompt counts as cached before the replica says so.
@@ -51,8 +59,8 @@ class RouterConfig:
     """
 
     block_size: int
-    work_weight: float = 1.0
-    decode_weight: float = 1.0
+    work_weight: float = 2.0
+    decode_weight: float = 0.5
     tie_ms: float = 1.0
     speculative_ticks: int = 10_000
     hold_ticks: int = 1_000
@@ -76,13 +84,17 @@ class ReplicaLimits:
         return self.max_num_seqs + max(1, self.max_num_seqs // 8)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A replica as the cost function sees it. `last_chosen` is a counter, lower is longer ago."""
+class Candidate(NamedTuple):
+    """A replica as the cost function sees it.
+
+    `shared_tokens`: of the prompt, the same for all: a prefix that requests use now. `last_chosen`: a counter, lower is longer
+    ago.
+    """
 
     replica: str
     step_time: StepTime
     matched_tokens: int = 0
+    shared_tokens: int = 0
     queued_tokens: int = 0
     num_active: int = 0
     wait_ms: float = 0.0
@@ -119,28 +131,35 @@ def choose(
     """
     if not candidates:
         raise Unavailable("no replica can take requests now; try again when `pilotfish status` shows one that is ready")
-    scores = tuple(_score(c, num_tokens, decode_weight * expected_output_tokens, work_weight=work_weight) for c in candidates)
-    scored = list(zip(candidates, scores, strict=True))
-    open_ones = [(c, score) for c, score in scored if c.has_room or c.may_hold] or scored
-    limit = min(score.cost_ms for _, score in open_ones) + tie_ms
-    equal = [c for c, score in open_ones if score.cost_ms <= limit]
+    decode_steps = decode_weight * expected_output_tokens
+    scores = tuple([_score(c, num_tokens, decode_steps, work_weight) for c in candidates])
+    costs = [score.cost_ms for score in scores]
+    is_open = [c.has_room or c.may_hold for c in candidates]
+    limit = min(compress(costs, is_open), default=None)
+    if limit is None:
+        is_open, limit = [True] * len(costs), min(costs)
+    limit += tie_ms
+    equal = [c for c, cost, open_ in zip(candidates, costs, is_open, strict=True) if cost <= limit and open_]
     chosen = min(equal, key=lambda c: (not c.has_room, c.last_chosen))
     return Choice(chosen.replica, scores, is_held=not chosen.has_room)
 
 
-def _score(candidate: Candidate, num_tokens: int, decode_steps: float, *, work_weight: float) -> RouteScore:
-    ms_per_token = candidate.step_time.ms_per_token
-    prefill_ms = max(num_tokens - candidate.matched_tokens, 1) * ms_per_token
+def _score(candidate: Candidate, num_tokens: int, decode_steps: float, work_weight: float) -> RouteScore:
+    time, num_queued = candidate.step_time, candidate.queued_tokens
+    queue_ms = time.prompt_ms(num_queued)
+    num_uncached = max(num_tokens - candidate.matched_tokens, 1)
+    num_shared = max(candidate.shared_tokens - candidate.matched_tokens, 0)
+    prefill_ms = time.prompt_ms(num_queued + num_uncached) - queue_ms
     return RouteScore(
-        replica=candidate.replica,
-        queue_ms=candidate.queued_tokens * ms_per_token,
-        wait_ms=candidate.wait_ms,
-        prefill_ms=prefill_ms,
-        work_ms=work_weight * prefill_ms,
-        tier_load_ms=candidate.tier_load_ms,
-        decode_ms=decode_steps * candidate.step_time.step_ms(candidate.num_active + 1),
-        matched_tokens=candidate.matched_tokens,
-        has_room=candidate.has_room,
+        candidate.replica,
+        queue_ms,
+        candidate.wait_ms,
+        prefill_ms,
+        work_weight * prefill_ms * (1.0 - num_shared / num_uncached),
+        candidate.tier_load_ms,
+        decode_steps * time.decode_ms(candidate.num_active + 1),
+        candidate.matched_tokens,
+        candidate.has_room,
     )
 
 
@@ -216,21 +235,24 @@ class Router:
         """
         was_held = self._held.get(request_id)
         self.finish(request_id)
-        config, matches, tiers = self._config, self.trie.match(hashes, tick=tick), tier_load_ms or {}
+        config, tiers = self._config, tier_load_ms or {}
         may_wait = may_hold and (was_held is None or tick - was_held.since < config.hold_ticks)
+        held = _Held(was_held.replica if was_held else "", was_held.since if was_held else tick, hashes, num_tokens)
+        names = self._limits if candidates is None else candidates
+        matches = self.trie.match(hashes, names, tick=tick)
+        num_shared = self._num_shared(hashes, names, matches)
         choice = choose(
             [
                 self._candidate(
                     name,
-                    hashes=hashes,
-                    num_tokens=num_tokens,
-                    matched_tokens=min(matches[name] * config.block_size, num_tokens - 1),
+                    held,
+                    num_matched=matched,
+                    num_shared=num_shared,
                     expected_output_tokens=expected_output_tokens,
                     tier_load_ms=tiers.get(name, 0.0),
-                    is_first_held=was_held is not None and was_held.replica == name,
-                    may_hold=may_wait,
+                    may_wait=may_wait,
                 )
-                for name in (self._limits if candidates is None else candidates)
+                for name, matched in zip(names, matches, strict=True)
             ],
             num_tokens=num_tokens,
             expected_output_tokens=expected_output_tokens,
@@ -263,9 +285,9 @@ class Router:
             is_held=is_held,
         )
         if is_held:
-            self._held[request_id] = _Held(choice.replica, was_held.since if was_held else tick, hashes, num_tokens)
+            self._held[request_id] = _Held(choice.replica, held.since, hashes, num_tokens)
         self.trie.insert_speculative(choice.replica, hashes, tick=tick)
-        return replace(choice, is_held=is_held)
+        return Choice(choice.replica, choice.scores, is_held)
 
     def has_room(self, replica: str) -> bool:
         """Whether it could start some request soon, and none is held for it."""
@@ -295,7 +317,13 @@ class Router:
 
     def take_step(self, replica: str, step: StepOutput) -> bool:
         """A replica's report: times, the ledger, cache events. False if events are missing and a snapshot is needed."""
-        self.step_times.observe(replica, num_tokens=step.num_batched_tokens, step_ms=step.timings.total_ms)
+        num_decoding = min(sum(len(o.token_ids) for o in step.sequences if o.offset), step.num_batched_tokens)
+        self.step_times.observe(
+            replica,
+            num_decoding=num_decoding,
+            num_prompt_tokens=step.num_batched_tokens - num_decoding,
+            step_ms=step.timings.total_ms,
+        )
         self.ledger.take_step(replica, step)
         return not step.kv_events or self.trie.apply(replica, first_event_id=step.first_event_id, events=step.kv_events)
 
@@ -337,45 +365,62 @@ class Router:
             num_snapshots=self.trie.num_snapshots(replica),
         )
 
+    def _num_shared(self, hashes: Sequence[bytes], names: Iterable[str], matches: Sequence[int]) -> int:
+        """Leading blocks that are in a cache and that a request there uses now: the longest match, if it is such."""
+        longest = max(matches, default=0)
+        if not longest:
+            return 0
+        block = hashes[longest - 1]
+        is_shared = any(
+            matched == longest and block in self.ledger.of(name).prefix_references and self.trie.is_confirmed(name, block)
+            for name, matched in zip(names, matches, strict=True)
+        )
+        return longest if is_shared else 0
+
     def _candidate(
         self,
         name: str,
+        request: _Held,
         *,
-        hashes: Sequence[bytes],
-        num_tokens: int,
-        matched_tokens: int,
+        num_matched: int,
+        num_shared: int,
         expected_output_tokens: float,
         tier_load_ms: float,
-        is_first_held: bool,
-        may_hold: bool,
+        may_wait: bool,
     ) -> Candidate:
-        account, limits = self.ledger.of(name), self._limits[name]
+        account, limits, num_tokens = self.ledger.of(name), self._limits[name], request.num_tokens
         num_active = account.num_sent + account.num_held
-        request = _Held(name, 0, hashes, num_tokens)
+        wait_ms, has_room = 0.0, True
+        if limits is not None:
+            num_active = min(num_active, limits.max_num_seqs - 1)
+            has_room = (request.replica == name or account.num_held == 0) and self._fits(name, request)
+            wait_ms = self._wait_ms(account, limits, name, num_tokens, expected_output_tokens)
         return Candidate(
-            replica=name,
-            step_time=self.step_times.of(name),
-            matched_tokens=matched_tokens,
-            queued_tokens=account.queued_tokens + account.held_tokens,
-            num_active=num_active if limits is None else min(num_active, limits.max_num_seqs - 1),
-            wait_ms=self._wait_ms(name, num_tokens=num_tokens, expected_output_tokens=expected_output_tokens),
-            tier_load_ms=tier_load_ms,
-            last_chosen=self._last_chosen[name],
-            has_room=(is_first_held or account.num_held == 0) and self._fits(name, request),
-            may_hold=may_hold and account.num_held < self._config.max_held,
+            name,
+            self.step_times.of(name),
+            min(num_matched * self._config.block_size, num_tokens - 1),
+            min(num_shared * self._config.block_size, num_tokens - 1),
+            account.queued_tokens + account.held_tokens,
+            num_active,
+            wait_ms,
+            tier_load_ms,
+            self._last_chosen[name],
+            has_room,
+            may_wait and account.num_held < self._config.max_held,
         )
 
-    def _wait_ms(self, replica: str, *, num_tokens: int, expected_output_tokens: float) -> float:
+    def _wait_ms(
+        self, account: Account, limits: ReplicaLimits, name: str, num_tokens: int, expected_output_tokens: float
+    ) -> float:
         """Until as many sequences there have ended as it takes; each ends once in its length."""
-        account, limits = self.ledger.of(replica), self._limits[replica]
-        if limits is None or account.num_sent == 0:
-            return 0.0
-        num_ends = float(max(account.num_sent + account.num_held + 1 - limits.max_num_seqs, 0))
+        num_ends = float(account.num_sent + account.num_held + 1 - limits.max_num_seqs)
         num_blocks_over = account.num_blocks + self.ledger.num_blocks_for(num_tokens) - limits.num_blocks
+        if account.num_sent == 0 or (num_ends <= 0 and num_blocks_over <= 0):
+            return 0.0
         if num_blocks_over > 0:
             num_ends = max(num_ends, num_blocks_over * account.num_sent / max(account.num_blocks, 1))
         batch = min(account.num_sent, limits.max_num_seqs)
-        return num_ends * expected_output_tokens * self.step_times.of(replica).step_ms(batch) / batch
+        return num_ends * expected_output_tokens * self.step_times.of(name).decode_ms(batch) / batch
 
     def _fits(self, replica: str, request: _Held) -> bool:
         """Whether the replica could start this request soon; an idle one always can."""

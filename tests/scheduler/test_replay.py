@@ -21,7 +21,7 @@ def replay_of(num_replicas=4, *, num_blocks=1024, max_num_seqs=16, **config):
     engine = SchedulerConfig(
         num_blocks=num_blocks, block_size=SIZE, max_num_seqs=max_num_seqs, max_num_batched_tokens=512, max_model_len=8192
     )
-    return Replay.create(RouterConfig(block_size=SIZE, **config), engine, StepTime(4.0, 0.05), num_replicas=num_replicas)
+    return Replay.create(RouterConfig(block_size=SIZE, **config), engine, StepTime.line(4.0, 0.05), num_replicas=num_replicas)
 
 
 def tokens(rng, number):

@@ -9,7 +9,7 @@ from pilotfish.scheduler.step_times import StepTime
 
 def cost(**changes):
     values = {"num_prompt": 1000, "num_cached": 0, "num_output": 100, "num_active": 10, "kv_capacity_tokens": 10_000}
-    return request_cost_ms(StepTime(10.0, 0.1), **(values | changes))
+    return request_cost_ms(StepTime.line(10.0, 0.1), **(values | changes))
 
 
 def test_the_parts_add_up():

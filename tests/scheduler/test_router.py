@@ -10,7 +10,7 @@ from pilotfish.scheduler.router import Candidate, Router, RouterConfig, choose
 from pilotfish.scheduler.step_times import StepTime
 
 SIZE = 16
-TIME = StepTime(10.0, 0.1)
+TIME = StepTime.line(10.0, 0.1)
 
 
 def hashes_of(tokens):
@@ -69,13 +69,25 @@ def test_prefix_affinity_against_load(queued, expected):
     assert choose(candidates, num_tokens=1100, expected_output_tokens=100).replica == expected
 
 
+def test_a_popular_prefix_is_computed_again_where_a_new_one_waits():
+    """Both have 1,000 tokens ready, or under way, behind a queue of 2,000; of the first, others make use now."""
+    busy = {"matched_tokens": 1000, "queued_tokens": 2000}
+    for shared_tokens, expected in ((1000, "idle"), (0, "busy")):
+        candidates = [
+            candidate("idle", shared_tokens=shared_tokens),
+            candidate("busy", shared_tokens=shared_tokens, **busy),
+        ]
+        choice = choose(candidates, num_tokens=1001, expected_output_tokens=1, work_weight=2.0)
+        assert choice.replica == expected
+
+
 def test_decoding_load_counts():
     candidates = [candidate("busy", num_active=50), candidate("idle", num_active=0)]
     assert choose(candidates, num_tokens=10, expected_output_tokens=100).replica == "idle"
 
 
 def test_a_slower_replica_gets_less():
-    candidates = [candidate("slow", step_time=StepTime(20.0, 0.2)), candidate("fast", queued_tokens=100)]
+    candidates = [candidate("slow", step_time=StepTime.line(20.0, 0.2)), candidate("fast", queued_tokens=100)]
     assert choose(candidates, num_tokens=1000, expected_output_tokens=100).replica == "fast"
 
 
@@ -119,6 +131,21 @@ def test_a_burst_with_one_prefix_lands_together():
     prefix = list(range(1600))
     chosen = {route(router, f"q{n}", [*prefix, n]).replica for n in range(8)}
     assert len(chosen) == 1
+
+
+def test_a_prefix_counts_as_shared_once_it_is_cached_and_while_it_is_used():
+    router = make_router(2)
+    prefix = list(range(1600))
+    route(router, "q0", [*prefix, 0], candidates=["r0"])
+    new = route(router, "q1", [*prefix, 1]).scores[1]
+    assert new.work_ms == pytest.approx(2 * new.prefill_ms)
+    router.trie.apply("r0", first_event_id=1, events=tuple(BlockStored(block, b"") for block in hashes_of(prefix)))
+    used = route(router, "q2", [*prefix, 2]).scores[1]
+    assert used.work_ms < 0.01 * used.prefill_ms
+    for request_id in ("q0", "q1", "q2"):
+        router.finish(request_id)
+    unused = route(router, "q3", [*prefix, 3]).scores[1]
+    assert unused.work_ms == pytest.approx(2 * unused.prefill_ms)
 
 
 def test_a_burst_too_large_for_one_replica_spreads():
