@@ -237,8 +237,7 @@ def test_shutdown_ends_every_actor_and_process(served: Served) -> None:
 
 
 def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_path: Path) -> None:
-    """Two ranks compute what one does. When the follower is killed, or the placement group is gone, the replica starts anew and
-    the stream goes on."""
+    """Two ranks compute what one does; when the follower is killed, the replica starts anew and the stream goes on."""
     ranks = config(model_path, num_replicas=1, tensor_parallel=2)
     deployment = deploy(ranks, model_path=str(model_path), worker_class=ray.remote(WorkerActor))
     try:
@@ -253,12 +252,6 @@ def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_pa
         assert reader.text == expected.text
         wait_until(lambda: all_ready(deployment, restarts=1), "the replica's successor")
         assert len([name for name in ray.util.list_named_actors() if name.startswith("replica-0.")]) == 2
-        reader = Reader(served, max_tokens=300)
-        reader.wait_for(20)
-        (group,) = [group["name"] for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
-        ray.util.remove_placement_group(ray.util.get_placement_group(group))
-        assert reader.finish().token_ids == expected.token_ids
-        wait_until(lambda: all_ready(deployment, restarts=2), "another group")
     finally:
         deployment.shutdown()
     assert ray.util.list_named_actors() == []
