@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,5 +64,8 @@ def _init(*, address: str | None, **options: Any) -> Any:
     was_found = address in (None, "auto") and not os.environ.get("RAY_ADDRESS")
     if resolved := canonicalize_bootstrap_address(address):  # None: Ray will start a cluster
         check_access(resolved, was_found=was_found)
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, logging_level="ERROR", **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own aborts the process after 3 s, whatever it still has to end
     return ray

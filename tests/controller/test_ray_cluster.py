@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -15,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import grpc
 import pytest
@@ -130,6 +132,12 @@ class Reader(threading.Thread):
     def wait_for(self, num_tokens: int) -> None:
         wait_until(lambda: len(self.token_ids) >= num_tokens or not self.is_alive(), "tokens")
         assert self.is_alive(), f"the stream ended early: {self.error}"
+
+    def refused(self) -> bool:
+        """Whether it ended because the server takes no more requests."""
+        self.join(60)
+        self._channel.close()
+        return isinstance(self.error, grpc.RpcError) and self.error.code() is grpc.StatusCode.UNAVAILABLE
 
     def finish(self) -> Reader:
         self.join(60)
@@ -248,6 +256,34 @@ def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_pa
         deployment.shutdown()
     assert ray.util.list_named_actors() == []
     assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
+
+
+def test_sigterm_lets_running_requests_end(local_ray: None, model_path: Path) -> None:
+    """`pilotfish serve` refuses what comes after it, drops nothing, and leaves nothing."""
+    options = "--device cpu --num-kv-blocks 512 --num-threads 1 --grpc-port 0 --http-port 0 --grace-s 50"
+    command = [sys.executable, "-m", "pilotfish.cli.main", "serve", str(model_path), *options.split()]
+    command += ["--ray-namespace", "pilotfish-sigterm"]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as serve:
+        try:
+            assert serve.stderr is not None
+            lines = iter(serve.stderr.readline, "")
+            address = next(line.split()[1] for line in lines if line.strip().startswith("gRPC"))
+            served = Served(cast(Deployment, None), Addresses(grpc=address))
+            readers = [Reader(served, max_tokens=500) for _ in range(4)]
+            for reader in readers:
+                reader.wait_for(5)
+            serve.send_signal(signal.SIGTERM)
+            wait_until(lambda: Reader(served, max_tokens=1).refused(), "a refusal")
+            tokens = [reader.finish().token_ids for reader in readers]
+            assert [len(token_ids) for token_ids in tokens] == [500] * 4
+            assert all(token_ids == tokens[0] for token_ids in tokens)
+            assert serve.wait(60) == 0, serve.stderr.read()
+        finally:
+            serve.kill()
+    assert [
+        actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == "pilotfish-sigterm"
+    ] == []
 
 
 @pytest.mark.gpu2
