@@ -257,6 +257,10 @@ class TimedFleet:
         """CPU time of the controller's process so far."""
         return _cpu_s(self._controller.pid)
 
+    def replicas_cpu_s(self) -> float:
+        """CPU time of the replicas' process so far."""
+        return _cpu_s(self._host.pid)
+
     def gateways_cpu_s(self) -> float:
         """CPU time of all gateways' processes so far."""
         return sum(_cpu_s(process.pid) for process in self._gateways)
