@@ -1,6 +1,6 @@
 """From what a caller wrote to sequences an engine can run: chat template, tokenizer, defaults and checks.
 
-The work runs in a small thread pool, so that a long prompt never holds the event loop. Immutable after loading.
+The work for a long prompt runs in a small thread pool, so that it never holds the event loop. Immutable after loading.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .choice_text import ChoiceText, MakeText
 _NUM_THREADS = 2
 _LONG_CHARACTERS = 100_000  # takes seconds to tokenize at worst
 _MAX_TOKENS_SHOWN = 2**18  # by tokenize
+_MAX_SIZE_ON_LOOP = 1024  # what takes less time than the hop to a thread and back: a third of a millisecond
 T = TypeVar("T")
 
 
@@ -129,7 +130,10 @@ class FrontEnd:
                 make_text=self.make_text,
             )
 
-        return await self._off_loop(work, prompt if isinstance(prompt, str) else messages)
+        size = _size(prompt if messages is None else messages) + _size(sampling) * sampling.get("n", 1)
+        return (
+            work() if size <= _MAX_SIZE_ON_LOOP else await self._off_loop(work, prompt if isinstance(prompt, str) else messages)
+        )
 
     def make_text(self, params: SamplingParams, continues_text: bool) -> ChoiceText:
         """The text state of a choice that has seen no token."""
@@ -173,6 +177,17 @@ def _num_characters(source: str | Sequence[Any] | None) -> int:
     if source is None or isinstance(source, str):
         return len(source or "")
     return sum(len(message["content"]) for message in source if isinstance(message, Mapping))
+
+
+def _size(value: Any) -> int:
+    """How much there is in it: characters, token ids, other values."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values())) + len(value)
+    if isinstance(value, (list, tuple)):
+        return len(value) + (sum(map(_size, value)) if value and not isinstance(value[0], int) else 0)
+    return 1
 
 
 def prompt_hashes(request: EngineRequest, block_size: int) -> tuple[bytes, ...]:
