@@ -294,9 +294,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer turns tokens to text")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each rate is measured")
     parser.add_argument("--requests", type=int, default=100_000, help="over which memory is watched")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="part of the tokens to offer, on a machine that others use too"
-    )
+    parser.add_argument("--tokens-per-s", type=float, help="made instead of what is asked for, where others use the machine")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     path = str(resolve(args.model).path)
