@@ -167,6 +167,7 @@ async def bench_memory(fleet: TimedFleet, load: Load, *, num_requests: int) -> d
         left = iter(range(num_requests // 10))
         await load.requests(NUM_CALLERS, lambda left=left: next(left, None) is not None)
         readings.append(round(fleet.controller_rss_mib(), 1))
+        print(f"{readings[-1]} MiB after {len(readings) * (num_requests // 10)} requests", file=sys.stderr, flush=True)
     return {
         "requests": num_requests,
         "rss_mib": readings,
