@@ -130,10 +130,9 @@ class FrontEnd:
                 make_text=self.make_text,
             )
 
-        size = _size(prompt if messages is None else messages) + _size(sampling) * sampling.get("n", 1)
-        return (
-            work() if size <= _MAX_SIZE_ON_LOOP else await self._off_loop(work, prompt if isinstance(prompt, str) else messages)
-        )
+        if self._is_short(prompt if messages is None else messages, sampling):
+            return work()
+        return await self._off_loop(work, prompt if isinstance(prompt, str) else messages)
 
     def make_text(self, params: SamplingParams, continues_text: bool) -> ChoiceText:
         """The text state of a choice that has seen no token."""
@@ -160,6 +159,12 @@ class FrontEnd:
     def close(self) -> None:
         for pool in (self._pool, self._pool_of_long):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    @staticmethod
+    def _is_short(source: Any, sampling: Mapping[str, Any]) -> bool:
+        num_choices = sampling.get("n")
+        size = _size(source) + _size(sampling) * (num_choices if isinstance(num_choices, int) else 1)
+        return size <= _MAX_SIZE_ON_LOOP
 
     def _render(self, messages: Sequence[Mapping[str, Any]], continue_final_message: bool) -> str:
         return self._template.render(
