@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
+from pilotfish.common import garbage
 from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
 from pilotfish.common.identity import Identity
 from pilotfish.common.requests import ServingWorker, StepOutput
@@ -166,7 +167,9 @@ def _gateway(settings: FleetSettings, calls: Connection) -> None:
     async def serve() -> None:
         identity, address = calls.recv()
         gateway = Gateway(_config(settings), model_path=settings.path, identity=identity, controller_address=address)
-        calls.send(await gateway.start())
+        addresses = await gateway.start()
+        garbage.settle()
+        calls.send(addresses)
         await asyncio.to_thread(_until_closed, calls)
         os._exit(0)
 
@@ -188,6 +191,7 @@ def _control(settings: FleetSettings, calls: Connection, parent: Connection, gat
         )
         addresses = await controller.start()
         await controller.wait_ready()
+        garbage.settle()
         while not all(gateway.is_connected for gateway in controller.status().gateways):  # noqa: ASYNC110 - once
             await asyncio.sleep(0.05)
         parent.send([gateway.grpc_address for gateway in controller.status().gateways] or [addresses.grpc])
@@ -256,6 +260,10 @@ class TimedFleet:
     def controller_cpu_s(self) -> float:
         """CPU time of the controller's process so far."""
         return _cpu_s(self._controller.pid)
+
+    def replicas_cpu_s(self) -> float:
+        """CPU time of the replicas' process so far."""
+        return _cpu_s(self._host.pid)
 
     def gateways_cpu_s(self) -> float:
         """CPU time of all gateways' processes so far."""

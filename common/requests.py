@@ -73,7 +73,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)  # one a token, and a frozen one takes three times as long to make
 class SequenceOutput:
     """What one step produced for one sequence; `offset` is the output position of `token_ids[0]`.
 

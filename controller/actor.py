@@ -18,7 +18,7 @@ from pathlib import Path
 import ray
 from ray.actor import ActorClass
 
-from ..common import logs
+from ..common import garbage, logs
 from ..common.cluster_state import ClusterState
 from ..common.config import ServeConfig
 from ..common.errors import InternalError, PilotfishError, Unavailable
@@ -83,6 +83,7 @@ class ControllerActor:
             )
             addresses = await self._controller.start(is_restart=is_restart)
             await self._controller.wait_ready()
+            garbage.settle()
         except PilotfishError as error:
             logger.error("cannot serve: %s", error.message)
             raise

@@ -1,6 +1,6 @@
 """From what a caller wrote to sequences an engine can run: chat template, tokenizer, defaults and checks.
 
-The work runs in a small thread pool, so that a long prompt never holds the event loop. Immutable after loading.
+The work for a long prompt runs in a small thread pool, so that it never holds the event loop. Immutable after loading.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .choice_text import ChoiceText, MakeText
 _NUM_THREADS = 2
 _LONG_CHARACTERS = 100_000  # takes seconds to tokenize at worst
 _MAX_TOKENS_SHOWN = 2**18  # by tokenize
+_MAX_SIZE_ON_LOOP = 1024  # what takes less time than the hop to a thread and back: a third of a millisecond
 T = TypeVar("T")
 
 
@@ -129,6 +130,8 @@ class FrontEnd:
                 make_text=self.make_text,
             )
 
+        if self._is_short(prompt if messages is None else messages, sampling):
+            return work()
         return await self._off_loop(work, prompt if isinstance(prompt, str) else messages)
 
     def make_text(self, params: SamplingParams, continues_text: bool) -> ChoiceText:
@@ -157,6 +160,12 @@ class FrontEnd:
         for pool in (self._pool, self._pool_of_long):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    @staticmethod
+    def _is_short(source: Any, sampling: Mapping[str, Any]) -> bool:
+        num_choices = sampling.get("n")
+        size = _size(source) + _size(sampling) * (num_choices if isinstance(num_choices, int) else 1)
+        return size <= _MAX_SIZE_ON_LOOP
+
     def _render(self, messages: Sequence[Mapping[str, Any]], continue_final_message: bool) -> str:
         return self._template.render(
             messages, add_generation_prompt=not continue_final_message, continue_final_message=continue_final_message
@@ -173,6 +182,17 @@ def _num_characters(source: str | Sequence[Any] | None) -> int:
     if source is None or isinstance(source, str):
         return len(source or "")
     return sum(len(message["content"]) for message in source if isinstance(message, Mapping))
+
+
+def _size(value: Any) -> int:
+    """How much there is in it: characters, token ids, other values."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values())) + len(value)
+    if isinstance(value, (list, tuple)):
+        return len(value) + (sum(map(_size, value)) if value and not isinstance(value[0], int) else 0)
+    return 1
 
 
 def prompt_hashes(request: EngineRequest, block_size: int) -> tuple[bytes, ...]:

@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..common import logs
+from ..common import garbage, logs
 from ..common.config import ServeConfig
 from ..common.errors import PilotfishError
 from ..common.identity import Identity
@@ -51,6 +51,7 @@ class GatewayActor:
         """
         self._gateway = Gateway(config, model_path=model_path, identity=identity, controller_address=controller_address)
         self._addresses = await self._gateway.start()
+        garbage.settle()
         self._watch = asyncio.create_task(self._end_when_unfit(self._gateway))
         return self._addresses
 

@@ -98,10 +98,10 @@ class GrpcGateway:
     def _handlers(self) -> grpc.GenericRpcHandler:
         """Each reads its one request itself: the key comes first, and the request in a limited time."""
 
-        def stream(
-            cls: type[Message], method: Callable[[Any, _Caller], AsyncIterator[Message]], *, for_operators: bool = False
+        def handler(
+            cls: type[Message], answer: Callable[[Any, _Caller, Context], Awaitable[None]], *, for_operators: bool = False
         ) -> grpc.RpcMethodHandler:
-            async def handle(_messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
+            async def handle(_messages: AsyncIterator[bytes], context: Context) -> None:
                 limit: asyncio.TimerHandle | None = None
                 try:
                     caller = self._caller(context)
@@ -110,8 +110,7 @@ class GrpcGateway:
                     if caller.timeout_s is None:  # else gRPC itself ends the call at its deadline
                         limit = cut_off_later(context, self._config.default_timeout_s + self._config.client_timeout_s)
                     data = await first_message(context, timeout_s=self._config.client_timeout_s)
-                    async for message in method(grpc_messages.parse(cls, data), caller):
-                        yield message
+                    await answer(grpc_messages.parse(cls, data), caller, context)
                 except (PilotfishError, Exception) as error:  # noqa: BLE001 - a process's edge: logged and answered
                     await abort(context, error)
                 finally:
@@ -120,13 +119,22 @@ class GrpcGateway:
 
             return grpc.stream_stream_rpc_method_handler(handle, response_serializer=_serialize)
 
+        def stream(cls: type[Message], begin: Callable[[Any, _Caller], Awaitable[RequestHandle]]) -> grpc.RpcMethodHandler:
+            async def answer(request: Any, caller: _Caller, context: Context) -> None:
+                async with await begin(request, caller) as handle:
+                    while events := await handle.next_events():
+                        for event in events:
+                            await context.write(grpc_messages.event_to_proto(event, self._tokenizer))
+
+            return handler(cls, answer)
+
         def unary(
             cls: type[Message], method: Callable[[Any, _Caller], Awaitable[Message]], *, for_operators: bool = False
         ) -> grpc.RpcMethodHandler:
-            async def answer(request: Any, caller: _Caller) -> AsyncIterator[Message]:
-                yield await method(request, caller)
+            async def answer(request: Any, caller: _Caller, context: Context) -> None:
+                await context.write(await method(request, caller))
 
-            return stream(cls, answer, for_operators=for_operators)
+            return handler(cls, answer, for_operators=for_operators)
 
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
@@ -142,28 +150,23 @@ class GrpcGateway:
             },
         )
 
-    async def _generate(self, request: pb.GenerateRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
+    async def _generate(self, request: pb.GenerateRequest, caller: _Caller) -> RequestHandle:
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt is missing: set text or tokens")
-        async for event in self._events(
-            request, caller, prompt=request.text if kind == "text" else list(request.tokens.ids), echo=request.echo
-        ):
-            yield event
+        prompt = request.text if kind == "text" else list(request.tokens.ids)
+        return await self._begin(request, caller, prompt=prompt, echo=request.echo)
 
-    async def _chat(self, request: pb.ChatRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
-        async for event in self._events(
+    async def _chat(self, request: pb.ChatRequest, caller: _Caller) -> RequestHandle:
+        return await self._begin(
             request,
             caller,
             messages=grpc_messages.messages_from_proto(request.messages),
             continue_final_message=request.continue_final_message,
-        ):
-            yield event
+        )
 
-    async def _events(
-        self, request: pb.GenerateRequest | pb.ChatRequest, caller: _Caller, **what: Any
-    ) -> AsyncIterator[pb.GenerateEvent]:
-        handle = await self._service.start_request(
+    async def _begin(self, request: pb.GenerateRequest | pb.ChatRequest, caller: _Caller, **what: Any) -> RequestHandle:
+        return await self._service.start_request(
             request_id=request.request_id or None,
             sampling=grpc_messages.sampling_fields(request.sampling),
             model=request.model,
@@ -175,18 +178,10 @@ class GrpcGateway:
             resumable=request.resumable,
             **what,
         )
-        async for event in self._read(handle):
-            yield event
 
-    async def _resume(self, request: pb.ResumeRequest, caller: _Caller) -> AsyncIterator[pb.GenerateEvent]:
+    async def _resume(self, request: pb.ResumeRequest, caller: _Caller) -> RequestHandle:
         received = grpc_messages.received_from_proto(request.choices)
-        async for event in self._read(await self._service.resume(request.request_id, received, tenant=caller.tenant)):
-            yield event
-
-    async def _read(self, handle: RequestHandle) -> AsyncIterator[pb.GenerateEvent]:
-        async with handle:
-            async for event in handle:
-                yield grpc_messages.event_to_proto(event, self._tokenizer)
+        return await self._service.resume(request.request_id, received, tenant=caller.tenant)
 
     async def _abort_request(self, request: pb.AbortRequest, caller: _Caller) -> pb.AbortResponse:
         return pb.AbortResponse(found=await self._service.abort(request.request_id, tenant=caller.tenant))

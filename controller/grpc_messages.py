@@ -68,7 +68,7 @@ def messages_from_proto(messages: Any) -> list[dict[str, str]]:
 
 def event_to_proto(event: Event, tokenizer: Tokenizer) -> pb.GenerateEvent:
     if isinstance(event, Delta):
-        return pb.GenerateEvent(delta=_delta_to_proto(event, tokenizer))
+        return _delta_to_proto(event, tokenizer)
     if isinstance(event, Started):
         return pb.GenerateEvent(
             started=pb.RequestStarted(
@@ -81,17 +81,22 @@ def event_to_proto(event: Event, tokenizer: Tokenizer) -> pb.GenerateEvent:
     return pb.GenerateEvent(usage=_usage_to_proto(event))
 
 
-def _delta_to_proto(event: Delta, tokenizer: Tokenizer) -> pb.TextDelta:
-    content = event.content
-    return pb.TextDelta(
-        index=event.index,
-        offset=content.offset,
-        token_ids=content.token_ids,
-        text=content.text,
-        logprobs=[_logprob_to_proto(entry, tokenizer) for entry in content.logprobs],
-        finish_reason=codec.finish_reason_to_proto(content.finish_reason),
-        stop_reason=content.stop_reason or "",
-    )
+def _delta_to_proto(event: Delta, tokenizer: Tokenizer) -> pb.GenerateEvent:
+    """Filled in place, and only with what there is: there is one a token."""
+    message, content = pb.GenerateEvent(), event.content
+    delta = message.delta
+    delta.SetInParent()
+    delta.offset = content.offset
+    delta.token_ids.extend(content.token_ids)
+    delta.text = content.text
+    if event.index:
+        delta.index = event.index
+    if content.logprobs:
+        delta.logprobs.extend(_logprob_to_proto(entry, tokenizer) for entry in content.logprobs)
+    if content.finish_reason is not None:
+        delta.finish_reason = codec.finish_reason_to_proto(content.finish_reason)
+        delta.stop_reason = content.stop_reason
+    return message
 
 
 def _logprob_to_proto(entry: TokenLogprob, tokenizer: Tokenizer) -> common.TokenLogprob:

@@ -8,9 +8,15 @@ are the codes of common/errors.py, replicas those of the fleet. docs/operating.m
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from ..common.cluster_state import ClusterState
 from ..common.requests import StepOutput
@@ -38,9 +44,8 @@ class Metrics(Observer):
         self._ttft = self._histogram("ttft_seconds", "From arrival to the first token.", _SECONDS)
         self._duration = self._histogram("request_seconds", "From arrival to the end.", _SECONDS)
         self._tpot = self._histogram("tpot_seconds", "Time a token after the first, the mean of a request.", _STEP_SECONDS)
-        self._inter_token = self._histogram(
-            "inter_token_seconds", "Between a sequence's tokens as they come to the controller.", _STEP_SECONDS
-        )
+        self._inter_token = TokenGaps(_STEP_SECONDS)
+        self._registry.register(self._inter_token)
         self._steps = self._histogram("step_seconds", "One engine step.", _STEP_SECONDS, ("replica",))
         self._step_parts = self._counter(
             "step_part_seconds_total",
@@ -50,6 +55,7 @@ class Metrics(Observer):
         self._batched = self._counter("batched_tokens_total", "Tokens computed in engine steps.", ("replica",))
         self._generated = self._counter("generated_tokens_total", "Tokens produced, as they come.", ("replica",))
         self._tokens_of = _TokenTimes()
+        self._replicas: dict[str, _OfReplica] = {}
         self._state = StateCollector()
         self._registry.register(self._state)
 
@@ -73,25 +79,64 @@ class Metrics(Observer):
 
     def on_step(self, replica: str, step: StepOutput) -> None:
         timings = step.timings
-        self._generated.labels(replica).inc(sum(len(output.token_ids) for output in step.sequences))
-        for gap_s in self._tokens_of.gaps_s(replica, step, now=time.monotonic()):
-            self._inter_token.observe(gap_s)
+        of_replica = self._replicas.get(replica) or self._of_replica(replica)
+        of_replica.generated.inc(sum(len(output.token_ids) for output in step.sequences))
+        for gap_s, num_tokens in self._tokens_of.gaps_s(replica, step, now=time.monotonic()):
+            self._inter_token.add(gap_s, num_tokens)
         if step.num_batched_tokens:
-            self._steps.labels(replica).observe(timings.total_ms / 1000)
-            self._batched.labels(replica).inc(step.num_batched_tokens)
-            for part in STEP_PARTS:
-                self._step_parts.labels(replica, part).inc(getattr(timings, f"{part}_ms") / 1000)
+            of_replica.steps.observe(timings.total_ms / 1000)
+            of_replica.batched.inc(step.num_batched_tokens)
+            for part, counter in of_replica.parts.items():
+                counter.inc(getattr(timings, f"{part}_ms") / 1000)
 
     def render(self, state: ClusterState) -> tuple[bytes, str]:
         """The exposition text and its media type."""
         self._state.state = state
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
+    def _of_replica(self, replica: str) -> _OfReplica:
+        """Finding a metric by its labels takes longer than adding to it."""
+        of_replica = self._replicas[replica] = _OfReplica(
+            generated=self._generated.labels(replica),
+            steps=self._steps.labels(replica),
+            batched=self._batched.labels(replica),
+            parts={part: self._step_parts.labels(replica, part) for part in STEP_PARTS},
+        )
+        return of_replica
+
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(f"pilotfish_{name}", text, labels, registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         return Histogram(f"pilotfish_{name}", text, labels, buckets=buckets, registry=self._registry)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _OfReplica:
+    generated: Counter
+    steps: Histogram
+    batched: Counter
+    parts: Mapping[str, Counter]
+
+
+class TokenGaps(Collector):
+    """A histogram of times between tokens. There is an entry for every token: the package's own takes ten times as long."""
+
+    def __init__(self, bounds_s: Sequence[float]) -> None:
+        self._bounds_s = bounds_s
+        self._counts = [0] * (len(bounds_s) + 1)
+        self._sum_s = 0.0
+
+    def add(self, gap_s: float, num_tokens: int) -> None:
+        self._counts[bisect_left(self._bounds_s, gap_s)] += num_tokens
+        self._sum_s += gap_s * num_tokens
+
+    def collect(self) -> Iterator[Metric]:
+        name, text = "pilotfish_inter_token_seconds", "Between a sequence's tokens as they come to the controller."
+        names = [*map(floatToGoString, self._bounds_s), "+Inf"]
+        yield HistogramMetricFamily(
+            name, text, buckets=list(zip(names, accumulate(self._counts), strict=True)), sum_value=self._sum_s
+        )
 
 
 class _TokenTimes:
@@ -101,19 +146,19 @@ class _TokenTimes:
         self._times: dict[str, dict[str, float]] = {}
         self._last_step_ids: dict[str, int] = {}
 
-    def gaps_s(self, replica: str, step: StepOutput, *, now: float) -> list[float]:
-        """Seconds a token since each sequence's last, an entry a token; none for a first one."""
+    def gaps_s(self, replica: str, step: StepOutput, *, now: float) -> list[tuple[float, int]]:
+        """Seconds a token since each sequence's last, and how many tokens; none for a first one."""
         if step.step_id and step.step_id <= self._last_step_ids.get(replica, 0):
             self._times.pop(replica, None)
         if step.step_id:
             self._last_step_ids[replica] = step.step_id
         times = self._times.setdefault(replica, {})
-        gaps: list[float] = []
+        gaps: list[tuple[float, int]] = []
         for output in step.sequences:
             num_tokens = len(output.token_ids)
             before = times.pop(output.request_id, None)
             if num_tokens and before is not None:
-                gaps += [(now - before) / num_tokens] * num_tokens
+                gaps.append(((now - before) / num_tokens, num_tokens))
             if output.finish_reason is None:
                 times[output.request_id] = now if num_tokens or before is None else before
         return gaps

@@ -32,6 +32,7 @@ from .controller_link import WAIT_S, ControllerLink
 from .front_end import Prepared
 from .intake import Arrival
 from .journal import entry_of, prepared_of
+from .outlet import Outlet
 from .sequence_state import Received
 from .streams import RequestStream, StreamReader
 from .tenants import Tenants
@@ -72,6 +73,7 @@ class RemoteIntake:
         self._config = config
         self._link = link
         self._make_text = make_text
+        self._outlet = Outlet()
         self._requests: dict[int, _Request] = {}
         self._last_number = 0
         self._num_preparing = 0
@@ -101,6 +103,7 @@ class RemoteIntake:
                 model=self._config.model.name,
                 timeout_s=arrival.timeout_s,
                 on_end=partial(self._on_end, number),
+                outlet=self._outlet,
                 tenant=arrival.tenant,
                 is_resumable=arrival.resumable,
             )
@@ -288,6 +291,7 @@ class RemoteIntake:
                 model=entry.model,
                 timeout_s=taken.timeout_s,
                 on_end=partial(self._on_end, taken.number),
+                outlet=self._outlet,
                 tenant=self.tenants.named(entry.tenant),
                 is_resumable=True,
                 age_s=taken.age_s,

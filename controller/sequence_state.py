@@ -140,7 +140,7 @@ class SequenceState:
         return TextDelta(
             text=text,
             token_ids=tuple(self.output_token_ids[begin:end]),
-            logprobs=tuple(entry for entry in self.logprobs[begin:end] if entry is not None),
+            logprobs=tuple(entry for entry in self.logprobs[begin:end] if entry is not None) if self.logprobs else (),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             offset=begin,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -49,6 +50,7 @@ class RequestHandle:
     def __init__(self, stream: RequestStream, reader: StreamReader) -> None:
         self._stream = stream
         self._reader = reader
+        self._events: deque[Event] = deque()  # read and not given out by the iterator
 
     @property
     def request_id(self) -> str:
@@ -62,14 +64,19 @@ class RequestHandle:
         return self
 
     async def __anext__(self) -> Event:
+        if not self._events:
+            self._events.extend(await self.next_events())
+        if not self._events:
+            raise StopAsyncIteration
+        return self._events.popleft()
+
+    async def next_events(self) -> list[Event]:
+        """All that can be read now, for who does not iterate; waits until there is something. Empty at the end."""
         try:
-            event = await self._reader.next_event()
+            return await self._reader.next_events()
         except BaseException:
             self._leave()
             raise
-        if event is None:
-            raise StopAsyncIteration
-        return event
 
     async def aclose(self) -> None:
         self._leave()

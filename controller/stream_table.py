@@ -19,6 +19,7 @@ from .choice_text import MakeText
 from .dispatcher import Dispatcher
 from .front_end import Prepared
 from .journal import Journal, entry_of, prepared_of
+from .outlet import Outlet
 from .sequence_state import Received
 from .streams import RequestStream, StreamReader
 
@@ -38,6 +39,7 @@ class StreamTable:
         self._journal = journal
         self._window_s = window_s
         self._on_end = on_end
+        self._outlet = Outlet()
         self._running: dict[str, RequestStream] = {}
         self._ended: dict[str, tuple[float, RequestStream]] = {}
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -64,6 +66,7 @@ class StreamTable:
             model=self._model,
             timeout_s=timeout_s,
             on_end=self._ends,
+            outlet=self._outlet,
             tenant=tenant,
             resume_window_s=self._window_s if resumable or entry else 0.0,
             is_resumable=resumable,

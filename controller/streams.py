@@ -3,14 +3,14 @@
 A stream lives from its arrival until every choice has finished, an error ended it, or its reader left. One that is resumable
 outlives its reader: another may come, and begins where its client's copy of the answer ends. The dispatcher applies workers'
 outputs to the choices, which keep all of them; a reader remembers how far it is, so a slow one gets fewer, larger deltas, costs
-at most its own max_tokens and holds up nobody. It is woken once a step however many choices it has.
+at most its own max_tokens and holds up nobody. It is woken once a step however many choices it has, when its turn has come.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ..common.errors import Cancelled, DeadlineExceeded, PilotfishError
@@ -19,6 +19,7 @@ from ..common.tenants import ANONYMOUS, Tenant
 from ..proto.journal_pb2 import JournalEntry
 from .events import Delta, Event, RequestRecord, Started, Usage
 from .front_end import Prepared
+from .outlet import Outlet, Turn
 from .sequence_state import Position, Received, SequenceState
 
 
@@ -43,6 +44,7 @@ class RequestStream:
         model: str,
         timeout_s: float,
         on_end: Callable[[RequestStream], None],
+        outlet: Outlet,
         tenant: Tenant = ANONYMOUS,
         resume_window_s: float = 0.0,
         is_resumable: bool = False,
@@ -64,6 +66,7 @@ class RequestStream:
         self.was_left = False
         self.entry: JournalEntry | None = None
         self._on_end = on_end
+        self._outlet = outlet
         self._num_prompt_tokens = 0
         self._arrival = time.monotonic() - age_s
         self._timeout_s = timeout_s
@@ -96,7 +99,7 @@ class RequestStream:
 
     def read(self, positions: Mapping[int, Position] | None = None) -> StreamReader:
         """A reader from the beginning, or from where it has come in each choice. One that reads already is ended."""
-        reader = StreamReader(self, positions or {})
+        reader = StreamReader(self, positions or {}, self._outlet.turn())
         self.attach(reader)
         return reader
 
@@ -164,7 +167,8 @@ class RequestStream:
             self._first_token = time.monotonic()
         if is_new:
             self._wake()
-        self.end_if_complete()
+        if sequence.finish_reason is not None:
+            self.end_if_complete()
         return sequence.text.should_abort
 
     def stop(self, sequence: SequenceState, *, num_tokens: int, reason: str) -> None:
@@ -273,12 +277,12 @@ class StreamReader:
         has_all: there is nothing more to come but the error, if one ended the stream.
     """
 
-    def __init__(self, stream: RequestStream, positions: Mapping[int, Position]) -> None:
+    def __init__(self, stream: RequestStream, positions: Mapping[int, Position], wake: Turn) -> None:
         self._stream = stream
-        self._positions = positions
-        self._events = self._all_events()
+        self._positions = [positions.get(index) or Position() for index in range(len(stream.sequences))]
+        self._has_begun = False
         self._is_superseded = False
-        self.wake = asyncio.Event()
+        self.wake = wake
         self.has_all = False
 
     def supersede(self) -> None:
@@ -286,35 +290,31 @@ class StreamReader:
         self._is_superseded = True
         self.wake.set()
 
-    async def next_event(self) -> Event | None:
-        """The next event, None at the end; raises the stream's error in its place."""
-        while True:
+    async def next_events(self) -> list[Event]:
+        """All there is to read, once there is anything; empty at the end, or raises the stream's error in its place."""
+        while not self.has_all:
+            await self.wake.wait()
             if self._is_superseded:
                 raise Cancelled(f"request {self._stream.request_id} is read by another call, which resumed it")
-            event = next(self._events, None)
-            if event is not None:
-                return event
-            if self.has_all:
-                if self._stream.error is not None:
-                    raise self._stream.error
-                return None
-            await self.wake.wait()
+            if events := self._unread():
+                return events
+        if self._stream.error is not None:
+            raise self._stream.error
+        return []
 
-    def _all_events(self) -> Iterator[Event | None]:
-        """None where there is nothing to read yet."""
+    def _unread(self) -> list[Event]:
+        self.wake.clear()
         stream = self._stream
-        yield stream.started()
-        positions = [self._positions.get(index) or Position() for index in range(len(stream.sequences))]
-        while True:
-            self.wake.clear()  # what comes during this pass is for the next one
-            has_ended = stream.ended
-            for sequence, position in zip(stream.sequences, positions, strict=True):
-                content = sequence.delta_from(position)
-                if content is not None:
-                    yield Delta(index=sequence.index, content=content)
-            if has_ended:
-                break
-            yield None
-        if stream.error is None:
-            yield stream.usage()
-        self.has_all = True
+        events: list[Event] = []
+        if not self._has_begun:
+            self._has_begun = True
+            events.append(stream.started())
+        for sequence, position in zip(stream.sequences, self._positions, strict=True):
+            content = sequence.delta_from(position)
+            if content is not None:
+                events.append(Delta(index=sequence.index, content=content))
+        if stream.ended:
+            self.has_all = True
+            if stream.error is None:
+                events.append(stream.usage())
+        return events

@@ -139,26 +139,27 @@ def step_to_proto(step: StepOutput) -> worker_pb2.Step:
 
 def step_from_proto(message: worker_pb2.Step) -> StepOutput:
     columns = message.sequences
-    details = {detail.sequence: detail for detail in columns.details}
-    empty = worker_pb2.SequenceDetail()
     token_ids = list(columns.token_ids)
     sequences = []
     start = 0
-    for index, request_id in enumerate(columns.request_ids):
-        end = start + columns.num_tokens[index]
-        detail = details.get(index, empty)
+    for request_id, offset, num_tokens, finish_reason in zip(
+        columns.request_ids, columns.offsets, columns.num_tokens, columns.finish_reasons, strict=True
+    ):
+        end = start + num_tokens
         sequences.append(
             SequenceOutput(
                 request_id=request_id,
-                offset=columns.offsets[index],
+                offset=offset,
                 token_ids=tuple(token_ids[start:end]),
-                logprobs=tuple(logprob_from_proto(entry) for entry in detail.logprobs),
-                finish_reason=_FINISH_FROM_PROTO[columns.finish_reasons[index]],
-                cached_tokens=detail.cached_tokens,
-                error=detail.error,
+                finish_reason=_FINISH_FROM_PROTO[finish_reason],
             )
         )
         start = end
+    for detail in columns.details:
+        sequence = sequences[detail.sequence]
+        sequence.logprobs = tuple(logprob_from_proto(entry) for entry in detail.logprobs)
+        sequence.cached_tokens = detail.cached_tokens
+        sequence.error = detail.error
     timings = message.timings
     return StepOutput(
         step_id=message.step_id,

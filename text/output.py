@@ -15,7 +15,7 @@ from .stop_strings import StopMatcher
 from .tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)  # not frozen, which would cost: there are two a token
 class TextDelta:
     """New text and tokens of one choice. Text may lag behind tokens: half a character, or what may begin a stop string.
 

@@ -32,7 +32,7 @@ class PreparedRequest:
     """A request ready to run.
 
     Attributes:
-        params: the caller's, with max_tokens and seed filled in.
+        params: the caller's.
         sequences: one engine request for each of the n choices, in order.
     """
 
@@ -77,7 +77,6 @@ def prepare(
     _check_token_ids("logit_bias", params.logit_bias, limits)
     max_tokens = _resolve_max_tokens(params, len(token_ids), limits)
     seed = params.seed if params.seed is not None else entropy()
-    params = replace(params, max_tokens=max_tokens, seed=seed)
     sampling = TokenSampling(
         temperature=params.temperature,
         top_p=params.top_p,
@@ -98,7 +97,7 @@ def prepare(
         EngineRequest(
             request_id=request_id if params.n == 1 else f"{request_id}#{index}",
             prompt_token_ids=token_ids,
-            sampling=replace(sampling, seed=choice_seed(seed, index)),
+            sampling=replace(sampling, seed=choice_seed(seed, index)) if index else sampling,
             priority=priority,
             deadline_ms=deadline_ms,
             salt=salt,

@@ -118,10 +118,10 @@ def step(step_id: int, *outputs: tuple[str, int, bool]) -> StepOutput:
 def test_gaps_between_tokens_are_a_sequences_own() -> None:
     times = _TokenTimes()
     assert times.gaps_s("r", step(1, ("a", 1, False)), now=1.0) == []
-    assert times.gaps_s("r", step(2, ("a", 1, False), ("b", 1, False)), now=1.5) == [0.5]
+    assert times.gaps_s("r", step(2, ("a", 1, False), ("b", 1, False)), now=1.5) == [(0.5, 1)]
     assert times.gaps_s("s", step(1, ("a", 1, False)), now=9.0) == [], "another replica's"
-    assert times.gaps_s("r", step(3, ("a", 2, True)), now=2.5) == [0.5, 0.5]
-    assert times.gaps_s("r", step(4, ("b", 1, False), ("a", 1, False)), now=3.5) == [2.0], "an id that ended is a new sequence"
+    assert times.gaps_s("r", step(3, ("a", 2, True)), now=2.5) == [(0.5, 2)]
+    assert times.gaps_s("r", step(4, ("b", 1, False), ("a", 1, False)), now=3.5) == [(2.0, 1)], "an id that ended is a new one"
     assert times.gaps_s("r", step(1, ("b", 1, False)), now=9.0) == [], "a new worker's step"
 
 

@@ -47,8 +47,8 @@ def test_everything_is_resolved(run, tokenizer):
         options={"priority": 4, "deadline_ms": 99.0, "salt": b"tenant"},
     )
     assert prepared.prompt_token_ids == ids
-    assert prepared.params.max_tokens == 100 - len(ids)
-    assert prepared.params.seed == 42
+    assert prepared.sequences[0].sampling.max_tokens == 100 - len(ids)
+    assert prepared.sequences[0].sampling.seed == 42
     assert prepared.sequences == (
         EngineRequest(
             request_id="r",
@@ -116,11 +116,11 @@ def test_bad_words_of_sentencepiece_have_no_space_of_the_tokenizers_own(sentence
 
 
 def test_max_tokens_is_what_fits(run):
-    assert run([5] * 10).params.max_tokens == 90
+    assert run([5] * 10).sequences[0].sampling.max_tokens == 90
     small = ModelLimits(max_model_len=100, vocab_size=600, kv_capacity_tokens=48)
-    assert run([5] * 10, small).params.max_tokens == 38
-    assert run([5] * 10, max_tokens=90).params.max_tokens == 90
-    assert run([5] * 99).params.max_tokens == 1
+    assert run([5] * 10, small).sequences[0].sampling.max_tokens == 38
+    assert run([5] * 10, max_tokens=90).sequences[0].sampling.max_tokens == 90
+    assert run([5] * 99).sequences[0].sampling.max_tokens == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""Readers of streams in turn: a few a round, in the order in which they were woken."""
+
+import asyncio
+
+from pilotfish.controller.outlet import Outlet
+
+
+async def test_others_have_their_turn_between_a_few_readers() -> None:
+    outlet = Outlet()
+    readers, woken = [outlet.turn() for _ in range(100)], list[int]()
+    for reader in readers:
+        reader.clear()
+
+    async def wait(number: int) -> None:
+        await readers[number].wait()
+        woken.append(number)
+
+    tasks = [asyncio.create_task(wait(number)) for number in range(len(readers))]
+    await asyncio.sleep(0)
+    for reader in (*readers, *readers[:10]):  # some are woken again before their turn, and keep their place
+        reader.set()
+    counts = []
+    async with asyncio.timeout(10):
+        while len(woken) < len(readers):
+            before = len(woken)
+            await asyncio.sleep(0)
+            counts.append(len(woken) - before)
+    assert woken == list(range(len(readers)))
+    assert max(counts) <= 16
+    await asyncio.gather(*tasks)
+
+
+async def test_who_is_woken_after_its_turn_has_another() -> None:
+    reader = Outlet().turn()
+    reader.clear()
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            reader.set()
+            await reader.wait()
+            reader.clear()
