@@ -32,8 +32,8 @@ from zygote import Child, Zygote
 SEED = int(os.environ.get("PILOTFISH_CHAOS_SEED", "5"))
 NUM_REPLICAS, NUM_CLIENTS = 3, 8
 LIMIT_S = 120.0  # for streams under way to end, once nothing disturbs them
-# Workers die so often here that a request may lose its replica a few times in a row by chance.
-FLEET = FleetConfig(num_replicas=NUM_REPLICAS, heartbeat_timeout_s=1.5, max_attempts=10, max_restarts=1000)
+# Workers die so often here that a stream gets a token or two between two deaths: that is no request's fault.
+FLEET = FleetConfig(num_replicas=NUM_REPLICAS, heartbeat_timeout_s=1.5, max_attempts=1000, max_restarts=1000)
 LONGEST_S = 3.0  # of a stop or a silence: the longer half of the long ones costs the worker
 # Who computes may be silent for longer, on a machine that does other things too.
 REAL_FLEET, REAL_LONGEST_S = replace(FLEET, heartbeat_timeout_s=4.0), 7.0
@@ -193,9 +193,9 @@ async def test_poisonous_requests_end_and_take_nobody_along(zygote: Zygote, toke
 @pytest.mark.timeout(3600)
 async def test_soak(zygote: Zygote, tmp_path: Path, record_property: RecordProperty) -> None:
     """200 faults on the real model (make soak). Over the second half one controller lives, and does not grow."""
-    first = schedule(SEED, num_faults=100, interval_tokens=25, longest_s=REAL_LONGEST_S)
+    first = schedule(SEED, num_faults=100, interval_tokens=40, longest_s=REAL_LONGEST_S)
     others = {kind: part for kind, part in KINDS.items() if kind != RESTART}
-    second = schedule(SEED + 1, num_faults=100, interval_tokens=25, longest_s=REAL_LONGEST_S, parts=others)
+    second = schedule(SEED + 1, num_faults=100, interval_tokens=40, longest_s=REAL_LONGEST_S, parts=others)
     async with ChaosHost(real_settings(), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
         async with Load(host.doors, make_requests(stories(64), seed=SEED, max_tokens=(16, 32))) as load:
