@@ -95,16 +95,18 @@ async def crash(cluster: Cluster) -> dict[str, LocalWorker]:
     return living
 
 
-async def successor(start_cluster: StartCluster, first: Cluster, journal_path: Path, **gateway: Any) -> Cluster:
-    """A new controller at the same address, which finds what lives."""
+async def successor(
+    start_cluster: StartCluster, first: Cluster, journal_path: Path, *, living: dict[str, LocalWorker] | None = None
+) -> Cluster:
+    """A new controller at the same address, which finds what lives (of one that has crashed already, `living`)."""
     address = launched(first)[0].controller_address
-    living = await crash(first)
+    living = living or await crash(first)
     gateways = LocalGatewayLauncher(first.gateways.config, first.gateways.model_path)  # type: ignore[union-attr]
     gateways.living = {f"gateway-{index}": gateway for index, gateway in enumerate(launched(first))}
     return await start_cluster(
         launcher=LocalLauncher(living=living, authority=first.launcher.authority, engine_options=first.launcher.engine_options),
         journal_path=journal_path,
-        gateway={"num_gateways": len(launched(first)), "link_port": int(address.rpartition(":")[2]), **gateway},
+        gateway={"num_gateways": len(launched(first)), "link_port": int(address.rpartition(":")[2])},
         gateways=gateways,
     )
 
@@ -223,13 +225,14 @@ async def test_new_calls_wait_for_a_controller_that_is_being_restarted(
 ) -> None:
     first = await start_cluster(journal_path=tmp_path / "j", gateway={"num_gateways": 1})
     (gateway,) = launched(first)
-    restart = asyncio.create_task(successor(start_cluster, first, tmp_path / "j"))
+    living = await crash(first)
     await eventually(lambda: not gateway.gateway._link.is_connected)
     with pytest.raises(Unavailable, match="being restarted"):
         gateway.service.status()
-    answer = await read(await generate(gateway, max_tokens=5))
+    call = asyncio.create_task(generate(gateway, max_tokens=5))
+    second = await successor(start_cluster, first, tmp_path / "j", living=living)
+    answer = await read(await call)
     assert answer.choices[0].token_ids == expected_tokens(PROMPT, 5)
-    second = await restart
     monkeypatch.setattr(remote_intake, "_AWAY_TIMEOUT_S", 0.2)
     monkeypatch.setattr(remote_intake, "WAIT_S", 0.1)
     waits = await generate(gateway, max_tokens=4000)

@@ -409,9 +409,9 @@ def test_clients_of_gateways_see_no_gap_when_the_controller_or_their_gateway_is_
         before = deployment.status()
         assert {gateway.grpc_address for gateway in before.gateways} == {served.addresses.grpc}
         assert len({gateway.pid for gateway in before.gateways} | {before.controller_pid}) == 3
-        expected = Reader(served, max_tokens=1500).finish()
+        expected = Reader(served, max_tokens=800).finish()
 
-        over_grpc, over_http = Reader(served, max_tokens=1500), HttpReader(served, max_tokens=1500)
+        over_grpc, over_http = Reader(served, max_tokens=800), HttpReader(served, max_tokens=800)
         over_grpc.wait_for(20)
         wait_until(lambda: len(over_http.text) >= 20, "text over HTTP")
         os.kill(before.controller_pid, signal.SIGKILL)
@@ -423,7 +423,7 @@ def test_clients_of_gateways_see_no_gap_when_the_controller_or_their_gateway_is_
         assert [gateway.pid for gateway in after.gateways] == [gateway.pid for gateway in before.gateways]
 
         with Client(served.addresses.grpc) as client:
-            stream = client.stream_generate(PROMPT, max_tokens=1500, temperature=0, ignore_eos=True)
+            stream = client.stream_generate(PROMPT, max_tokens=800, temperature=0, ignore_eos=True)
             for _ in range(5):
                 next(stream)
             wait_until(lambda: any(g.num_streams for g in deployment.status().gateways), "the stream's gateway")
