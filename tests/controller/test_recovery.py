@@ -207,8 +207,8 @@ class ProxyLauncher(LocalLauncher):
         super().__init__(**options)
         self.proxies: list[TcpProxy] = []
 
-    async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
-        worker = await super().launch(replica, epoch=epoch)
+    async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
+        worker = await super().launch(replica, epoch=epoch, **options)
         proxy = TcpProxy(worker.address)
         worker.address = await proxy.start()
         self.proxies.append(proxy)
@@ -401,7 +401,7 @@ async def test_where_no_place_is_good_the_bad_ones_are_named(start_cluster: Star
 
 async def test_before_the_first_worker_serves_requests_are_refused(start_cluster: StartCluster) -> None:
     class SlowLauncher(LocalLauncher):
-        async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+        async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
             await asyncio.Event().wait()
             raise AssertionError
 
@@ -413,7 +413,7 @@ async def test_before_the_first_worker_serves_requests_are_refused(start_cluster
 
 async def test_a_start_that_takes_too_long_is_given_up(start_cluster: StartCluster) -> None:
     class SlowLauncher(LocalLauncher):
-        async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+        async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
             await asyncio.Event().wait()
             raise AssertionError
 
