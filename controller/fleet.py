@@ -251,8 +251,12 @@ class Fleet:
         self._tasks.remove(task)
         if replica.leaving.is_set():
             self._forget(replica)
+            return
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the task of %s failed", replica.name, exc_info=error)
+            if replica.state in (ReplicaState.READY, ReplicaState.DRAINING):
+                replica.move(Happening.DIED)
+            self._give_up(replica, InternalError(f"{replica.name}: {type(error).__name__}: {error}"))
 
     def _forget(self, replica: Replica) -> None:
         self._replicas.remove(replica)

@@ -30,7 +30,7 @@ AUTOSCALING: dict[str, Any] = {
     "available_node_types": {"ray.head.default": HEAD, "machine": MACHINE},
     "head_node_type": "ray.head.default",
     "upscaling_speed": 1.0,
-    "idle_timeout_minutes": 0.05,
+    "idle_timeout_minutes": 0.2,
     "auth": {},
     "file_mounts": {},
     "file_mounts_sync_continuously": False,

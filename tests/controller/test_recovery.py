@@ -140,9 +140,9 @@ class HeldLauncher(LocalLauncher):
     def __post_init__(self) -> None:
         self.may_launch.set()
 
-    async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+    async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
         await self.may_launch.wait()
-        return await super().launch(replica, epoch=epoch)
+        return await super().launch(replica, epoch=epoch, **options)
 
 
 async def test_a_controller_that_stood_still_loses_no_worker(start_cluster: StartCluster) -> None:
@@ -382,6 +382,12 @@ async def test_a_worker_that_dies_at_its_first_start_is_reported(start_cluster: 
     launcher = LocalLauncher(failures=[WorkerDied("the process was killed (out of memory?)")])
     cluster = await start_cluster(launcher=launcher, wait=False)
     with pytest.raises(InternalError, match="out of memory"):
+        await cluster.controller.wait_ready()
+
+
+async def test_a_defect_of_the_launcher_is_told_to_who_waits(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(launcher=LocalLauncher(failures=[TypeError("a defect")]), wait=False)
+    with pytest.raises(InternalError, match="TypeError: a defect"):
         await cluster.controller.wait_ready()
 
 
