@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pilotfish.common import garbage
 from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
@@ -103,6 +104,11 @@ class _HostedWorker:
         await asyncio.Event().wait()
         raise AssertionError("nothing ends this wait")
 
+    async def wait_notice(self) -> float:
+        """Nobody takes the machine away."""
+        await asyncio.Event().wait()
+        raise AssertionError("nothing ends this wait")
+
     async def end(self) -> None:
         """The host ends all at once."""
 
@@ -115,7 +121,7 @@ class _HostLauncher:
         self._authority = authority
         self._lock = asyncio.Lock()
 
-    async def launch(self, replica: str, *, epoch: int) -> _HostedWorker:
+    async def launch(self, replica: str, *, epoch: int, **_: Any) -> _HostedWorker:
         async with self._lock:
             self._calls.send((self._authority.issue(worker_name(replica, epoch=epoch)), epoch))
             return _HostedWorker([await asyncio.to_thread(self._calls.recv)])

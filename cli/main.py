@@ -18,6 +18,7 @@ from ..common.errors import PilotfishError
 COMMANDS = {
     "serve": "serve a model over gRPC and HTTP, in the foreground",
     "up": "serve a model on a running Ray cluster, and return when it serves",
+    "rollout": "change the weights that 'pilotfish up' serves, a replica at a time",
     "down": "end what 'pilotfish up' started",
     "chat": "talk to a served model in the terminal",
     "generate": "continue one prompt, or each line of a file",

@@ -73,7 +73,8 @@ def _gateway_line(gateway: GatewayStatus) -> str:
 
 
 def _replica_lines(replica: ReplicaStatus) -> list[str]:
-    head = f"{replica.name}: {replica.state}" + (f", {replica.message}" if replica.message else "")
+    version = f" (version {replica.info.model_version})" if replica.info and replica.info.model_version else ""
+    head = f"{replica.name}: {replica.state}{version}" + (f", {replica.message}" if replica.message else "")
     head += f", restarted {replica.restarts} times" if replica.restarts else ""
     lines = ["", head]
     info, load = replica.info, replica.load

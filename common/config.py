@@ -30,6 +30,7 @@ class ModelConfig:
     Attributes:
         model: a local directory, a Hub id, a .gguf file or an alias.
         served_name: the name clients use; default is `model` as given.
+        model_version: what these weights are called; what prefix caches hold is of one version.
         dtype: of the computation; auto is float32 on a CPU (weights stay as stored) and the checkpoint's own on a GPU.
         max_model_len: most tokens in one sequence; None is the model's own limit.
         generation_config: whose sampling defaults apply where a request is silent: "openai" or the checkpoint's ("model").
@@ -37,6 +38,7 @@ class ModelConfig:
 
     model: str
     served_name: str | None = None
+    model_version: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = None
     generation_config: Literal["openai", "model"] = "openai"
@@ -140,6 +142,7 @@ class FleetConfig:
         min_replicas, max_replicas: the number follows the load between these; None is num_replicas. With min_replicas 0 the
             last one goes too when nothing was asked for, and the next request waits until one has started.
         target_wait_s: replicas are added while a request waits longer than this before its prompt is computed.
+        shrink_after_s: a replica is removed when one fewer would have been enough for so long.
         idle_timeout_s: without any request for so long the last replica goes, where min_replicas is 0.
         drain_timeout_s: streams of a replica that is to go may end there for so long, then they go on on others.
         start_timeout_s: a worker that is not ready by then is reported and ended.
@@ -152,6 +155,7 @@ class FleetConfig:
     min_replicas: int | None = None
     max_replicas: int | None = None
     target_wait_s: float = 1.0
+    shrink_after_s: float = 120.0
     idle_timeout_s: float = 300.0
     drain_timeout_s: float = 30.0
     start_timeout_s: float = 600.0
@@ -167,7 +171,7 @@ class FleetConfig:
                 f"num_replicas must lie between min_replicas and max_replicas, but {self.num_replicas} is not in "
                 f"[{self.fewest}, {self.most}]"
             )
-        for name in ("target_wait_s", "idle_timeout_s"):
+        for name in ("target_wait_s", "shrink_after_s", "idle_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         _require(self, "drain_timeout_s", 0)
@@ -197,6 +201,8 @@ class ParallelConfig:
         redundant_experts: slots of each sparse layer for second copies of the experts that get the most tokens.
         rebalance_interval_steps: after so many steps experts are moved and copied by the tokens they got, if that evens out the
             ranks; 0 is never. 3000 is a good value for traffic that drifts.
+        cpus_per_rank: CPUs that Ray sets aside for each rank on its node. Where ranks have no GPU, Ray can know by this alone
+            how many go on a node, and that one more node is needed.
         placement: of a replica's ranks: pack puts them on as few nodes as they fit, spread on as many as there are.
         collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere.
     """
@@ -206,6 +212,7 @@ class ParallelConfig:
     expert_parallel: bool = False
     redundant_experts: int = 0
     rebalance_interval_steps: int = 0
+    cpus_per_rank: float = 0.0
     placement: Literal["pack", "spread"] = "pack"
     collective_timeout_s: float = 30.0
 
@@ -227,6 +234,8 @@ class ParallelConfig:
             raise ConfigError("redundant_experts needs rebalance_interval_steps, 3000 for instance: what to copy is measured")
         if self.rebalance_interval_steps and not self.expert_parallel:
             raise ConfigError("rebalance_interval_steps needs expert_parallel: without it every rank has a part of each expert")
+        if not 0 <= self.cpus_per_rank < 1e4:
+            raise ConfigError(f"cpus_per_rank must be from 0 up, not {self.cpus_per_rank}")
         if not self.collective_timeout_s > 0:
             raise ConfigError(f"collective_timeout_s must be above 0, not {self.collective_timeout_s}")
 

@@ -14,6 +14,11 @@ def root_hash(salt: bytes = b"") -> bytes:
     return blake2b(salt, digest_size=HASH_BYTES, person=b"pilotfish-root").digest()
 
 
+def version_salt(version: str, salt: bytes) -> bytes:
+    """A salt for one version of the model; equal only for equal versions and salts."""
+    return b"\xffversion:" + version.encode() + b"\xff" + salt if version else salt  # no text has these bytes in UTF-8
+
+
 def block_hashes(token_ids: Sequence[int], block_size: int, *, parent: bytes) -> list[bytes]:
     """Hashes of the full blocks of `token_ids`: h[i] = BLAKE2b-128(h[i-1] || tokens as little-endian int32).
 

@@ -189,6 +189,7 @@ class WorkerInfo:
     kernels: Mapping[str, str] = field(default_factory=dict)
     epoch: int = 0
     pid: int = 0
+    model_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,6 +56,12 @@ class ControllerActor:
             raise Unavailable("the controller is starting", retry_after_s=1.0)
         return self._controller.status()
 
+    async def roll_out(self, model: str, model_path: str, version: str) -> None:
+        """See `Controller.roll_out`. It goes on where the caller does not wait for it."""
+        if self._controller is None:
+            raise Unavailable("the controller is starting", retry_after_s=1.0)
+        await asyncio.shield(asyncio.create_task(self._controller.roll_out(model, model_path=model_path, version=version)))
+
     async def shutdown(self, grace_s: float) -> None:
         """Refuse new requests, give running ones `grace_s`, end all workers. The caller ends this actor afterwards."""
         if self._controller is not None:

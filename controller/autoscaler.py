@@ -2,7 +2,8 @@
 
 A fleet without a replica is looked at more often: a request waits. A replica that could not be started stays in the fleet's
 status for a while, to be seen with its reason, and no other is added meanwhile; then it is forgotten, and the policy may try
-again. A fleet of a fixed number is left alone.
+again. A fleet of a fixed number is left alone, and any during a
+rollout.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..scheduler.autoscaling import ScalingConfig, ScalingPolicy, ScalingSample
 from .dispatcher import Dispatcher
 from .fleet import Fleet
 from .replica import Replica
+from .rollout import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +30,17 @@ _FAILURE_PAUSE_S = 60.0
 class Autoscaler:
     """`run` until cancelled; `state` at any time."""
 
-    def __init__(self, config: FleetConfig, *, fleet: Fleet, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: FleetConfig, *, fleet: Fleet, dispatcher: Dispatcher, rollout: Rollout) -> None:
         self._config = config
         self._fleet = fleet
         self._dispatcher = dispatcher
+        self._rollout = rollout
         self._policy = ScalingPolicy(
             ScalingConfig(
                 min_replicas=config.fewest,
                 max_replicas=config.most,
                 target_wait_ms=config.target_wait_s * 1000,
+                down_ticks=int(config.shrink_after_s * 1000),
                 idle_ticks=int(config.idle_timeout_s * 1000),
             )
         )
@@ -50,8 +54,9 @@ class Autoscaler:
             return
         while True:
             await asyncio.sleep(_INTERVAL_S if self._fleet.staying else _INTERVAL_WITHOUT_REPLICA_S)
-            self._forget_failures()
-            self._decide()
+            if not self._rollout.is_under_way:
+                self._forget_failures()
+                self._decide()
 
     def state(self) -> ScalingState:
         return ScalingState(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from .intake import Intake
 from .journal import Journal
 from .metrics import Metrics
 from .request_log import RequestLog
+from .rollout import Rollout, check_same_texts
 from .service import Addresses, InferenceService
 from .totals import Totals
 from .worker_process import Launcher
@@ -61,6 +63,7 @@ class Controller:
         journal_path: Path | None = None,
         gateway_launcher: GatewayLauncher | None = None,
     ) -> None:
+        self._model_path = model_path
         metrics, totals = Metrics(), Totals()
         self._tracing = tracing
         observers = (metrics, totals, RequestLog(), *([tracing] if tracing else []))
@@ -73,13 +76,19 @@ class Controller:
         )
         self._fleet = Fleet(
             config.fleet,
+            model=config.model,
             launcher=launcher,
             dispatcher=self._dispatcher,
             authority=authority,
             controller_id=controller_id,
             stall_timeout_s=config.engine.stall_timeout_s,
         )
-        self._autoscaler = Autoscaler(config.fleet, fleet=self._fleet, dispatcher=self._dispatcher)
+        self._rollout = Rollout(
+            self._fleet,
+            drain_timeout_s=config.fleet.drain_timeout_s,
+            last_drain_timeout_s=config.gateway.default_timeout_s,
+        )
+        self._autoscaler = Autoscaler(config.fleet, fleet=self._fleet, dispatcher=self._dispatcher, rollout=self._rollout)
         self._intake = Intake(
             config=config,
             fleet=self._fleet,
@@ -132,6 +141,21 @@ class Controller:
     async def wait_ready(self) -> None:
         """Until every replica serves; raises why one never will."""
         await self._fleet.wait_ready()
+
+    async def roll_out(self, model: str, *, model_path: str | Path, version: str) -> None:
+        """Serve other weights under the same name, a replica at a time; returns when all replicas have them.
+
+        Args:
+            model: as workers are to find them: a directory of their nodes, or an id.
+            model_path: where they are on this node.
+
+        Raises:
+            ConfigError: they do not fit what is served (another tokenizer, ...), or another rollout is under way.
+            PilotfishError: why a replica could not start; the version before is served on.
+        """
+        check_same_texts(self._model_path, model_path)
+        served = self._fleet.model
+        await self._rollout.run(replace(served, model=model, served_name=served.name, model_version=version))
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `grace_s`, then end everything. May be called at any time, and again."""

@@ -45,6 +45,15 @@ class Deployment:
     def status(self) -> ClusterState:
         return self._get(self._handle.status.remote(), _CALL_TIMEOUT_S)
 
+    def roll_out(self, model: str, *, model_path: str, version: str, timeout_s: float) -> None:
+        """Serve other weights under the same name; returns when all replicas have them.
+
+        Raises:
+            Unavailable: not within `timeout_s`; it goes on.
+            PilotfishError: see `Controller.roll_out`.
+        """
+        self._get(self._handle.roll_out.remote(model, model_path, version), timeout_s)
+
     def shutdown(self, *, grace_s: float = 0.0) -> None:
         """End the controller and every worker, whatever state they are in; running requests get `grace_s` first."""
         with contextlib.suppress(PilotfishError):

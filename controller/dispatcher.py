@@ -13,6 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -30,6 +31,7 @@ from ..scheduler.router import Choice, ReplicaLimits, Router, RouterConfig
 from ..scheduler.snapshot import RunningRequest
 from ..scheduler.suspects import Suspects
 from .events import Observer
+from .front_end import prompt_hashes
 from .sequence_state import SequenceState
 from .streams import RequestStream
 
@@ -69,6 +71,7 @@ class _Replica:
     target: Target
     group: str
     kv_capacity_tokens: int
+    version: str
     accepting: bool = False
 
 
@@ -92,6 +95,7 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._observers = observers
         self._replicas: dict[str, _Replica] = {}
+        self._versions: Counter[str] = Counter()
         self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued, weights=tenant_weights)
         self._returned: ReturnQueue[SequenceState] = ReturnQueue()
         self._suspects = Suspects(max_attempts)
@@ -256,7 +260,13 @@ class Dispatcher:
             max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens, num_blocks=info.num_blocks
         )
         self.router.add_replica(name, limits)
-        self._replicas[name] = _Replica(target, group or name, kv_capacity_tokens=info.num_blocks * info.block_size)
+        self._replicas[name] = _Replica(
+            target,
+            group or name,
+            kv_capacity_tokens=info.num_blocks * info.block_size,
+            version=info.model_version,
+        )
+        self._versions[info.model_version] += 1
 
     def start_accepting(self, name: str) -> None:
         """The caller calls `pump` when all have started that start together."""
@@ -286,7 +296,9 @@ class Dispatcher:
     def remove_replica(self, name: str, reason: str, *, has_failed: bool = True) -> bool:
         """The replica is gone; what ran there runs elsewhere. Where it `has_failed`, who was on too many that did ends with
         PoisonousRequest; True: there was one."""
-        del self._replicas[name]
+        version = self._replicas.pop(name).version
+        self._versions[version] -= 1
+        self._versions += Counter()  # drops what there is none of
         self._returned.extend(self._held.pop(wire_id) for wire_id in self.router.remove_replica(name))
         lost = [(wire_id, sequence) for wire_id, sequence in self._running.items() if sequence.replica == name]
         for wire_id, _ in lost:
@@ -347,12 +359,13 @@ class Dispatcher:
 
     def _place(self, sequence: SequenceState, wire_id: str, candidates: Sequence[str], *, may_hold: bool = True) -> Choice:
         """Give a run to the best of the candidates, in the books, unless it is held; the caller tells the replica."""
+        candidates = self._of_one_version(sequence, candidates)
         request = sequence.request
         num_known = len(request.prompt_token_ids) + len(sequence.output_token_ids)
         hashes = sequence.prompt_hashes
         if sequence.output_token_ids:
             known = (*request.prompt_token_ids, *sequence.output_token_ids)
-            hashes = block_hashes(known, self._block_size, parent=root_hash(request.salt))
+            hashes = block_hashes(known, self._block_size, parent=root_hash(sequence.cache_salt))
         choice = self.router.route(
             wire_id,
             hashes=hashes,
@@ -362,7 +375,7 @@ class Dispatcher:
             candidates=candidates,
             client_request_id=sequence.stream.request_id,
             tenant=sequence.stream.tenant.name,
-            may_hold=may_hold,
+            may_hold=may_hold and len(self._versions) == 1,  # who is held for one version does not go to another
         )
         if choice.is_held:
             return choice
@@ -374,6 +387,27 @@ class Dispatcher:
         for observer in self._observers:
             observer.on_dispatch(sequence.stream.request_id, sequence.index, wire_id, choice.replica, choice.scores)
         return choice
+
+    def _of_one_version(self, sequence: SequenceState, candidates: Sequence[str]) -> Sequence[str]:
+        """A stream that has begun goes on with the version of the model that it has, while there is one; another takes the
+        version whose replicas have room and less to do. The sequence is of that version then."""
+        version = self._replicas[candidates[0]].version
+        if len(self._versions) > 1:
+            of: dict[str, list[str]] = {}
+            for name in candidates:
+                of.setdefault(self._replicas[name].version, []).append(name)
+            if sequence.replica and sequence.version in of:
+                version = sequence.version
+            else:
+                with_room = [v for v, names in of.items() if any(map(self.router.has_room, names))] or list(of)
+                version = min(with_room, key=lambda v: sum(map(self.router.num_active, of[v])) / len(of[v]))
+            candidates = of[version]
+        if sequence.version != version:
+            if sequence.output_token_ids:
+                logger.warning("%s goes on with version %r of the model", sequence.request.request_id, version)
+            sequence.version = version
+            sequence.prompt_hashes = prompt_hashes(sequence.request, self._block_size, version=version)
+        return candidates
 
     def _withdraw(self, sequence: SequenceState) -> None:
         """It neither runs nor waits afterwards; what its run still brings is for nobody."""

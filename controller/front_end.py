@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..common.errors import InvalidRequest
-from ..common.hashing import block_hashes, root_hash
+from ..common.hashing import block_hashes, root_hash, version_salt
 from ..common.requests import EngineRequest
 from ..common.sampling_params import SamplingParams
 from ..text import generation_defaults
@@ -36,12 +36,13 @@ T = TypeVar("T")
 class Prepared:
     """A request in tokens: one engine request and one text state a choice.
 
-    `prompt_hashes` are those of the prompt's full blocks; `prompt_text` is set only if it was asked for. `text_params` and
-    `continues_text` are what the text states were made of.
+    `prompt_hashes` are those of the prompt's full blocks under `version` of the model; `prompt_text` is set only if it was
+    asked for. `text_params` and `continues_text` are what the text states were made of.
     """
 
     num_prompt_tokens: int
     prompt_hashes: tuple[bytes, ...]
+    version: str
     prompt_text: str
     text_params: SamplingParams
     continues_text: bool
@@ -92,6 +93,7 @@ class FrontEnd:
         limits: ModelLimits,
         priority: int,
         salt: bytes,
+        version: str,
         with_prompt_text: bool,
     ) -> Prepared:
         """Check, render and tokenize a request; arguments as `InferenceService.start_request`.
@@ -126,7 +128,8 @@ class FrontEnd:
                 text_params=ready.params,
                 continues_text=messages is None,
                 prompt_text=prompt_text,
-                prompt_hashes=prompt_hashes(ready.sequences[0], self._block_size),
+                prompt_hashes=prompt_hashes(ready.sequences[0], self._block_size, version=version),
+                version=version,
                 make_text=self.make_text,
             )
 
@@ -195,9 +198,10 @@ def _size(value: Any) -> int:
     return 1
 
 
-def prompt_hashes(request: EngineRequest, block_size: int) -> tuple[bytes, ...]:
-    """Of the prompt's full blocks."""
-    return tuple(block_hashes(request.prompt_token_ids, block_size, parent=root_hash(request.salt)))
+def prompt_hashes(request: EngineRequest, block_size: int, *, version: str) -> tuple[bytes, ...]:
+    """Of the prompt's full blocks, for one version of the model."""
+    root = root_hash(version_salt(version, request.salt))
+    return tuple(block_hashes(request.prompt_token_ids, block_size, parent=root))
 
 
 def prepared_choices(
@@ -207,12 +211,14 @@ def prepared_choices(
     continues_text: bool,
     prompt_text: str,
     prompt_hashes: tuple[bytes, ...],
+    version: str,
     make_text: MakeText,
 ) -> Prepared:
     """The choices of a request, which share a prompt, with text states that have seen no token."""
     return Prepared(
         num_prompt_tokens=len(requests[0].prompt_token_ids),
         prompt_hashes=prompt_hashes,
+        version=version,
         prompt_text=prompt_text,
         text_params=text_params,
         continues_text=continues_text,

@@ -258,4 +258,4 @@ class GatewayConnection:
 
     def _prepared(self, submit: pb.GatewaySubmit) -> Prepared:
         prepared = prepared_of(submit.entry, make_text=tokens_only, block_size=None)
-        return replace(prepared, prompt_hashes=tuple(submit.prompt_hashes))
+        return replace(prepared, prompt_hashes=tuple(submit.prompt_hashes), version=submit.model_version)

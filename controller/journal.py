@@ -113,6 +113,7 @@ def prepared_of(entry: journal_pb2.JournalEntry, *, make_text: MakeText, block_s
         ),
         continues_text=entry.continues_text,
         prompt_text=entry.prompt_text,
-        prompt_hashes=prompt_hashes(requests[0], block_size) if block_size else (),
+        prompt_hashes=prompt_hashes(requests[0], block_size, version="") if block_size else (),
+        version="",
         make_text=make_text,
     )

@@ -1,9 +1,10 @@
 """Worker processes as Ray actors: detached and named, so that a restarted controller finds them again.
 
-A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed or spread over the nodes) where it has
-several; the tensor ranks of a data rank are neighbours, and the first of them takes its requests. An actor's name is
-"<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The ranks end together: when one
-has died the others are of no use. The actor class is handed in: the controller does not know workers/.
+A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed or spread over the nodes), unless it is
+one rank that takes neither a GPU nor a CPU in Ray's books; the tensor ranks of a data rank are neighbours, and the first of
+them takes its requests. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's
+namespace. The ranks end together: when one has died the others are of no use. The actor class is handed in: the controller
+does not know workers/.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -23,13 +24,14 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..common import logs
-from ..common.config import ServeConfig
+from ..common.config import ModelConfig, ServeConfig
 from ..common.errors import ConfigError, PilotfishError
 from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker
 from ..proto.versions import mismatch, own_versions
 from .authority import Authority
 from .node_links import NodeLinks
+from .node_notices import NodeNotices
 from .ray_actors import cause_of_death, until_dead
 from .ray_placement import find_group, place, reachable_only
 from .worker_process import NoRoom, WorkerDied, worker_name
@@ -37,6 +39,8 @@ from .worker_process import NoRoom, WorkerDied, worker_name
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 4
+_ROOM_TIMEOUT_S = 60.0
+_NOTICE_PAUSE_S = 5.0
 _DESCRIBE_TIMEOUT_S = 5.0
 _CPU_BUNDLE = {"CPU": 0.001}  # Ray places no bundle of nothing
 _ENVIRONMENT = {
@@ -50,9 +54,12 @@ _RANK_ENVIRONMENT = {**_ENVIRONMENT, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICE
 class RayWorker:
     """A WorkerProcess: the ranks of one replica, in order."""
 
-    def __init__(self, handles: list[ActorHandle], places: list[ServingWorker], group: PlacementGroup | None) -> None:
+    def __init__(
+        self, handles: list[ActorHandle], places: list[ServingWorker], group: PlacementGroup | None, notices: NodeNotices
+    ) -> None:
         self._handles = handles
         self._group = group
+        self._notices = notices
         self.places = places
 
     async def wait_dead(self) -> str:
@@ -63,6 +70,14 @@ class RayWorker:
         finally:
             for task in waits:
                 task.cancel()
+
+    async def wait_notice(self) -> float:
+        while True:
+            try:
+                nodes = await asyncio.gather(*(handle.node_id.remote() for handle in self._handles))
+                return await self._notices.wait_for(nodes)
+            except RayError:  # it dies, which is heard elsewhere, or Ray has lost sight of it for a moment
+                await asyncio.sleep(_NOTICE_PAUSE_S)
 
     async def end(self) -> None:
         _end(self._handles, self._group)
@@ -80,23 +95,25 @@ class RayLauncher:
         self._authority = authority
         self._config = config
         self._links = NodeLinks()
+        self._notices = NodeNotices()
         self._node = ray.get_runtime_context().get_node_id()
         self._versions = own_versions(ray.util.get_node_ip_address())
         self._settled_device: Literal["cpu", "cuda"] | None = None
 
-    async def launch(self, replica: str, *, epoch: int) -> RayWorker:
+    async def launch(self, replica: str, *, epoch: int, model: ModelConfig, on_wait: Callable[[str], None]) -> RayWorker:
         """See `Launcher`."""
         device = self._device()
         handles: list[ActorHandle] = []
         group = None
         try:
-            if self._num_ranks > 1:
-                bundle = {"GPU": 1.0} if device == "cuda" else _CPU_BUNDLE
+            if (bundle := self._bundle(device)) or self._num_ranks > 1:
                 group = await place(
                     f"{replica}.{epoch}",
-                    bundle,
+                    bundle or _CPU_BUNDLE,
                     num_ranks=self._num_ranks,
                     placement=self._config.parallel.placement,
+                    timeout_s=self._config.fleet.start_timeout_s if self._config.fleet.is_elastic else _ROOM_TIMEOUT_S,
+                    on_wait=on_wait,
                     without=self._links.to_avoid(),
                 )
             where = await _where(group, self._num_ranks)
@@ -104,9 +121,9 @@ class RayLauncher:
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
             if problem := mismatch(self._versions, await asyncio.gather(*(handle.versions.remote() for handle in handles))):
                 raise ConfigError(problem)
-            if group is not None:
+            if group is not None and self._num_ranks > 1:
                 await self._links.check(handles, group)
-            places = await self._start_ranks(handles, replica, epoch, device)
+            places = await self._start_ranks(handles, replica, epoch, device, model)
         except BaseException as error:
             _end(handles, group)
             if isinstance(error, NoRoom):
@@ -117,11 +134,16 @@ class RayLauncher:
                 raise WorkerDied(cause_of_death(error)) from error
             raise
         self._links.forget()
-        return RayWorker(handles, places, group)
+        return RayWorker(handles, places, group, self._notices)
 
     @property
     def _num_ranks(self) -> int:
         return self._config.parallel.num_ranks
+
+    def _bundle(self, device: str) -> dict[str, float]:
+        """What a rank takes in Ray's books."""
+        num_cpus = self._config.parallel.cpus_per_rank
+        return ({"GPU": 1.0} if device == "cuda" else {}) | ({"CPU": num_cpus} if num_cpus else {})
 
     def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
         log = self._config.log
@@ -131,14 +153,14 @@ class RayLauncher:
             lifetime="detached",
             max_restarts=0,
             max_concurrency=_NUM_THREADS,
-            num_cpus=0,
+            num_cpus=self._config.parallel.cpus_per_rank,
             num_gpus=1 if device == "cuda" else 0,
             runtime_env={"env_vars": {**(_ENVIRONMENT if self._num_ranks == 1 else _RANK_ENVIRONMENT), **log_variables}},
             **where,
         ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 
     async def _start_ranks(
-        self, handles: list[ActorHandle], replica: str, epoch: int, device: Literal["cpu", "cuda"]
+        self, handles: list[ActorHandle], replica: str, epoch: int, device: Literal["cpu", "cuda"], model: ModelConfig
     ) -> list[ServingWorker]:
         """Starts all ranks together, and returns those that serve; the first that cannot start says why."""
         parallel = self._config.parallel
@@ -167,7 +189,7 @@ class RayLauncher:
             starts.append(
                 asyncio.ensure_future(
                     handle.start.remote(
-                        model_config=self._config.model,
+                        model_config=model,
                         engine_config=replace(self._config.engine, device=device),
                         epoch=epoch,
                         identity=self._authority.issue(worker_name(replica, epoch=epoch, rank=rank)),
@@ -202,7 +224,7 @@ class RayLauncher:
                     places = [await self._describe(leader) for leader in handles[:: self._config.parallel.tensor_parallel]]
                 serving = [place for place in places if place is not None]
                 if len(serving) == len(places):
-                    found[replica] = RayWorker(handles, serving, group)
+                    found[replica] = RayWorker(handles, serving, group, self._notices)
                 else:
                     _end(handles, group)
         return found
@@ -230,7 +252,7 @@ class RayLauncher:
         if device == "cpu" or (device == "auto" and num_gpus == 0):
             return "cpu"
         num_wanted = num_replicas * self._num_ranks
-        if num_gpus < num_wanted:
+        if num_gpus < num_wanted and not self._config.fleet.is_elastic:  # then nodes may come
             raise ConfigError(
                 f"{num_replicas} replicas of {self._num_ranks} ranks need {num_wanted} GPUs, but the Ray cluster has "
                 f"{num_gpus}: that is enough for {num_gpus // self._num_ranks} replicas; or use CPUs with device cpu"
@@ -238,8 +260,12 @@ class RayLauncher:
         return "cuda"
 
     def _num_node_workers(self) -> int:
-        num_nodes = sum(node["Alive"] for node in ray.nodes())
-        return math.ceil(self._config.fleet.num_replicas * self._num_ranks / max(1, num_nodes))
+        """On a node, as far as can be known: more nodes may come."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        share = math.ceil(self._config.fleet.most * self._num_ranks / max(1, len(nodes)))
+        if num_cpus := self._config.parallel.cpus_per_rank:
+            share = min(share, max(1, int(max(node.get("CPU", 0.0) for node in nodes) / num_cpus)))
+        return share
 
 
 async def _where(group: PlacementGroup | None, num_ranks: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -17,20 +17,28 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from .worker_process import NoRoom
 
 _STRATEGIES = {"pack": "PACK", "spread": "SPREAD"}
-_TIMEOUT_S = 60.0
+_PATIENCE_S = 1.0
 _ATTEMPT_S = 15.0
 _ANSWER_TIMEOUT_S = 1.0
 
 
 async def place(
-    name: str, bundle: Mapping[str, float], *, num_ranks: int, placement: str, without: Sequence[str] = ()
+    name: str,
+    bundle: Mapping[str, float],
+    *,
+    num_ranks: int,
+    placement: str,
+    timeout_s: float,
+    on_wait: Callable[[str], None],
+    without: Sequence[str] = (),
 ) -> PlacementGroup:
-    """All ranks at once, on none of the nodes `without`.
+    """All ranks at once, on none of the nodes `without`. A group that waits is what makes Ray's autoscaler add nodes.
 
     Raises:
-        NoRoom: the cluster has not had room for them within _TIMEOUT_S; the message says what is missing.
+        NoRoom: the cluster has not had room for them within `timeout_s`; the message says what is missing.
     """
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
+    what = f"{num_ranks} ranks need {dict(bundle)} each" if num_ranks > 1 else f"it needs {dict(bundle)}"
     while True:
         selector = await reachable_only(without)
         group = placement_group(
@@ -40,20 +48,29 @@ async def place(
             lifetime="detached",
             bundle_label_selector=[selector] * num_ranks if selector else None,
         )
+        ready = asyncio.ensure_future(_as_future(group))
         try:
-            await asyncio.wait_for(_as_future(group), _ATTEMPT_S)
-        except BaseException as error:
+            done, _ = await asyncio.wait([ready], timeout=_PATIENCE_S)
+            if not done:
+                on_wait(f"waits for a node: {what}")
+                done, _ = await asyncio.wait([ready], timeout=_ATTEMPT_S)
+                if done:
+                    on_wait("")
+            if done:
+                ready.result()
+                return group
+        except BaseException:
             remove_placement_group(group)
-            if not isinstance(error, TimeoutError):
-                raise
-        else:
-            return group
+            raise
+        finally:
+            ready.cancel()
+        remove_placement_group(group)
         if time.monotonic() > deadline:
             free = ray.available_resources()
             left_out = f" ({len(without)} nodes that others cannot reach are left out)" if without else ""
             raise NoRoom(
-                f"{num_ranks} ranks need {dict(bundle)} each, and the Ray cluster has not had that free within "
-                f"{_TIMEOUT_S:g} s: {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free{left_out}. "
+                f"{what}, and the Ray cluster has not had that free within "
+                f"{timeout_s:g} s: {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free{left_out}. "
                 "Add nodes, end other work or lower tensor_parallel or data_parallel"
             )
 

@@ -137,6 +137,7 @@ class RemoteIntake:
             number=number,
             entry=entry_of(stream, prepared),
             prompt_hashes=prepared.prompt_hashes,
+            model_version=prepared.version,
             timeout_s=arrival.timeout_s,
             age_s=stream.age_s,
             resumable=arrival.resumable,

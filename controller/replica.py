@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..common.cluster_state import ReplicaState, ReplicaStatus
+from ..common.config import ModelConfig
 from ..common.errors import PilotfishError
 from ..common.requests import EngineLoad, ServingWorker, WorkerInfo
 from .worker_link import WorkerLink
@@ -52,12 +53,14 @@ class Replica:
     """A replica and its current worker, or its last one: `places`. `failures` counts losses in a row without a completed step
     between them.
 
-    `error` says why it is FAILED; `has_served`: a worker of it has started; `settled` is set once it was ready or FAILED.
-    `leaving` is set when it is to go, for `leave_reason`; its streams may end there until `leave_by` of the monotonic clock.
-    `on_move` is told of every change of state.
+    It is of one `model` for its life. `error` says why it is FAILED; `has_served`: a worker of it has started; `settled` is set
+    once it was ready or FAILED, or has gone. `leaving` is set when it is to go, for `leave_reason`. Until `serve_until` of the
+    monotonic clock it takes requests if no other replica does; its streams may end there until `leave_by`. `on_move` is told
+    of every change of state or places.
     """
 
     name: str
+    model: ModelConfig
     state: ReplicaState = ReplicaState.STARTING
     message: str = ""
     places: tuple[Place, ...] = ()
@@ -68,6 +71,7 @@ class Replica:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     leave_reason: str = ""
+    serve_until: float = 0.0
     leave_by: float = 0.0
     on_move: Callable[[], None]
 

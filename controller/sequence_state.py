@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..common.errors import InvalidRequest
+from ..common.hashing import version_salt
 from ..common.requests import EngineRequest, FinishReason, SequenceOutput, TokenLogprob
 from ..text.output import TextDelta
 from .choice_text import ChoiceText
@@ -37,7 +38,8 @@ class SequenceState:
     """One choice of a request, wherever it runs. `output_token_ids` is what a replay on another replica starts from.
 
     `wire_id` names its current run on a worker; every dispatch makes a new one, so that late output of an earlier run can never
-    be taken for this one's. `prompt_hashes` are those of the prompt's full blocks. `texts` is the text in the pieces in which
+    be taken for this one's. `prompt_hashes` are those of the prompt's full blocks under `version` of the model, which is
+    that of its replica from its first run on. `texts` is the text in the pieces in which
     it came; `logprobs[i]` is that of token i, None where a restarted controller does not have it any more. `charged_ms` is what
     its tenant was charged for it; `num_refusals` counts workers that sent it back since it last got a token.
     """
@@ -47,6 +49,7 @@ class SequenceState:
     request: EngineRequest
     text: ChoiceText
     prompt_hashes: Sequence[bytes]
+    version: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -60,6 +63,11 @@ class SequenceState:
     stop_reason: str = ""
     charged_ms: float = 0.0
 
+    @property
+    def cache_salt(self) -> bytes:
+        """What separates its blocks from others': the tenant's salt, under its version."""
+        return version_salt(self.version, self.request.salt)
+
     def dispatched(self, wire_id: str, replica: str) -> None:
         """A run on a replica begins."""
         self.wire_id, self.replica = wire_id, replica
@@ -72,6 +80,7 @@ class SequenceState:
         return replace(
             self.request,
             request_id=self.wire_id,
+            salt=self.cache_salt,
             output_token_ids=tuple(self.output_token_ids),
             deadline_ms=self.stream.time_left_s() * 1000,
             tenant=self.stream.tenant,

@@ -172,6 +172,7 @@ class InferenceService:
         logs.request_id.set(arrival.request_id)
 
         async def prepare() -> Prepared:
+            info = self._intake.info()
             return await self._front_end.prepare(
                 request_id=arrival.request_id,
                 prompt=prompt,
@@ -181,6 +182,7 @@ class InferenceService:
                 limits=self._intake.limits(),
                 priority=priority,
                 salt=self.tenants.cache_salt(tenant),
+                version=info.model_version if info else "",
                 with_prompt_text=echo,
             )
 

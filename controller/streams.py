@@ -81,7 +81,14 @@ class RequestStream:
         """The request was accepted. Every choice opens with the prompt's text, where the caller wants it (echo)."""
         self.accepted = True
         self.sequences = [
-            SequenceState(stream=self, index=index, request=request, text=text, prompt_hashes=prepared.prompt_hashes)
+            SequenceState(
+                stream=self,
+                index=index,
+                request=request,
+                text=text,
+                prompt_hashes=prepared.prompt_hashes,
+                version=prepared.version,
+            )
             for index, (request, text) in enumerate(zip(prepared.requests, prepared.texts, strict=True))
         ]
         self._num_prompt_tokens = prepared.num_prompt_tokens

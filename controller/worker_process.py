@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from ..common.config import ModelConfig
 from ..common.rank_place import LEADER
 from ..common.requests import ServingWorker
 
@@ -36,6 +37,9 @@ class WorkerProcess(Protocol):
     async def wait_dead(self) -> str:
         """Returns when the process has ended, with what is known of the cause."""
 
+    async def wait_notice(self) -> float:
+        """Returns when it is known that a machine of the replica will go away, with the seconds until then."""
+
     async def end(self) -> None:
         """Kill the process if it lives."""
 
@@ -43,8 +47,10 @@ class WorkerProcess(Protocol):
 class Launcher(Protocol):
     """Starts worker processes, and finds those that an earlier controller started."""
 
-    async def launch(self, replica: str, *, epoch: int) -> WorkerProcess:
-        """Start a worker and wait until it serves. A cancelled launch leaves no process behind.
+    async def launch(self, replica: str, *, epoch: int, model: ModelConfig, on_wait: Callable[[str], None]) -> WorkerProcess:
+        """Start a worker of a model and wait until it serves. A cancelled launch leaves no process behind.
+
+        `on_wait` is told what the launch waits for before it can begin, from time to time, and "" once it has begun.
 
         Raises:
             PilotfishError: it cannot start, and why.

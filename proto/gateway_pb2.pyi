@@ -34,7 +34,7 @@ class ChoiceSoFar(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ...) -> None: ...
 
 class GatewaySubmit(_message.Message):
-    __slots__ = ("number", "entry", "prompt_hashes", "timeout_s", "age_s", "resumable", "retry_key", "trace_headers", "again", "choices")
+    __slots__ = ("number", "entry", "prompt_hashes", "timeout_s", "age_s", "resumable", "retry_key", "trace_headers", "again", "choices", "model_version")
     class TraceHeadersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class GatewaySubmit(_message.Message):
     TRACE_HEADERS_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     number: int
     entry: _journal_pb2.JournalEntry
     prompt_hashes: _containers.RepeatedScalarFieldContainer[bytes]
@@ -62,7 +63,8 @@ class GatewaySubmit(_message.Message):
     trace_headers: _containers.ScalarMap[str, str]
     again: bool
     choices: _containers.RepeatedCompositeFieldContainer[ChoiceSoFar]
-    def __init__(self, number: _Optional[int] = ..., entry: _Optional[_Union[_journal_pb2.JournalEntry, _Mapping]] = ..., prompt_hashes: _Optional[_Iterable[bytes]] = ..., timeout_s: _Optional[float] = ..., age_s: _Optional[float] = ..., resumable: _Optional[bool] = ..., retry_key: _Optional[str] = ..., trace_headers: _Optional[_Mapping[str, str]] = ..., again: _Optional[bool] = ..., choices: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ...) -> None: ...
+    model_version: str
+    def __init__(self, number: _Optional[int] = ..., entry: _Optional[_Union[_journal_pb2.JournalEntry, _Mapping]] = ..., prompt_hashes: _Optional[_Iterable[bytes]] = ..., timeout_s: _Optional[float] = ..., age_s: _Optional[float] = ..., resumable: _Optional[bool] = ..., retry_key: _Optional[str] = ..., trace_headers: _Optional[_Mapping[str, str]] = ..., again: _Optional[bool] = ..., choices: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ..., model_version: _Optional[str] = ...) -> None: ...
 
 class GatewayResume(_message.Message):
     __slots__ = ("number", "request_id", "tenant", "choices")

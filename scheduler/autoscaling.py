@@ -30,13 +30,13 @@ class ScalingConfig:
     min_replicas: int
     max_replicas: int
     target_wait_ms: float
+    down_ticks: int
     idle_ticks: int
     high_usage: float = 0.8
     low_usage: float = 0.6
     max_growth: float = 2.0
     up_ticks: int = 3_000
     catch_up_ticks: int = 30_000
-    down_ticks: int = 120_000
     pause_ticks: int = 15_000
 
 
@@ -99,7 +99,7 @@ class ScalingPolicy:
         """The number to change to now; None to leave it."""
         config, tick = self._config, sample.tick
         is_busy = sample.num_running + sample.num_queued + sample.num_batch > 0
-        if is_busy or self._last_busy_tick is None:
+        if is_busy or not sample.num_ready or self._last_busy_tick is None:  # who waits for a start may be about to ask
             self._last_busy_tick = tick
         self._looks.append(self._look(sample))
         while len(self._looks) > 1 and self._looks[1].tick <= tick - config.down_ticks:

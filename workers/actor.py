@@ -49,6 +49,11 @@ class WorkerActor:
         """Asked before all else: see proto/versions.py."""
         return self._versions
 
+    def node_id(self) -> str:
+        """Ray's id of the node it runs on."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
     def unreachable(self, addresses: list[str], *, timeout_s: float) -> list[str]:
         """Those of the addresses "host:port", where something listens, that this machine cannot connect to."""
 
@@ -147,7 +152,7 @@ class WorkerActor:
         server = WorkerServer(ServerLimits(), identity)
         set_up = None if place is None else partial(lead, place=place)
         engine = Engine(model_config, engine_config, on_step=server.on_step, set_up=set_up)
-        info = replace(engine.start(), epoch=epoch, pid=os.getpid())
+        info = replace(engine.start(), epoch=epoch, pid=os.getpid(), model_version=model_config.model_version)
         is_local = ray.get_runtime_context().get_node_id() == controller_node
         node = ray.util.get_node_ip_address()
         address = server.start(engine, info, host="127.0.0.1" if is_local else node)

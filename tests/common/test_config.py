@@ -27,6 +27,8 @@ def test_sections_become_frozen_configs(tmp_path) -> None:
         ({"model": {"model": "m"}, "engine": {"block_size": 24}}, "power of two"),
         ({"model": {"model": "m"}, "engine": {"max_num_batched_tokens": 8}}, "at least 64"),
         ({"model": {"model": "m"}, "gateway": {"grpc_port": 70000}}, "grpc_port must be in"),
+        ({"model": {"model": "m"}, "fleet": {"max_replicas": 0}}, r"1 is not in \[1, 0\]"),
+        ({"model": {"model": "m"}, "fleet": {"min_replicas": 2, "max_replicas": 4}}, r"1 is not in \[2, 4\]"),
         ({"model": {"model": "m"}, "parallel": {"rebalance_interval_steps": 9}}, "needs expert_parallel"),
         ({"model": {"model": "m"}, "parallel": {"redundant_experts": -1}}, "at least 0"),
         (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 from fake_engine import expected_tokens
+from http_calls import get
 from local_workers import Cluster, LocalLauncher, LocalWorker, StartCluster
 from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.errors import ModelLoadError, Unavailable
@@ -16,7 +18,7 @@ from pilotfish.controller import autoscaler as autoscaler_module
 from pilotfish.controller import fleet as fleet_module
 from pilotfish.controller.fleet import Fleet
 from pilotfish.controller.service import RequestHandle
-from pilotfish.controller.worker_process import NoRoom
+from pilotfish.controller.worker_process import Misplaced, NoRoom
 from pilotfish.scheduler.autoscaling import ScalingConfig
 from reading import Answer, eventually, read, read_until
 
@@ -102,7 +104,7 @@ async def test_streams_that_take_too_long_go_on_elsewhere(start_cluster: StartCl
     moved = [request for request in other.engine.submitted if request.output_token_ids]
     assert len(moved) == 2
     check_books(cluster)
-    assert b"pilotfish_recoveries_total 0.0" in cluster.controller._metrics.render(cluster.service.status())[0]
+    assert b"pilotfish_recoveries_total 0.0" in (await get(cluster, "/metrics"))[2]
 
 
 async def test_a_name_is_given_again_under_a_later_epoch(start_cluster: StartCluster) -> None:
@@ -155,14 +157,14 @@ async def test_a_replica_that_starts_can_go(start_cluster: StartCluster) -> None
     class SlowLauncher(LocalLauncher):
         num_cancelled = 0
 
-        async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+        async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
             if self.launched:
                 try:
                     await asyncio.Event().wait()
                 except asyncio.CancelledError:
                     self.num_cancelled += 1
                     raise
-            return await super().launch(replica, epoch=epoch)
+            return await super().launch(replica, epoch=epoch, **options)
 
     launcher = SlowLauncher()
     cluster = await start_cluster(launcher=launcher, fleet=SIZES)
@@ -222,7 +224,7 @@ async def test_sizes_that_change_all_the_time_lose_nothing(
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of the policy are tenths here."""
-    quick = partial(ScalingConfig, up_ticks=100, down_ticks=400, pause_ticks=50)
+    quick = partial(ScalingConfig, up_ticks=100, pause_ticks=50)
     monkeypatch.setattr(autoscaler_module, "ScalingConfig", quick)
     monkeypatch.setattr(autoscaler_module, "_INTERVAL_S", 0.02)
 
@@ -231,7 +233,14 @@ async def test_the_fleet_follows_its_load_to_zero_and_back(start_cluster: StartC
     cluster = await start_cluster(
         step_s=0.004,
         max_num_seqs=2,
-        fleet={"min_replicas": 0, "max_replicas": 3, "target_wait_s": 0.05, "idle_timeout_s": 0.2, "drain_timeout_s": 0.05},
+        fleet={
+            "min_replicas": 0,
+            "max_replicas": 3,
+            "target_wait_s": 0.05,
+            "shrink_after_s": 0.4,
+            "idle_timeout_s": 0.2,
+            "drain_timeout_s": 0.05,
+        },
     )
     service = cluster.service
     handles = [await generate(cluster, max_tokens=100) for _ in range(16)]
@@ -252,7 +261,7 @@ async def test_the_fleet_follows_its_load_to_zero_and_back(start_cluster: StartC
     num_launched = len(cluster.launcher.launched)
     check(await read(await generate(cluster, max_tokens=20)), 20)
     assert len(cluster.launcher.launched) == num_launched + 1
-    text = cluster.controller._metrics.render(service.status())[0]
+    text = (await get(cluster, "/metrics"))[2]
     assert b"pilotfish_wanted_replicas 1.0" in text
     assert b'pilotfish_scaling_decisions_total{direction="down"} 3.0' in text
 
@@ -302,3 +311,66 @@ async def test_batch_work_waits_for_its_places(start_cluster: StartCluster) -> N
     await asyncio.sleep(0.05)
     assert cluster.controller._dispatcher.demand().wait_ms >= before + 40
     cluster.launcher.launched[0].engine.gate.set()
+
+
+async def test_a_node_that_is_about_to_go_loses_its_replica_and_no_token(start_cluster: StartCluster) -> None:
+    """Its streams go on on others at once, and another replica starts; the fleet keeps its number."""
+    cluster = await start_cluster(step_s=0.002, fleet={"num_replicas": 2, "max_attempts": 1})
+    streams = [await begun(cluster, max_tokens=300) for _ in range(4)]
+    doomed = worker_of(cluster, "replica-0")
+    doomed.notice.set_result(30.0)
+    for handle, answer in streams:
+        check(await read(handle, into=answer), 300)
+        assert answer.usage.replica != "replica-0"
+    await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY, "replica-2": ReplicaState.READY})
+    assert doomed._dead.is_set()
+    assert cluster.service.status().num_restarts == 0
+
+
+async def test_the_only_replica_of_a_node_that_goes_serves_until_another_does(start_cluster: StartCluster) -> None:
+    class WaitingLauncher(LocalLauncher):
+        go = asyncio.Event()
+
+        async def launch(self, replica: str, *, epoch: int, on_wait: Callable[[str], None], **options: Any) -> LocalWorker:
+            if self.launched:
+                on_wait("waits for a node: it needs a GPU")
+                await self.go.wait()
+                on_wait("")
+            return await super().launch(replica, epoch=epoch, **options)
+
+    launcher = WaitingLauncher(engine_options={"step_s": 0.002})
+    cluster = await start_cluster(launcher=launcher)
+    early, answer = await begun(cluster, max_tokens=600)
+    worker_of(cluster, "replica-0").notice.set_result(60.0)
+    await eventually(lambda: len(states(cluster)) == 2)
+    status = {replica.name: (replica.state, replica.message) for replica in cluster.service.status().replicas}
+    assert status == {
+        "replica-0": (ReplicaState.DRAINING, "its node is about to go in 60 s"),
+        "replica-1": (ReplicaState.STARTING, "waits for a node: it needs a GPU"),
+    }
+    check(await read(await generate(cluster, max_tokens=20)), 20)  # nobody waits for the other one
+    launcher.go.set()
+    check(await read(early, into=answer), 600)
+    assert answer.usage.replica == "replica-1"
+    await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
+
+
+async def test_where_no_other_comes_in_time_streams_wait_for_it(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "_NOTICE_MARGIN_S", 0.05)
+    launcher = LocalLauncher(engine_options={"step_s": 0.002})
+    cluster = await start_cluster(launcher=launcher)
+    handle, answer = await begun(cluster, max_tokens=600)
+    launcher.failures = [Misplaced("nodes a and b cannot reach each other")] * 2
+    doomed = worker_of(cluster, "replica-0")
+    original = launcher.launch
+
+    async def slow_launch(*args: Any, **options: Any) -> LocalWorker:
+        await doomed._dead.wait()
+        return await original(*args, **options)
+
+    monkeypatch.setattr(launcher, "launch", slow_launch)
+    doomed.notice.set_result(0.2)
+    check(await read(handle, into=answer), 600)
+    assert states(cluster) == {"replica-1": ReplicaState.READY}

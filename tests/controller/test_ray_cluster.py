@@ -31,6 +31,7 @@ from pilotfish.controller.service import Addresses
 from pilotfish.proto import inference_pb2 as pb
 from pilotfish.proto import inference_pb2_grpc
 from pilotfish.workers.actor import WorkerActor
+from ray_nodes import RayNodes
 from small_model import save_tiny_llama
 from upcycled import upcycle
 
@@ -351,6 +352,73 @@ def test_a_rank_killed_while_experts_move_comes_back(local_ray: None, model_path
         assert have_moved()
     finally:
         deployment.shutdown()
+
+
+def test_other_weights_are_served_without_a_break(local_ray: None, model_path: Path, tmp_path: Path) -> None:
+    """A stream that has begun ends on the weights it began on; those that do not load change nothing."""
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    broken = shutil.copytree(other, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
+    one = config(model_path, num_replicas=1)
+    deployment = deploy(one, model_path=str(model_path), worker_class=ray.remote(WorkerActor))
+
+    def roll_out(path: Path, version: str) -> None:
+        deployment.roll_out(str(path), model_path=str(path), version=version, timeout_s=120)
+
+    try:
+        served = Served(deployment, deployment.wait_ready(timeout_s=120))
+        old = Reader(served, max_tokens=1900).finish().token_ids
+        with pytest.raises(ModelLoadError, match=r"model\.safetensors"):
+            roll_out(broken, "broken")
+        readers, has_changed = [], threading.Event()
+
+        def ask_all_the_time() -> None:
+            while not has_changed.is_set():
+                readers.append(Reader(served, max_tokens=1900))
+                readers[-1].wait_for(900)
+
+        client = threading.Thread(target=ask_all_the_time)
+        client.start()
+        try:
+            roll_out(other, "2")
+        finally:
+            has_changed.set()
+            client.join(60)
+        new = Reader(served, max_tokens=1900).finish().token_ids
+        assert new != old
+        (replica,) = deployment.status().replicas
+        assert (replica.info.model_version, replica.info.model_path) == ("2", str(other))
+        said = [reader.finish().token_ids for reader in readers]
+        assert said[0] == old
+        assert all(token_ids in (old, new) for token_ids in said)
+    finally:
+        deployment.shutdown()
+
+
+def test_a_node_with_a_drain_notice_loses_its_replica_and_no_token(local_ray: None, model_path: Path) -> None:
+    """Another replica starts on another node, the stream goes on there, and the node is free before it goes."""
+    only_there = config(model_path, num_replicas=1, cpus_per_rank=3)  # this machine's own node has 2
+    with RayNodes() as nodes:
+        doomed = nodes.add(CPU=3)
+        deployment = deploy(only_there, model_path=str(model_path), worker_class=ray.remote(WorkerActor))
+        try:
+            served = Served(deployment, deployment.wait_ready(timeout_s=120))
+            nodes.add(CPU=3)
+            nodes.notify(doomed, within_s=200)
+            wait_until(lambda: "its node is about to go" in deployment.status().replicas[0].message, "the notice", 20)
+            readers = []
+            while all(r.state is not ReplicaState.READY for r in deployment.status().replicas):  # some stream runs all the time
+                readers.append(Reader(served, max_tokens=1900))
+                readers[-1].wait_for(900)
+            homes = [reader.finish().usage.replica for reader in readers]
+            assert homes[-1] == "replica-1", homes
+            wait_until(lambda: [r.name for r in deployment.status().replicas] == ["replica-1"], "the replica to leave")
+            assert all_ready(deployment, restarts=0)
+            expected = Reader(served, max_tokens=1900).finish().token_ids
+            assert all(reader.token_ids == expected for reader in readers)
+            wait_until(lambda: not nodes.is_alive(doomed), "the node's end")  # Ray ends it once nothing is on it
+        finally:
+            deployment.shutdown()
 
 
 def test_a_worker_of_other_versions_is_refused(local_ray: None, model_path: Path) -> None:

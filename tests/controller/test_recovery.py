@@ -140,9 +140,9 @@ class HeldLauncher(LocalLauncher):
     def __post_init__(self) -> None:
         self.may_launch.set()
 
-    async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+    async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
         await self.may_launch.wait()
-        return await super().launch(replica, epoch=epoch)
+        return await super().launch(replica, epoch=epoch, **options)
 
 
 async def test_a_controller_that_stood_still_loses_no_worker(start_cluster: StartCluster) -> None:
@@ -207,8 +207,8 @@ class ProxyLauncher(LocalLauncher):
         super().__init__(**options)
         self.proxies: list[TcpProxy] = []
 
-    async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
-        worker = await super().launch(replica, epoch=epoch)
+    async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
+        worker = await super().launch(replica, epoch=epoch, **options)
         proxy = TcpProxy(worker.address)
         worker.address = await proxy.start()
         self.proxies.append(proxy)
@@ -385,6 +385,12 @@ async def test_a_worker_that_dies_at_its_first_start_is_reported(start_cluster: 
         await cluster.controller.wait_ready()
 
 
+async def test_a_defect_of_the_launcher_is_told_to_who_waits(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(launcher=LocalLauncher(failures=[TypeError("a defect")]), wait=False)
+    with pytest.raises(InternalError, match="TypeError: a defect"):
+        await cluster.controller.wait_ready()
+
+
 async def test_a_worker_whose_place_is_bad_is_placed_again(start_cluster: StartCluster) -> None:
     launcher = LocalLauncher(failures=[Misplaced("nodes a and b cannot reach each other")] * 2)
     cluster = await start_cluster(launcher=launcher)
@@ -401,7 +407,7 @@ async def test_where_no_place_is_good_the_bad_ones_are_named(start_cluster: Star
 
 async def test_before_the_first_worker_serves_requests_are_refused(start_cluster: StartCluster) -> None:
     class SlowLauncher(LocalLauncher):
-        async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+        async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
             await asyncio.Event().wait()
             raise AssertionError
 
@@ -413,7 +419,7 @@ async def test_before_the_first_worker_serves_requests_are_refused(start_cluster
 
 async def test_a_start_that_takes_too_long_is_given_up(start_cluster: StartCluster) -> None:
     class SlowLauncher(LocalLauncher):
-        async def launch(self, replica: str, *, epoch: int) -> LocalWorker:
+        async def launch(self, replica: str, *, epoch: int, **options: Any) -> LocalWorker:
             await asyncio.Event().wait()
             raise AssertionError
 

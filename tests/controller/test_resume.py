@@ -346,6 +346,7 @@ async def test_a_journal_entry_is_the_request_again(start_cluster: StartCluster,
         limits=cluster.controller._fleet.limits(),
         priority=3,
         salt=b"tenant acme",
+        version="",
         with_prompt_text=True,
     )
     stream = cluster.controller._intake.streams.add("r", timeout_s=9, resumable=True)

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 from pilotfish.scheduler.autoscaling import ScalingConfig, ScalingDecision, ScalingPolicy, ScalingSample
 
-CONFIG = {"min_replicas": 1, "max_replicas": 10, "target_wait_ms": 1000.0, "idle_ticks": 300_000}
+CONFIG = {"min_replicas": 1, "max_replicas": 10, "target_wait_ms": 1000.0, "down_ticks": 120_000, "idle_ticks": 300_000}
 PLACES = 10
 TICK_MS = 500
 
@@ -210,6 +210,13 @@ def test_to_zero_after_idleness_and_back_at_the_first_request() -> None:
     assert 20.0 <= cluster.worst_wait_s(since=1000, until=1002) <= 21.0  # the start of a replica
     cluster.run(400)
     assert cluster.num_replicas == 0
+
+
+def test_a_start_that_takes_long_is_no_idleness() -> None:
+    cluster = Cluster(lambda second: 0.0, min_replicas=0)
+    cluster.ready, cluster.starting = 0, [600_000]
+    assert cluster.run(890).decisions == []
+    assert cluster.run(15).num_replicas == 0
 
 
 def test_without_leave_the_last_one_stays() -> None:

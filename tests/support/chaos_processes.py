@@ -133,6 +133,10 @@ class HostWorker:
     async def wait_dead(self) -> str:
         return await ask(self.host, "wait_dead", self.number)
 
+    async def wait_notice(self) -> float:
+        await asyncio.Event().wait()  # nobody takes this machine away
+        raise AssertionError("nothing ends this wait")
+
     async def end(self) -> None:
         await ask(self.host, "end", self.number)
 
@@ -144,7 +148,7 @@ class HostLauncher:
     host: str
     authority: Authority
 
-    async def launch(self, replica: str, *, epoch: int) -> HostWorker:
+    async def launch(self, replica: str, *, epoch: int, **_: Any) -> HostWorker:
         identity = self.authority.issue(worker_name(replica, epoch=epoch))
         return HostWorker(self.host, *await ask(self.host, "launch", replica, identity, epoch))
 

@@ -50,7 +50,7 @@ class Snapshot:
 @dataclass
 class FakeEngine:
     """`gate` cleared makes every step wait inside; `step_s` is how long one takes; `refuse` is raised by submit;
-    with `uses_seeds` a request's tokens depend on its seed."""
+    with `uses_seeds` a request's tokens depend on its seed, else on the `weights`."""
 
     on_step: Callable[[StepOutput], None]
     num_blocks: int = 256
@@ -59,6 +59,7 @@ class FakeEngine:
     step_s: float = 0.0
     stall_timeout_s: float = 60.0
     uses_seeds: bool = False
+    weights: int = 0
     refuse: Exception | None = None
     expert_balance: ExpertBalance | None = None
     gate: threading.Event = field(default_factory=threading.Event)
@@ -182,7 +183,7 @@ class FakeEngine:
         for row in plan.rows:
             if row.samples:
                 known, sampling = self._tokens[row.request_id], self._sampling[row.request_id]
-                known.append(next_token(known, seed=sampling.seed if self.uses_seeds else 0))
+                known.append(next_token(known, seed=sampling.seed if self.uses_seeds else self.weights))
                 tokens.append(known[-1])
                 logprobs.append(None if sampling.logprobs is None else TokenLogprob(known[-1], -1.0, 1))
         return StepResult(plan.step_id, tuple(tokens), tuple(logprobs), {})

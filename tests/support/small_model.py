@@ -28,14 +28,14 @@ def save_tokenizer(path: Path) -> Path:
     return path
 
 
-def save_tiny_llama(path: Path) -> Path:
+def save_tiny_llama(path: Path, *, seed: int = 0) -> Path:
     """A random two-layer Llama with the tokenizer above; it never ends of itself within a test's few hundred tokens or does,
     but greedy text is the same on every run."""
     import torch
     import transformers
 
     save_tokenizer(path)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=257,
         hidden_size=64,
