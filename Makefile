@@ -46,7 +46,7 @@ format: .venv/.ready
 	$(BIN)/ruff format .
 
 test: model lint
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: model
 	$(BIN)/python -m pytest tests/controller/test_chaos.py -m slow $(ARGS)

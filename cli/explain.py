@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from typing import Any
 
 from ..client import Client, RouteDecision
 from ..client.options import DEFAULT_PORT
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     with Client(args.address) as client:
         decisions = client.explain_route(args.request_id)
     if args.json:
-        print(json.dumps([dataclasses.asdict(decision) for decision in decisions], indent=2))
+        print(json.dumps([_json_object(decision) for decision in decisions], indent=2))
     elif not decisions:
         print(
             f"pilotfish explain: no choice is kept for {args.request_id!r}: it is unknown, still queued, or too long ago",
@@ -33,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n\n".join(decision_text(decision) for decision in decisions))
     return 0 if decisions else 1
+
+
+def _json_object(decision: RouteDecision) -> dict[str, Any]:
+    return {**dataclasses.asdict(decision), "scores": [score._asdict() for score in decision.scores]}
 
 
 def decision_text(decision: RouteDecision) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from pilotfish.cli import main as cli
 from pilotfish.cli.bench_roofline import Machine, Roofline
 from pilotfish.cli.bench_serve import percentile
 from pilotfish.models.dummy_shapes import SHAPES
+from processes import children_end
 from small_server import SmallServer
 
 H200 = Machine(read_bytes_per_s=4.28e12, flop_per_s=790e12)
@@ -95,7 +95,7 @@ def test_ranks_are_processes_that_end_with_the_bench(shape: str, flags: list[str
     row = json.loads(captured.out)
     assert (row["tensor_parallel"], row["expert_parallel"]) == (int(flags[0]), len(flags) > 1)
     assert f"on each of {flags[0]} ranks" in captured.err
-    assert multiprocessing.active_children() == []
+    assert children_end()
 
 
 def test_data_ranks_share_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ def test_data_ranks_share_the_prompts(capsys: pytest.CaptureFixture[str]) -> Non
     row = json.loads(captured.out)
     assert (row["tensor_parallel"], row["data_parallel"], row["max_num_seqs"]) == (1, 2, 3)
     assert row["output_tok_s"] * row["elapsed_s"] == pytest.approx(5 * 6, rel=1e-4)
-    assert multiprocessing.active_children() == []
+    assert children_end()
     assert cli.main([*argv, "--data-parallel", "2"]) == 1
     assert "data_parallel needs expert_parallel" in capsys.readouterr().err
 

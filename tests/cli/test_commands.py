@@ -95,7 +95,7 @@ def test_replay_prints_figures_and_reasons(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["replay", str(tmp_path / "trace.jsonl"), "--replicas", "2", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["num_requests"], figures["num_failed"]) == (10, 0)
-    assert figures["hit_rate"] > 0.8
+    assert figures["hit_rate"] > 0.7
     assert cli.main(["replay", str(tmp_path / "trace.jsonl"), "--replicas", "2", "--explain", "3"]) == 0
     assert "r3: 101 tokens, 4 more expected, goes to replica-0" in capsys.readouterr().out
     assert cli.main(["replay", str(tmp_path / "nowhere")]) == 1

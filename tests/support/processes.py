@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from multiprocessing.context import ForkServerContext
 
 _PRELOADED = [
@@ -17,3 +18,13 @@ def preloaded_processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
+
+
+def children_end(timeout_s: float = 5.0) -> bool:
+    """Whether no process of this one is left; one that was killed from another thread may be seen for a moment."""
+    deadline = time.monotonic() + timeout_s
+    while multiprocessing.active_children():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

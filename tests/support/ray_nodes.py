@@ -57,4 +57,8 @@ class RayNodes:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for node in self._nodes.values():
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
+            node.kill_all_processes(check_alive=False, allow_graceful=True)
+        deadline = time.monotonic() + 60
+        while any(map(self.is_alive, self._nodes)):  # until then Ray may place what comes next there
+            assert time.monotonic() < deadline, "Ray has not seen its nodes' end within 60 s"
+            time.sleep(0.05)

@@ -20,6 +20,7 @@ from pilotfish.models.layers import expert_dispatch
 from pilotfish.workers.engine import Engine, Phase
 from pilotfish.workers.local_replica import LocalReplica
 from pilotfish.workers.model_runner import ModelRunner
+from processes import children_end
 from rank_group_run import run_on_ranks
 from rank_process import ENGINE
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -177,7 +178,7 @@ def test_a_data_rank_that_dies_or_stands_still_ends_all(tiny_moe: Path, end: sig
         assert what in wait_for_failure(engine)
     finally:
         engine.stop()
-    assert multiprocessing.active_children() == []
+    assert children_end()
 
 
 def wait_for_failure(engine: Engine) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pilotfish.common.config import EngineConfig, ModelConfig, ParallelConfig
 from pilotfish.common.errors import PilotfishError
 from pilotfish.workers.engine import Engine
 from pilotfish.workers.local_replica import LocalReplica
+from processes import children_end
 
 SHAPE = ("--shape", "tiny", "--batch-sizes", "1", "--input-len", "16")
 TINY = (*SHAPE, "--device", "cpu", "--output-len", "1000")
@@ -73,4 +73,4 @@ def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(PilotfishError, match="missing"):
         engine.start()
     engine.stop()
-    assert multiprocessing.active_children() == []
+    assert children_end()

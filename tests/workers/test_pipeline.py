@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pilotfish import Pipeline, SamplingParams
 from pilotfish.common.errors import ConfigError, InternalError, InvalidRequest, ModelNotFound, Unavailable
 from pilotfish.common.requests import FinishReason
 from pilotfish.workers.completion import Completion
+from processes import children_end
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 SMALL = {"device": "cpu", "num_kv_blocks": 128, "max_num_seqs": 4, "num_threads": 1}
@@ -221,7 +221,7 @@ def test_ranks_on_this_machine_complete_alike(pipeline, tiny_llama):
     with Pipeline(str(tiny_llama), tensor_parallel=2, **SMALL) as ranks:
         texts = [completion.token_ids for completion in ranks(prompts, GREEDY)]
     assert texts == [completion.token_ids for completion in pipeline(prompts, GREEDY)]
-    assert multiprocessing.active_children() == []
+    assert children_end()
 
 
 def test_a_closed_pipeline_refuses_and_closing_twice_is_fine(tiny_llama):
