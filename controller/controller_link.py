@@ -30,6 +30,7 @@ _OPTIONS: list[tuple[str, str | int]] = [
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5)
 _BEAT_INTERVAL_S = 1.0
 _CALL_TIMEOUT_S = 5.0
+_WHY_TIMEOUT_S = 1.0
 WAIT_S = 5.0  # of a new call, for a controller that is being restarted
 _SILENCE_TIMEOUT_S = 4.0  # a tick comes every second
 _FINAL = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.PERMISSION_DENIED)
@@ -84,7 +85,8 @@ class ControllerLink:
         if self._connected.is_set():
             return
         try:
-            await asyncio.wait_for(self._connected.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
         except TimeoutError:
             raise Unavailable("the controller cannot be reached; it is probably being restarted", retry_after_s=1.0) from None
 
@@ -125,42 +127,42 @@ class ControllerLink:
         async with grpc.aio.secure_channel(self._address, channel_credentials(self._identity), options=options) as channel:
             stub = gateway_pb2_grpc.GatewayLinkStub(channel)  # type: ignore[no-untyped-call]
             call = stub.Connect()
-            await call.write(pb.GatewayMessage(hello=hello))
-            tasks = [asyncio.create_task(work) for work in (self._read(call, stub, listener), self._watch_silence())]
+            reading = asyncio.create_task(self._read(call, stub, listener))
+            silence = asyncio.create_task(self._watch_silence())
+            writing = asyncio.create_task(self._write(call, hello))
             try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                await asyncio.wait((reading, silence, writing), return_when=asyncio.FIRST_COMPLETED)
+                if writing.done():  # the call takes nothing any more; reading says why
+                    await asyncio.wait((reading,), timeout=_WHY_TIMEOUT_S)
+                for task in (reading, silence, writing):
+                    if task.done():
+                        task.result()
             finally:
-                for task in tasks:
+                for task in (reading, silence, writing):
                     task.cancel()
                 call.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(reading, silence, writing, return_exceptions=True)
 
     async def _read(
         self, call: grpc.aio.StreamStreamCall, stub: gateway_pb2_grpc.GatewayLinkStub, listener: LinkListener
     ) -> None:
         """Until the controller or a failure ends the call. The first tick is its greeting."""
-        writing: asyncio.Task[None] | None = None
-        try:
-            while (tick := await call.read()) is not grpc.aio.EOF:
-                self._last_message_time = time.monotonic()
-                listener.take(tick)
-                if writing is None:
-                    self._stub = stub
-                    self._connected.set()
-                    listener.on_connected()
-                    writing = asyncio.create_task(self._write(call))
-        finally:
-            if writing is not None:
-                writing.cancel()
-                await asyncio.gather(writing, return_exceptions=True)
+        while (tick := await call.read()) is not grpc.aio.EOF:
+            self._last_message_time = time.monotonic()
+            listener.take(tick)
+            if not self._connected.is_set():
+                self._stub = stub
+                self._connected.set()
+                listener.on_connected()
 
-    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
-        """One message for all that was added since the last one; an empty one where there was nothing for a while."""
+    async def _write(self, call: grpc.aio.StreamStreamCall, hello: pb.GatewayHello) -> None:
+        """After the greeting one message for all that was added since the last one; an empty one after a while of nothing."""
+        await call.write(pb.GatewayMessage(hello=hello))
+        await self._connected.wait()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _BEAT_INTERVAL_S)
+                async with asyncio.timeout(_BEAT_INTERVAL_S):
+                    await self._wake.wait()
             self._wake.clear()
             message, self._outgoing = self._outgoing, pb.GatewayMessage()
             await call.write(message)

@@ -169,7 +169,8 @@ class GatewayServer(gateway_pb2_grpc.GatewayLinkServicer):
                 for connection in self._connections.values():
                     connection.show(state)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._intake.changed.wait(), _SHOW_INTERVAL_S)
+                async with asyncio.timeout(_SHOW_INTERVAL_S):  # wait_for can swallow a cancellation
+                    await self._intake.changed.wait()
 
 
 async def _check_caller(context: Context) -> None:

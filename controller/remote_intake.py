@@ -165,7 +165,8 @@ class RemoteIntake:
         self._link.outgoing.resumes.add(number=number, request_id=request_id, tenant=tenant.name, choices=choices)
         self._link.send()
         try:
-            await asyncio.wait_for(request.taken, _CALL_TIMEOUT_S)
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                await request.taken
             assert request.stream is not None
             return request.stream, request.stream.read(request.stream.positions_after(received))
         except BaseException as error:
