@@ -128,7 +128,7 @@ class ChannelOptions:
             ("grpc.max_receive_message_length", self.max_receive_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.initial_reconnect_backoff_ms", 100),  # RetryPolicy waits; gRPC's own second would be on top of it
-            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 5000),  # how long one attempt to connect may take, whatever its name says
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.primary_user_agent", f"pilotfish/{__version__}"),
         ]
