@@ -166,8 +166,8 @@ class FleetConfig:
     def __post_init__(self) -> None:
         for name in ("num_replicas", "max_attempts"):
             _require(self, name, 1)
-        if self.fewest > self.most:
-            raise ConfigError(f"min_replicas ({self.fewest}) is more than max_replicas ({self.most}): change one of them")
+        if self.min_replicas is not None and self.min_replicas > self.most:
+            raise ConfigError(f"min_replicas ({self.min_replicas}) is more than max_replicas ({self.most}): change one of them")
         if not 0 <= self.fewest <= self.num_replicas <= self.most:
             raise ConfigError(
                 f"num_replicas must lie between min_replicas and max_replicas, but {self.num_replicas} is not in "
