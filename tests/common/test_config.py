@@ -29,7 +29,7 @@ def test_sections_become_frozen_configs(tmp_path) -> None:
         ({"model": {"model": "m"}, "gateway": {"grpc_port": 70000}}, "grpc_port must be in"),
         ({"model": {"model": "m"}, "fleet": {"max_replicas": 0}}, r"1 is not in \[1, 0\]"),
         ({"model": {"model": "m"}, "fleet": {"min_replicas": 2, "max_replicas": 4}}, r"1 is not in \[2, 4\]"),
-        ({"model": {"model": "m"}, "fleet": {"min_replicas": 3, "max_replicas": 1}}, r"min_replicas \(3\) is more than max_replicas \(1\)"),
+        ({"model": {"model": "m"}, "fleet": {"min_replicas": 3, "max_replicas": 1}}, "is more than max_replicas"),
         ({"model": {"model": "m"}, "parallel": {"rebalance_interval_steps": 9}}, "needs expert_parallel"),
         ({"model": {"model": "m"}, "parallel": {"redundant_experts": -1}}, "at least 0"),
         (
