@@ -2,13 +2,13 @@
 
 It is the twin of skinny_linear's kernels: y = x @ weight.T + bias, plain or with a gated activation, with the same roundings,
 for 16-bit numbers and up to 128 rows. A CTA owns `tile_n` rows of the weight (gated: half of them gates, half ups) and copies
-them through `num_stages` stages of 64 inputs each, x through `x_stages`; `split_k` CTAs, one cluster, share the inputs of a
-tile and add their sums in a fixed order. With an early start the stages are full of weight before the kernel waits for the one
-before it.
+them through `num_stages` stages of 64 inputs each; x follows in the same stages, or has `x_stages` of its own. `split_k` CTAs,
+one cluster, share the inputs of a tile and add their sums in a fixed order. With an early start the stages are full of weight
+before the kernel waits for the one before it.
 
 M rows, K inputs, N outputs (rows of the weight). A config (kernels/tuning.py) is
     {"kernel": "streaming", "tile_n": 64 | 128 | 192 | 256, "split_k": 1..8, "num_stages", "x_stages", "early_start", "twin"}
-where "twin" is the config of what serves the layer where this kernel cannot run, and without "x_stages" there are num_stages.
+where "twin" is the config of what serves the layer where this kernel cannot run; without "x_stages" x has no stages of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SOURCE = "streaming_linear"
 class Plan:
     """How a config is launched on one shape; the names of streaming_linear.cu."""
 
-    macros: tuple[tuple[str, int], ...]  # ROWS, TILE and GATED, without the dtype
+    macros: tuple[tuple[str, int], ...]  # ROWS, TILE, GATED and ONE_RING, without the dtype
     rows: int  # of x in shared memory
     outputs: int  # of a CTA
     num_splits: int
@@ -157,7 +157,7 @@ def _plan(
     is_crowded = x_stages is None or split_k == 1 or 1024 + stages + sums > loader.MAX_SHARED_BYTES
     reuses_stages = rows >= 64 and is_crowded
     return Plan(
-        macros=(("ROWS", rows), ("TILE", tile_n), ("GATED", int(gated))),
+        macros=(("ROWS", rows), ("TILE", tile_n), ("GATED", int(gated)), ("ONE_RING", int(x_stages is None))),
         rows=rows,
         outputs=outputs,
         num_splits=split_k,

@@ -2,21 +2,24 @@
 //
 // The weight is on the M side of wgmma (64 of its rows a warpgroup), the rows of x on the N side, so that tiles are full however
 // few rows x has. A CTA owns TILE rows of the weight and, where the CTAs of a cluster share K, a contiguous range of it. Two
-// threads issue the copies (TMA, 64 numbers of K a stage, rows of 128 swizzled bytes), one those of the weight and one those of x,
-// each through a ring of its own: many stages of the weight hide the latency of DRAM, few of x that of L2. A warpgroup for each 64
-// rows of the weight multiplies. All stages of the weight are filled before the kernel waits for the one before it in the stream:
+// threads issue the copies (TMA, 64 numbers of K a stage, rows of 128 swizzled bytes), one those of the weight and one those of x:
+// behind the weight in the same stage (ONE_RING: one barrier to wait for), or, where x has many rows, in a ring of its own, many
+// stages of the weight to hide the latency of DRAM, few of x that of L2. A warpgroup for each 64 rows of the weight multiplies. All stages of the weight are filled before the kernel waits for the one before it in the stream:
 // only then is x read and y written. Partial sums are sent to the CTA of the cluster that owns their outputs, which adds them in
 // the order of the ranks. They have memory of their own, so that a CTA sends as soon as it is done; where that is too little
 // (reuses_stages), they take the place of the stages, and are sent when every CTA of the cluster is done with these.
 // GATED: the first half of the TILE are rows of the gate, the second half those of up, both for the same outputs.
 //
-// Set by the compiler's command line: ROWS (8, 16, 32, 64, 128: rows of x, filled up), TILE (64, 128, 192, 256), FLOAT16, GATED.
+// Set by the compiler's command line: ROWS (8, 16, 32, 64, 128: rows of x, filled up), TILE (64, 128, 192, 256), FLOAT16, GATED,
+// ONE_RING.
 
 #include "streaming.cuh"
 
 constexpr int THREADS = CONSUMERS + 64;
 constexpr int UNITS = OUTPUTS / 8;  // outputs are shared out among the CTAs of a cluster by eights
 constexpr int MAX_SPLITS = 8;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + (ONE_RING ? X_BYTES : 0);
+constexpr int X_STAGE_BYTES = ONE_RING ? STAGE_BYTES : X_BYTES;
 
 // --- clusters
 
@@ -58,7 +61,7 @@ __device__ __forceinline__ Four load_bias(const u16* bias, int count) {
 // Grid: CTAs that share K (one cluster), tiles. The tensor maps have boxes of 64 x OUTPUTS numbers of the weight, 64 x ROWS of x.
 // Of the steps of 64 inputs each CTA takes steps_each, the first extra_steps of them one more. Of a tile's UNITS each CTA
 // stores units_each, the last ones what is left. A stage is given back one step after its own, so there are 2 of each at least,
-// unless there is but one step. bias may be null.
+// unless there is but one step. ONE_RING: num_x_stages is num_stages. bias may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const u16* bias, void* y,
                  int num_rows, int num_outputs, int steps_each, int extra_steps, int units_each, int num_stages, int num_x_stages,
@@ -66,10 +69,10 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
   extern __shared__ unsigned char dynamic_memory[];
   __shared__ u64 barriers[4 * MAX_STAGES + 1];
   const u32 stages = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
-  const u32 x_stages = stages + num_stages * WEIGHT_BYTES;
-  const u32 parts = reuses_stages ? stages : x_stages + num_x_stages * X_BYTES;
-  const u32 full = shared_address(barriers), empty = full + 8 * MAX_STAGES;
-  const u32 x_full = empty + 8 * MAX_STAGES, x_empty = x_full + 8 * MAX_STAGES, received = x_empty + 8 * MAX_STAGES;
+  const u32 x_stages = stages + (ONE_RING ? 1 : num_stages) * WEIGHT_BYTES;
+  const u32 parts = reuses_stages ? stages : stages + num_stages * WEIGHT_BYTES + num_x_stages * X_BYTES;
+  const u32 received = shared_address(barriers), full = received + 8, empty = full + 8 * MAX_STAGES;
+  const u32 x_full = ONE_RING ? full : empty + 8 * MAX_STAGES, x_empty = ONE_RING ? empty : x_full + 8 * MAX_STAGES;
 
   const int split = blockIdx.x, num_splits = gridDim.x;
   const int first_step = split * steps_each + min(split, extra_steps);
@@ -86,7 +89,7 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
   const u32 rank_bytes = 4 * ROWS * pitch;
 
   const auto load_weight = [&](int stage, int step, u64 policy) {
-    const u32 target = stages + stage * WEIGHT_BYTES, barrier = full + 8 * stage;
+    const u32 target = stages + stage * STAGE_BYTES, barrier = full + 8 * stage;
     const int input = (first_step + step) * STEP_INPUTS;
     arrive_and_expect(barrier, WEIGHT_BYTES);
     load_box(target, weight_map, input, first_output, barrier, policy);
@@ -96,10 +99,10 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
   if (copies_weight) {
     prefetch_map(weight_map);
     for (int stage = 0; stage < num_stages; ++stage) {
-      init_barrier(full + 8 * stage, 1);
+      init_barrier(full + 8 * stage, ONE_RING ? 2 : 1);
       init_barrier(empty + 8 * stage, GROUPS * 4);
     }
-    for (int stage = 0; stage < num_x_stages; ++stage) {
+    for (int stage = 0; !ONE_RING && stage < num_x_stages; ++stage) {
       init_barrier(x_full + 8 * stage, 1);
       init_barrier(x_empty + 8 * stage, GROUPS * 4);
     }
@@ -131,7 +134,7 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
       for (int step = 0; step < steps; ++step) {
         if (step >= num_x_stages) wait(x_empty + 8 * place.stage, place.parity ^ 1);
         arrive_and_expect(x_full + 8 * place.stage, X_BYTES);
-        load_box(x_stages + place.stage * X_BYTES, x_map, (first_step + step) * STEP_INPUTS, 0, x_full + 8 * place.stage, policy);
+        load_box(x_stages + place.stage * X_STAGE_BYTES, x_map, (first_step + step) * STEP_INPUTS, 0, x_full + 8 * place.stage, policy);
         place.advance(num_x_stages);
       }
     }
@@ -145,10 +148,10 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
 
   Place place, x_place, released, x_released;
   const auto acquire = [&]() {
-    const u32 weight = stages + place.stage * WEIGHT_BYTES + warp / 4 * 64 * STEP_BYTES;
-    const u32 x = x_stages + x_place.stage * X_BYTES;
+    const u32 weight = stages + place.stage * STAGE_BYTES + warp / 4 * 64 * STEP_BYTES;
+    const u32 x = x_stages + x_place.stage * X_STAGE_BYTES;
     wait(full + 8 * place.stage, place.parity);
-    wait(x_full + 8 * x_place.stage, x_place.parity);
+    if (!ONE_RING) wait(x_full + 8 * x_place.stage, x_place.parity);
     place.advance(num_stages);
     x_place.advance(num_x_stages);
     return Operands{matrix_descriptor(weight), matrix_descriptor(x)};
@@ -156,7 +159,7 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
   const auto release = [&]() {
     if (lane == 0) {
       arrive(empty + 8 * released.stage);
-      arrive(x_empty + 8 * x_released.stage);
+      if (!ONE_RING) arrive(x_empty + 8 * x_released.stage);
     }
     released.advance(num_stages);
     x_released.advance(num_x_stages);

@@ -314,7 +314,7 @@ def test_the_configs_to_try_are_few_and_fit():
 # --- the loader
 
 
-MACROS = (("ROWS", 8), ("TILE", 64), ("GATED", 0), ("FLOAT16", 0))
+MACROS = (("ROWS", 8), ("TILE", 64), ("GATED", 0), ("ONE_RING", 1), ("FLOAT16", 0))
 
 
 def test_a_kernel_is_compiled_once_and_then_found(fresh_loader, monkeypatch):
@@ -373,7 +373,7 @@ def test_nvrtc_compiles_it_and_names_what_is_wrong(nvrtc):
     options = ["--gpu-architecture=sm_90a", "-std=c++17"]
     with pytest.raises(loader.BuildError, match=r"nothing.cu\(1\): error"):
         loader.compile_source(b"__global__ int nothing() {}", "nothing.cu", options)
-    for macros in ({"ROWS": 8, "TILE": 64, "GATED": 0, "FLOAT16": 0}, {"ROWS": 128, "TILE": 256, "GATED": 1, "FLOAT16": 1}):
-        defines = [f"-D{name}={value}" for name, value in macros.items()]
+    for macros in (MACROS, (("ROWS", 128), ("TILE", 256), ("GATED", 1), ("ONE_RING", 0), ("FLOAT16", 1))):
+        defines = [f"-D{name}={value}" for name, value in macros]
         code = (loader.SOURCE_DIR / "streaming_linear.cu").read_bytes()
         assert loader.compile_source(code, "streaming_linear.cu", options + defines).startswith(b"\x7fELF")
