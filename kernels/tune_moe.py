@@ -70,7 +70,7 @@ SHORT_TILES = {
 }
 # (tile, rows, num_stages, programs): as many programs as fit an H200 at once.
 STREAMING_TILES = [(64, 16, 6, 396), (128, 8, 6, 264), (256, 16, 6, 132)]
-MIN_TALL_PAIRS = 48  # of an expert on average, for the tall kernel
+MIN_TALL_PAIRS = 16  # of an expert on average, for the tall kernel
 GEMV_TILES = {
     "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
     "moe_down": [(1, 256, 4), (2, 256, 4), (2, 256, 8), (4, 256, 8), (4, 256, 16), (8, 256, 16)],
