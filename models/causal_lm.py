@@ -22,6 +22,7 @@ from .layers.moe import SparseMlp
 from .layers.norm import RmsNorm
 from .layers.rotary import RotaryTable
 from .layers.shared_experts import SharedExperts
+from .layers.stack import run_layers
 from .model_shape import ModelShape, MoeShape
 from .weight_source import Placement, WeightSource
 
@@ -47,7 +48,7 @@ class CausalLM(torch.nn.Module):
                 "data_parallel; num_replicas runs several copies of it"
             )
         self.config = shape
-        self.data = placement.parallel.data
+        self.parallel, self.data = placement.parallel, placement.parallel.data
         self.device, self.dtype = placement.device, placement.compute_dtype
         self.embedding = Embedding(
             shape.vocab_size,
@@ -76,10 +77,7 @@ class CausalLM(torch.nn.Module):
             num_tokens = len(batch.token_ids_T)
             self.data.begin(batch.rank_tokens, num_tokens=num_tokens, is_padding_T=batch.is_padding_T)
         x_TH = self.embedding.embed(batch.token_ids_T)
-        residual_TH: torch.Tensor | None = None
-        for layer in self.decoder_layers:
-            x_TH, residual_TH = layer.forward(x_TH, residual_TH, batch)  # no hooks: the detour costs
-        assert residual_TH is not None  # a model has layers
+        x_TH, residual_TH = run_layers(self.decoder_layers, x_TH, batch, self.parallel)
         rows = batch.logits_rows_R
         if rows is not None:
             x_TH, residual_TH = x_TH.index_select(0, rows), residual_TH.index_select(0, rows)

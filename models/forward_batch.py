@@ -9,7 +9,7 @@ T tokens of the batch, S sequences (rows), B blocks of the widest row, L page le
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,3 +47,28 @@ class ForwardBatch:
     kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
     rank_tokens: tuple[int, ...] = ()
     is_padding_T: torch.Tensor | None = None
+
+    def halves(self) -> tuple[ForwardBatch, ForwardBatch]:
+        """The first tokens and the others, of one data rank; their rows are all rows, some of them without tokens.
+
+        A row across the border is in both, so in every layer the first half must have stored its keys before the second
+        attends. Made on the device alone. `logits_rows_R` are left out.
+        """
+        middle = len(self.token_ids_T) // 2
+        first_S1, second_S1 = self.query_starts_S1.clamp(max=middle), (self.query_starts_S1 - middle).clamp(min=0)
+        first = self._part(slice(middle), first_S1, self.context_lens_S - second_S1.diff())
+        return first, self._part(slice(middle, None), second_S1, self.context_lens_S)
+
+    def _part(self, tokens: slice, query_starts_S1: torch.Tensor, context_lens_S: torch.Tensor) -> ForwardBatch:
+        token_ids_T = self.token_ids_T[tokens]
+        return replace(
+            self,
+            token_ids_T=token_ids_T,
+            positions_T=self.positions_T[tokens],
+            slots_T=self.slots_T[tokens],
+            query_starts_S1=query_starts_S1,
+            context_lens_S=context_lens_S,
+            max_query_len=min(self.max_query_len, len(token_ids_T)),
+            min_query_len=0,
+            logits_rows_R=None,
+        )

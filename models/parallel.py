@@ -13,12 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from ..common.errors import ModelLoadError
 from ..kernels.rms_norm import rms_norm
 
+
+@dataclass(frozen=True, slots=True)
+class StartedSum:
+    """A sum over ranks under way, into x. Work queued before `wait` runs beside it and may not touch x."""
+
+    x: torch.Tensor
+    finish: Callable[[], object]
+
+    def wait(self) -> torch.Tensor:
+        self.finish()
+        return self.x
+
+
+# What a rank adds to the sum over ranks, or that sum under way.
+Addend: TypeAlias = torch.Tensor | StartedSum
 AllReduceNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
 # Elements: 16 bytes of a 16-bit dtype, as vector loads and TMA want the rows of a weight to begin.
@@ -93,6 +109,8 @@ class Parallel:
         all_reduce: sums a contiguous tensor over the ranks and returns it; it may work in place.
         all_gather: joins every rank's contiguous, equally shaped tensor along the last dimension, in rank order.
         all_reduce_norm: (x, residual, weight, eps) to what `sum_and_norm` says, for whoever can do it in one.
+        start_sum: begins what all_reduce does of a contiguous tensor, in place; None where nothing could run beside it.
+        min_started_bytes: a smaller tensor is better summed at once.
         whole_experts: ranks share the experts of a sparse layer (expert parallelism), not each expert's intermediate size.
         data: where there are several data ranks; all ranks of all of them share the experts, so `whole_experts` is set.
     """
@@ -104,6 +122,8 @@ class Parallel:
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
     all_reduce_norm: AllReduceNorm | None = None
+    start_sum: Callable[[torch.Tensor], StartedSum] | None = None
+    min_started_bytes: int = 0
     data: DataParallel | None = None
 
     def __post_init__(self) -> None:
@@ -179,9 +199,11 @@ class Parallel:
         return x if self.all_reduce is None else self.all_reduce(x)
 
     def sum_and_norm(
-        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+        self, x_TH: Addend, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(s), s), where s is the residual plus the sum of every rank's x."""
+        if isinstance(x_TH, StartedSum):
+            return rms_norm(x_TH.wait(), weight_H, eps, residual_TH=residual_TH)
         if self.all_reduce_norm is not None:
             return self.all_reduce_norm(x_TH, residual_TH, weight_H, eps)
         return rms_norm(self.sum(x_TH), weight_H, eps, residual_TH=residual_TH)

@@ -26,10 +26,10 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
 from ..kernels.rms_norm import rms_norm
-from ..models.parallel import Parallel
+from ..models.parallel import Parallel, StartedSum
 from ..scheduler.expert_balancer import first_slots
 from .data_group import DataGroup, StepExchange, finish
-from .peer_collectives import PeerCollectives
+from .peer_collectives import MAX_ONE_SHOT_SENT_BYTES, PeerCollectives
 from .peer_memory import CAPACITY_BYTES, open_peer_buffers
 
 logger = logging.getLogger(__name__)
@@ -162,6 +162,8 @@ class RankGroup:
             all_reduce=self.all_reduce if place.size > 1 else None,
             all_gather=self.all_gather if place.size > 1 else None,
             all_reduce_norm=None if self.peers is None else self.all_reduce_norm,
+            start_sum=self.start_sum if place.size > 1 and self._device.type == "cuda" else None,
+            min_started_bytes=MAX_ONE_SHOT_SENT_BYTES,
             data=None if self.data is None else self.data.parallel,
         )
 
@@ -175,6 +177,12 @@ class RankGroup:
         options.asyncOp = False
         finish(self._group.allreduce([x], options))
         return x
+
+    def start_sum(self, x: torch.Tensor) -> StartedSum:
+        """Begins `all_reduce` of x, contiguous, beside what is queued next."""
+        assert self._group is not None
+        work = self._group.allreduce([x], dist.AllreduceOptions())
+        return StartedSum(x, partial(finish, work))
 
     def all_reduce_norm(
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
@@ -296,5 +304,6 @@ def _nccl_group(place: RankPlace, store: dist.Store, device: torch.device) -> di
     torch.cuda.set_device(device)
     backend = dist.ProcessGroupNCCL
     options = backend.Options()
+    options.is_high_priority_stream = True  # a started sum finds room beside a product that fills the GPU
     options._timeout = timedelta(seconds=place.timeout_s)
     return backend(store, place.rank, place.size, options)

@@ -36,7 +36,7 @@ HEADS = {"qwen3-8b": (32, 8), "qwen3-30b-a3b": (32, 4), "qwen3-0.6b": (16, 8)}
 DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (1, 8192), (8, 8192), (1, 32768), (8, 32768)]
 PREFILL_SHAPES = [(16, 512), (1, 8192)]
 # (rows, keys) of the sweeps
-SWEPT_DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768)]
+SWEPT_DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (512, 640)]
 SWEPT_PREFILL_SHAPES = [(16, 512), (4, 4096), (1, 16384)]
 ROTATED_BYTES = 256 * 2**20
 OPTIONS = {"scale": HEAD_DIM**-0.5, "window": None, "soft_cap": None, "sinks_N": None}

@@ -154,8 +154,9 @@ norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* ro
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
     const float logit = low(round_two(add_lanes(sums[i]), 0.0f));
-    const u32 target = address_in_rank(shared_address(logits + first_expert + i), 0);
-    if (lane == 0) asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(target), "f"(logit) : "memory");
+    float* target;  // of the first CTA
+    asm volatile("mapa.u64 %0, %1, 0;" : "=l"(target) : "l"(logits + first_expert + i));
+    if (lane == 0) *target = logit;
   }
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from ..forward_batch import ForwardBatch
+from ..parallel import Addend
 from ..weight_source import WeightSource
 from .attention import Attention
 from .biased_moe import BiasedSparseMlp
@@ -40,8 +41,15 @@ class DecoderLayer(torch.nn.Module):
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None, batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(this rank's addend, residual): the next norm adds them. Before the first layer there is no residual: x is whole."""
+        return self.feed_forward(*self.attend(x_TH, residual_TH, batch))
+
+    def attend(self, x_TH: Addend, residual_TH: torch.Tensor | None, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half of `forward`."""
         x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
-        x_TH = self.attention.forward(x_TH, batch)
+        return self.attention.forward(x_TH, batch), residual_TH
+
+    def feed_forward(self, x_TH: Addend, residual_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second half of `forward`."""
         if isinstance(self.mlp, SparseMlp):
             x_TH, residual_TH, chosen = self.mlp.norm_and_choose(self.post_attention_norm, x_TH, residual_TH)
             return self.mlp(x_TH, chosen), residual_TH

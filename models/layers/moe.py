@@ -18,7 +18,7 @@ from ...kernels.moe_mlp import moe_mlp
 from ...kernels.moe_routing import route_tokens
 from ...kernels.norm_and_route import norm_and_route
 from ..model_shape import ModelShape, MoeShape
-from ..parallel import whole
+from ..parallel import Addend, StartedSum, whole
 from ..weight_source import Placement, WeightSource
 from .expert_choice import ExpertChoice
 from .expert_dispatch import choose_dispatcher
@@ -92,13 +92,13 @@ class SparseMlp(torch.nn.Module):
         return self.gate_up_weight, self.down_weight
 
     def norm_and_choose(
-        self, norm: RmsNorm, x_TH: torch.Tensor, residual_TH: torch.Tensor | None
+        self, norm: RmsNorm, x_TH: Addend, residual_TH: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, Chosen | None]:
         """(norm(s), s, what `forward` takes beside the first), where s is the residual and every rank's addend x.
 
         One op where the choice is a plain one and x is whole on each rank.
         """
-        if self.choice is not None or residual_TH is None or norm.parallel.size > 1:
+        if self.choice is not None or residual_TH is None or isinstance(x_TH, StartedSum) or norm.parallel.size > 1:
             return *norm.add_and_norm(x_TH, residual_TH), None
         y_TH, sum_TH, weights_TC, experts_TC = norm_and_route(
             x_TH, residual_TH, norm.weight, norm.eps, self.router.weight, self.moe.top_k, renormalize=self.moe.renormalize

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ...kernels.rms_norm import rms_norm
+from ..parallel import Addend, StartedSum
 from ..weight_source import Placement, WeightSource
 
 
@@ -23,9 +24,10 @@ class RmsNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def add_and_norm(self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_and_norm(self, x_TH: Addend, residual_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(s), s), where s is the residual and every rank's addend x; without a residual s is x, whole on each rank."""
         if residual_TH is None:
+            assert not isinstance(x_TH, StartedSum)
             return rms_norm(x_TH, self.weight, self.eps), x_TH
         return self.parallel.sum_and_norm(x_TH, residual_TH, self.weight, self.eps)
 

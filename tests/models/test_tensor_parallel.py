@@ -53,6 +53,13 @@ def test_tiny_models_equal_transformers_on_every_rank(size: int, checkpoints: li
             assert all(ok for _, ok, _ in rows), (architecture, rows)
 
 
+def test_halves_that_hide_their_sums_equal_transformers(checkpoints: list[tuple[str, str]]) -> None:
+    for models, num_started in run_ranks(2, rank_work.compare_all_in_halves, checkpoints, timeout_s=TIMEOUT_S):
+        for (architecture, _), rows in zip(MODELS, models, strict=True):
+            assert all(ok for _, ok, _ in rows), (architecture, rows)
+        assert num_started > 4 * len(MODELS)  # every sum but a model's last ones
+
+
 SPARSE: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3MoeForCausalLM", {"moe_intermediate_size": 44, "mlp_only_layers": [1]}),
     ("MixtralForCausalLM", {"intermediate_size": 52, "save": {"save_original_format": False}}),

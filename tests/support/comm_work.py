@@ -11,8 +11,10 @@ from pilotfish.common.errors import InternalError
 from pilotfish.kernels.all_reduce import all_reduce_norm_ref, all_reduce_ref
 from pilotfish.kernels.reduce_scatter import reduce_scatter_ref
 from pilotfish.kernels.rms_norm import TOLERANCE, rms_norm_ref
+from pilotfish.models.dummy import build_dummy
+from pilotfish.models.paged_sequences import PagedSequences
 from pilotfish.workers.comm import RankGroup
-from pilotfish.workers.peer_collectives import MAX_GATHERED_BYTES, PeerCollectives
+from pilotfish.workers.peer_collectives import MAX_GATHERED_BYTES, MAX_ONE_SHOT_SENT_BYTES, PeerCollectives
 from pilotfish.workers.peer_memory import CAPACITY_BYTES, exchange_descriptors
 
 EPS = 1e-6
@@ -181,6 +183,27 @@ def wait_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tu
     return "no error", waited_s
 
 
+def compare_halves(group: RankGroup, device: torch.device) -> tuple[list[float], float]:
+    """(how far each prompt's hidden states, computed in halves, are off those of the whole batch, relative, in norms; how far
+    those of another prompt)."""
+    num_tokens = 2 * MAX_ONE_SHOT_SENT_BYTES // (1024 * 2) + 301  # so that each half's sum is a large one
+    prompts = {0: list(range(num_tokens - 700)), 1: list(range(5, 705))}
+    hidden = []
+    for parallel in (group.parallel, replace(group.parallel, start_sum=None)):
+        assert (parallel.start_sum is None) == bool(hidden)
+        model = build_dummy("dummy:qwen3-0.6b", device=device, parallel=parallel)
+        paged = PagedSequences(model, num_sequences=2, max_len=num_tokens)
+        hidden.append(paged.append(prompts).float())
+        del model, paged
+    halved, whole = hidden
+    errors = [_difference(halved[rows], whole[rows]) for rows in (slice(num_tokens - 700), slice(num_tokens - 700, None))]
+    return errors, _difference(whole[:700], whole[-700:])
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x - y).norm() / y.norm())
+
+
 def capture_group_collectives(group: RankGroup, device: torch.device) -> list[str]:
     """What is wrong with NCCL's in a graph: of messages that are too large for shared memory."""
     rank, size, rows = group.place.rank, group.place.size, CAPACITY_BYTES // 8192 + 1
@@ -188,7 +211,9 @@ def capture_group_collectives(group: RankGroup, device: torch.device) -> list[st
     logits, token = torch.zeros(4, MAX_GATHERED_BYTES // 4, device=device), torch.zeros(4, dtype=torch.int64, device=device)
 
     def work() -> tuple[torch.Tensor, torch.Tensor]:
-        total, gathered = group.all_reduce(x * (rank + 1)), group.all_gather(logits + rank)
+        started = group.start_sum(x * (rank + 1))
+        gathered = group.all_gather(logits + rank)
+        total = group.all_reduce(x * (rank + 1)) + started.wait()
         token.fill_(rank + 5)
         group.broadcast(token)
         return total, gathered
@@ -205,7 +230,7 @@ def capture_group_collectives(group: RankGroup, device: torch.device) -> list[st
         graph.replay()
     torch.cuda.synchronize()
     checks = {
-        "sum": bool((total == size * (size + 1) / 2).all()),
+        "sum": bool((total == size * (size + 1)).all()),
         "gather": torch.equal(gathered.view(4, size, -1).mean(-1), torch.arange(size, device=device).float().expand(4, -1)),
         "broadcast": token.tolist() == [5] * 4,
     }

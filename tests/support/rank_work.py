@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from pilotfish.models.build import load_model
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.check import RankRows, compare_on_rank
 from pilotfish.models.layers.moe import SparseMlp
 from pilotfish.models.paged_sequences import PagedSequences
-from pilotfish.models.parallel import Parallel
+from pilotfish.models.parallel import Parallel, StartedSum
 from pilotfish.scheduler.expert_balancer import first_slots
 
 
@@ -49,6 +50,19 @@ def hang(parallel: Parallel, pid_directory: str) -> None:
 
 def compare_all_with_whole_experts(parallel: Parallel, checkpoints: Sequence[tuple[str, str]]) -> list[RankRows]:
     return compare_all(replace(parallel, whole_experts=True), checkpoints)
+
+
+def compare_all_in_halves(parallel: Parallel, checkpoints: Sequence[tuple[str, str]]) -> tuple[list[RankRows], int]:
+    """And how many sums were started."""
+    num_started = 0
+
+    def start_sum(x: torch.Tensor) -> StartedSum:
+        nonlocal num_started
+        num_started += 1
+        work = dist.all_reduce(x, async_op=True)
+        return StartedSum(x, work.wait)
+
+    return compare_all(replace(parallel, start_sum=start_sum), checkpoints), num_started
 
 
 def compare_all_with_copied_experts(

@@ -114,6 +114,14 @@ def test_on_two_gpus_a_rank_that_does_not_come_is_named_in_time():
 
 @pytest.mark.gpu2
 @needs_two
+def test_on_two_gpus_halves_equal_the_whole():
+    for errors, of_another in run_on_ranks(2, comm_work.compare_halves, device_type="cuda"):
+        assert max(errors) < 0.05, errors
+        assert of_another > 0.5
+
+
+@pytest.mark.gpu2
+@needs_two
 def test_on_two_gpus_other_collectives_can_be_captured():
     for problems in run_on_ranks(2, comm_work.capture_group_collectives, device_type="cuda"):
         assert problems == []
