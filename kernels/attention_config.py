@@ -57,7 +57,9 @@ def decode_config(
         num_stages = _stages(row_bytes, element_bytes)
     elif num_results <= 16:
         num_warps, num_stages = 8, 4
-    elif num_results < NUM_MULTIPROCESSORS:
+    elif num_results <= NUM_MULTIPROCESSORS // 4:
+        programs, num_stages = NUM_MULTIPROCESSORS, 5
+    elif num_results <= NUM_MULTIPROCESSORS // 2:
         programs, block_j, num_stages = 4 * NUM_MULTIPROCESSORS, block_j // 2, 5
     elif num_results <= 2 * NUM_MULTIPROCESSORS:
         block_j, num_warps = 2 * block_j, 8

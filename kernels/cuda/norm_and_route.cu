@@ -85,10 +85,17 @@ norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* ro
                int* experts, int stride_x, int stride_residual, float eps, int top_k, int renormalize) {
   __shared__ Eight normed[HIDDEN / 8];
   __shared__ float squares[WARPS];
-  __shared__ float logits[EXPERTS];
+  __shared__ float logits[EXPERTS];  // of the first CTA, and that all have come
+  __shared__ u64 received;
   const int rank = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_expert = (rank * WARPS + warp) * OWN;
   const long long token = blockIdx.y;
 
+  if (rank == 0 && threadIdx.x == 0) {
+    init_barrier(shared_address(&received), 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    arrive_and_expect(shared_address(&received), EXPERTS * 4);
+  }
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   let_next_start();
   Eight rows[OWN][CHUNKS], gains[VECTORS];
@@ -154,11 +161,14 @@ norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* ro
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
     const float logit = low(round_two(add_lanes(sums[i]), 0.0f));
-    float* target;  // of the first CTA
-    asm volatile("mapa.u64 %0, %1, 0;" : "=l"(target) : "l"(logits + first_expert + i));
-    if (lane == 0) *target = logit;
+    const u32 target = address_in_rank(shared_address(logits + first_expert + i), 0);
+    if (lane == 0) {
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(target), "f"(logit),
+                   "r"(address_in_rank(shared_address(&received), 0))
+                   : "memory");
+    }
   }
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (rank == 0 && warp == 0) choose(logits, weights + token * top_k, experts + token * top_k, top_k, renormalize, lane);
+  if (rank != 0 || warp != 0) return;
+  wait_for_peers(shared_address(&received), 0);
+  choose(logits, weights + token * top_k, experts + token * top_k, top_k, renormalize, lane);
 }
