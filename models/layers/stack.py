@@ -18,13 +18,14 @@ import torch
 from ..forward_batch import ForwardBatch
 from ..parallel import Addend, Parallel
 from .decoder import DecoderLayer
+from .mlp import Mlp
 
 Stream = tuple[torch.Tensor, torch.Tensor]  # this rank's addend and the residual, [T, H] each
 
 
 def run_layers(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, batch: ForwardBatch, parallel: Parallel) -> Stream:
     """What the last layer's `forward` answers, for x whole on each rank."""
-    if _pays(x_TH, parallel):
+    if _pays(layers, x_TH, parallel):
         return _run_in_halves(layers, x_TH, batch, parallel)
     residual_TH: torch.Tensor | None = None
     for layer in layers:
@@ -33,9 +34,12 @@ def run_layers(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, batch: Forwar
     return x_TH, residual_TH
 
 
-def _pays(x_TH: torch.Tensor, parallel: Parallel) -> bool:
-    """It follows from the number of tokens alone, so that all ranks choose alike."""
-    if parallel.start_sum is None or parallel.data is not None or len(x_TH) < 2:
+def _pays(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, parallel: Parallel) -> bool:
+    """It follows from the number of tokens alone, so that all ranks choose alike.
+
+    Not of sparse layers: experts take much longer than half for half of the tokens.
+    """
+    if parallel.start_sum is None or len(x_TH) < 2 or not all(isinstance(layer.mlp, Mlp) for layer in layers):
         return False
     return x_TH.nbytes // 2 >= parallel.min_started_bytes
 
