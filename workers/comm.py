@@ -34,7 +34,7 @@ from .peer_memory import CAPACITY_BYTES, open_peer_buffers
 
 logger = logging.getLogger(__name__)
 
-# Of a sum beside products. Prefill of Qwen3-8B on two H200s: 0.925 s with 4 of them, 0.869 with 8, 0.891 with all that NCCL likes,
+# Of a sum beside products. Prefill of Qwen3-8B on two H200s: 0.925 s with 4 of them, 0.869 with 8, 0.891 with all of NCCL's,
 # and 0.906 with no sum beside anything.
 _CTAS_BESIDE = 8
 
