@@ -3,7 +3,7 @@
 One JSON row for each way to deal tokens to ranks: microseconds a call, experts included, of the gathering dispatcher in a CUDA
 graph and launched eagerly, of the all-to-all one launched eagerly (it waits for the device, so no graph holds it), and of this
 rank's experts alone for as many tokens. A call is all behind the router: a mean over calls in a row, on the slowest rank.
-The number to take from it is expert_dispatch.MAX_GATHERED_TOKENS: up to where gathering costs less.
+The number to take from it is expert_dispatch.MAX_GATHERED_ROWS: ranks times tokens, up to where gathering costs less.
 """
 
 from __future__ import annotations

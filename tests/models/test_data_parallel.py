@@ -39,7 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: SaveC
     return made
 
 
-@pytest.mark.parametrize("most_gathered", [8, 256])
+@pytest.mark.parametrize("most_gathered", [16, 512])
 def test_tiny_models_equal_transformers_on_every_rank(checkpoints: list[tuple[str, list[str]]], most_gathered: int) -> None:
     """Through both dispatchers."""
     arguments = (2, data_rank_work.compare_on_data_ranks, checkpoints, most_gathered)

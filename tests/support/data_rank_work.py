@@ -108,5 +108,5 @@ def compare_on_data_ranks(
 ) -> list[RankRows]:
     """Of each checkpoint, against what transformers says to the prompts of this data rank."""
     assert group.data is not None
-    expert_dispatch.MAX_GATHERED_TOKENS = most_gathered
+    expert_dispatch.MAX_GATHERED_ROWS = most_gathered
     return [compare_on_rank(group.parallel, path, files[group.data.parallel.rank]) for path, files in checkpoints]

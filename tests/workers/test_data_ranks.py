@@ -105,13 +105,13 @@ def test_a_graph_of_a_dispatch_serves_other_tokens(num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data_size", "tensor_size", "in_flight", "most_gathered"), [(2, 1, 1, 8), (2, 1, 2, 256), (4, 1, 1, 8), (2, 2, 1, 256)]
+    ("data_size", "tensor_size", "in_flight", "most_gathered"), [(2, 1, 1, 16), (2, 1, 2, 512), (4, 1, 1, 32), (2, 2, 1, 512)]
 )
 def test_data_ranks_say_what_one_engine_says(
     tiny_moe: Path, monkeypatch: pytest.MonkeyPatch, data_size: int, tensor_size: int, in_flight: int, most_gathered: int
 ) -> None:
     """Uneven batches of every kind of sampling, prefill beside others' decode, and the second rank mostly idle."""
-    monkeypatch.setattr(expert_dispatch, "MAX_GATHERED_TOKENS", most_gathered)
+    monkeypatch.setattr(expert_dispatch, "MAX_GATHERED_ROWS", most_gathered)
     batches = [requests(rank, number) for rank, number in enumerate((6, 0, 1, 3)[:data_size])]
     late = [requests(10 + rank, 2) for rank in range(data_size)]
     alone = run_alone(tiny_moe, [request for batch in (*batches, *late) for request in batch])
