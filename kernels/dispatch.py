@@ -1,7 +1,9 @@
 """Which backend serves an op: Triton on CUDA, the C++ twin on the CPU, the torch reference where asked for.
 
-`PILOTFISH_KERNELS` is read once, at the first op: `auto` (the default) dispatches on the tensor's device, `ref` forces the
-references everywhere, to find out whether a kernel is to blame. A CPU op that has no twin for its dtypes runs its
+`PILOTFISH_KERNELS` is read once, at the first op: `auto` (the default) dispatches on the tensor's device; `ref` forces the
+references everywhere, to find out whether a kernel is to blame; `invariant` is auto with one kernel, cut in one way, for any
+number of rows on CUDA, so that a row's bits do not depend on the rows beside it, on how its prompt is cut into chunks, nor on
+what was cached. It costs time. Kernels of the CPU are so anyway. A CPU op that has no twin for its dtypes runs its
 reference, which is logged once; `backend_report` says what serves which device and why.
 """
 
@@ -21,12 +23,12 @@ from .cpu import ops as cpu_ops
 logger = logging.getLogger(__name__)
 
 Backend = Literal["reference", "cpp", "triton"]
-MODES = ("auto", "ref")
+MODES = ("auto", "invariant", "ref")
 
 
 @cache
 def kernel_mode() -> str:
-    """The value of PILOTFISH_KERNELS: `auto` or `ref`. ValueError for anything else."""
+    """The value of PILOTFISH_KERNELS, one of MODES. ValueError for anything else."""
     mode = os.environ.get("PILOTFISH_KERNELS", "auto")
     if mode not in MODES:
         raise ValueError(f"PILOTFISH_KERNELS={mode!r} is not known: use one of {', '.join(MODES)}")
@@ -78,4 +80,5 @@ def backend_report() -> dict[str, str]:
     )
     if not torch.cuda.is_available():
         return {"cpu": cpu, "cuda": "no CUDA device"}
-    return {"cpu": cpu, "cuda": f"Triton {triton.__version__} on {torch.cuda.get_device_name()}"}
+    cut = ", one cut for every batch (PILOTFISH_KERNELS=invariant)" if kernel_mode() == "invariant" else ""
+    return {"cpu": cpu, "cuda": f"Triton {triton.__version__} on {torch.cuda.get_device_name()}{cut}"}

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from . import tuning
 from .cpu import ops as cpu_ops
-from .dispatch import choose_backend
-from .skinny_linear import default_gemv_config, fits, skinny_linear
+from .dispatch import choose_backend, kernel_mode
+from .skinny_linear import default_gemv_config, fits, invariant_config, skinny_linear
 from .streaming_linear import serves
 
 # Largest |y - reference| for x of order one and weights of order 1 / sqrt(K): (relative, absolute). float32: a
@@ -53,8 +53,11 @@ def choose_skinny_config(op: str, weight_NK: torch.Tensor, num_rows: int) -> tun
 
     It is the measured choice for this GPU and shape. Where there is none: gemv for one row of 16-bit numbers. One row is where
     cuBLAS reads weights at 1.6 to 4.2 TB/s on an H200 and a gemv at 2.3 to 4.4, ahead of it at all sizes from K x N = 1024 x
-    4096 to 4096 x 24576; for more rows the better kernel differs between shapes, so that is left to measurement.
+    4096 to 4096 x 24576; for more rows the better kernel differs between shapes, so that is left to measurement. With
+    PILOTFISH_KERNELS=invariant it is one for all.
     """
+    if kernel_mode() == "invariant":
+        return invariant_config(weight_NK.element_size())
     num_outputs, num_inputs = weight_NK.shape
     config = tuning.lookup(op, weight_NK.dtype, (num_outputs, num_inputs), num_rows, weight_NK.device)
     if config is None and num_rows == 1 and weight_NK.element_size() == 2:

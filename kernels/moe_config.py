@@ -4,13 +4,14 @@ The table's ops are "moe_gate_up" and "moe_down", its sizes (E, C, H, F), its ro
 KERNELS, and the fields of its class. T tokens, C choices a token, E experts, H hidden, F intermediate.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import triton
 
 from . import tuning
+from .dispatch import kernel_mode
 from .grouped_tiles import GroupedConfig
 from .moe_gemv import GemvConfig
 from .streaming_experts import StreamingConfig
@@ -45,7 +46,14 @@ KERNELS: dict[str, type[MoeConfig]] = {
 
 
 def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor, weight_EUK: torch.Tensor) -> MoeConfig:
-    """Of op "moe_gate_up" or "moe_down" for x of its dtype and device. The rule's where the table's kernel cannot serve."""
+    """Of op "moe_gate_up" or "moe_down" for x of its dtype and device. The rule's where the table's kernel cannot serve.
+
+    With PILOTFISH_KERNELS=invariant it is one for every number of tokens.
+    """
+    if kernel_mode() == "invariant":
+        return _grouped_rule(
+            replace(sizes, num_tokens=64 * sizes.num_experts, num_choices=1), x.element_size(), block_n=_block_n(op)
+        )
     if x.device.type == "cuda":  # the interpreter has no table
         measured = tuning.lookup(op, x.dtype, sizes.key, sizes.num_tokens, x.device)
         config = None if measured is None else parse_config(measured)
@@ -64,7 +72,7 @@ def _serves(config: MoeConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, 
 def rule(op: str, sizes: MoeSizes, *, element_size: int) -> MoeConfig:
     """What serves shapes that the table has not."""
     if sizes.num_tokens > MAX_GEMV_TOKENS:
-        return _grouped_rule(sizes, element_size, block_n=32 if op == "moe_gate_up" else 64)
+        return _grouped_rule(sizes, element_size, block_n=_block_n(op))
     if op == "moe_gate_up":
         return GemvConfig(block_n=2, block_k=gemv_block_k(sizes.hidden, most=2048), num_warps=8)
     return GemvConfig(block_n=2, block_k=gemv_block_k(sizes.intermediate, most=256), num_warps=8)
@@ -89,6 +97,11 @@ def parse_config(config: tuning.Config) -> MoeConfig:
     if kernel not in KERNELS:
         raise ValueError(f"moe: kernel {kernel!r} of the tuned table is not known: write it anew with pilotfish.kernels.tune")
     return KERNELS[kernel](**fields)
+
+
+def _block_n(op: str) -> int:
+    """Of short tiles."""
+    return 32 if op == "moe_gate_up" else 64
 
 
 def _grouped_rule(sizes: MoeSizes, element_size: int, *, block_n: int) -> GroupedConfig:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
-from .dispatch import choose_backend
+from .dispatch import choose_backend, kernel_mode
 
 # Largest |weight - reference|: (relative, absolute). The logits' dtype does not matter: all arithmetic is float32.
 TOLERANCE = (1e-5, 1e-6)
@@ -121,7 +121,7 @@ def _route_tokens_triton(logits_TE: torch.Tensor, top_k: int, *, renormalize: bo
     weights_TC = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits_TE.device)
     experts_TC = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits_TE.device)
     if num_tokens > 0:
-        block_t = 1 if num_tokens <= 256 else 4  # one warp a token
+        block_t = 1 if num_tokens <= 256 or kernel_mode() == "invariant" else 4  # one warp a token
         _route_tokens_kernel[(triton.cdiv(num_tokens, block_t),)](
             logits_TE,
             weights_TC,

@@ -17,6 +17,7 @@ import torch
 
 from . import tuning
 from .cuda import loader
+from .dispatch import kernel_mode
 from .linear import linear
 from .moe_routing import route_tokens
 from .rms_norm import rms_norm
@@ -135,6 +136,8 @@ def unfit_reason(
 
 
 def _is_chosen(x_TH: torch.Tensor, router_EH: torch.Tensor, top_k: int) -> bool:
+    if kernel_mode() == "invariant":  # larger batches have no fused kernel
+        return False
     sizes = (router_EH.shape[0], top_k, router_EH.shape[1])
     config = tuning.lookup("norm_and_route", x_TH.dtype, sizes, x_TH.shape[0], x_TH.device)
     return config is not None and config["kernel"] == "fused"

@@ -23,7 +23,7 @@ import torch
 from .attention_config import decode_config, prefill_config
 from .cpu import ops as cpu_ops
 from .decode_attention import decode_attention
-from .dispatch import choose_backend
+from .dispatch import choose_backend, kernel_mode
 from .prefill_attention import prefill_attention
 
 # Largest |out - reference| for inputs of order one: (relative, absolute).
@@ -131,12 +131,13 @@ def _paged_attention_triton(
         "head_dim": q_TND.shape[2],
         "element_bytes": q_TND.element_size(),
     }
-    may_decode = max_query_len <= 1 or (min_query_len <= 1 and num_rows > 1)  # a single row is left to one kernel
+    # A single row is left to one kernel. So is everything where a query's bits may not depend on how many come with it.
+    may_decode = (max_query_len <= 1 or (min_query_len <= 1 and num_rows > 1)) and kernel_mode() != "invariant"
     if may_decode:
         max_keys = block_tables_SM.shape[1] * page_len
         decode = decode_config(num_rows=num_rows, num_kv_heads=num_kv_heads, max_keys=max_keys, **shape)
         decode_attention(*args, config=decode, **options)
-    if max_query_len > 1:
+    if max_query_len > 1 or not may_decode:
         prefill_attention(*args, config=prefill_config(**shape), skip_one_query=may_decode, **options)
     return out_TND
 

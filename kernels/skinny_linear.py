@@ -13,6 +13,7 @@ M rows, K inputs, N outputs, F = N / 2 outputs after a gated activation. A confi
     {"kernel": "gemv", "block_n", "num_warps"}                                        K up to MAX_GEMV_INPUTS
     {"kernel": "skinny", "block_n", "block_k", "split_k", "num_warps", "num_stages"}  M up to MAX_SKINNY_ROWS
 or one of streaming_linear.py, a CUDA C++ kernel for compute capability 9.0, which is launched from here too;
+and with "block_m" a skinny kernel takes so many rows at a time, however many there are (`invariant_config`),
 and with "early_start": True (compute capability 9.0 or newer) the kernel starts while the one before it in the stream ends:
 it touches nothing but the weight, which the kernel before must not write, until that has finished (programmatic dependent
 launch).
@@ -44,8 +45,23 @@ def skinny_linear(
     y = torch.empty(num_rows, num_outputs // (1 if activation is None else 2), dtype=out_dtype, device=x_MK.device)
     if y.numel() > 0:
         launchers = {"gemv": _launch_gemv, "skinny": _launch_skinny, "streaming": launch_streaming}
-        launchers[config["kernel"]](x_MK, weight_NK, bias_N, y, activation or "", config)
+        launch, at_once = launchers[config["kernel"]], config.get("block_m", num_rows)
+        for x_rows, y_rows in zip(x_MK.split(at_once), y.split(at_once), strict=True):
+            launch(x_rows, weight_NK, bias_N, y_rows, activation or "", config)
     return y
+
+
+def invariant_config(element_size: int) -> Config:
+    """For any number of rows, each of whose bits depend on that row and the weight alone: tiles of one size, filled up."""
+    return {
+        "kernel": "skinny",
+        "block_m": 64,
+        "block_n": 64,
+        "block_k": 256 // element_size,
+        "split_k": 1,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
 
 
 def fits(config: Config, num_rows: int, num_inputs: int) -> bool:
@@ -267,7 +283,7 @@ def _launch_skinny(
         ACTIVATION=activation,
         HAS_BIAS=bias_N is not None,
         EARLY_START=config.get("early_start", False),
-        BLOCK_M=max(triton.next_power_of_2(num_rows), 16),
+        BLOCK_M=config.get("block_m") or max(triton.next_power_of_2(num_rows), 16),
         BLOCK_N=config["block_n"],
         BLOCK_K=config["block_k"],
         num_warps=config["num_warps"],

@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..common.errors import InternalError
 from ..common.rank_place import LEADER, RankPlace
+from ..kernels.dispatch import kernel_mode
 from ..kernels.rms_norm import rms_norm
 from ..models.parallel import Parallel, StartedSum
 from ..scheduler.expert_balancer import first_slots
@@ -169,7 +170,7 @@ class RankGroup:
             first_slots=rule,
             all_reduce=self.all_reduce if place.size > 1 else None,
             all_gather=self.all_gather if place.size > 1 else None,
-            all_reduce_norm=None if self.peers is None else self.all_reduce_norm,
+            all_reduce_norm=None if self.peers is None or kernel_mode() == "invariant" else self.all_reduce_norm,
             start_sum=None if self._beside is None else self.start_sum,
             min_started_bytes=MAX_ONE_SHOT_SENT_BYTES,
             data=None if self.data is None else self.data.parallel,

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from pilotfish.common.requests import FinishReason
+from pilotfish.kernels import dispatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -55,6 +56,21 @@ def test_preemption_changes_nothing(run_requests, requests, on_gpu):
     tight = run_requests(*requests, num_kv_blocks=9, **on_gpu)
     assert tight.steps[-1].load.num_preemptions > 0
     assert tight.tokens == run_requests(*requests).tokens
+
+
+def test_invariant_kernels_give_a_request_its_own_bits(run_requests, requests, on_gpu, monkeypatch):
+    """Alone, among others, in chunks and after a preemption."""
+    with monkeypatch.context() as patch:
+        patch.setenv("PILOTFISH_KERNELS", "invariant")
+        dispatch.kernel_mode.cache_clear()
+        crowded = run_requests(*requests, max_num_batched_tokens=64, **on_gpu)
+        tight = run_requests(*requests, num_kv_blocks=9, **on_gpu)
+        alone = [run_requests(request, **on_gpu) for request in requests]
+    dispatch.kernel_mode.cache_clear()
+    for name in crowded.tokens:
+        (own,) = (result for result in alone if name in result.tokens)
+        assert crowded.tokens[name] == tight.tokens[name] == own.tokens[name]
+        assert crowded.logprobs[name] == tight.logprobs[name] == own.logprobs[name]
 
 
 def test_a_step_too_large_for_the_memory_runs_in_parts(run_requests, requests, on_gpu):
