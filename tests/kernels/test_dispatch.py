@@ -33,7 +33,7 @@ def test_ref_forces_references(set_mode):
 
 def test_an_unknown_mode_names_the_known_ones(set_mode):
     set_mode("fast")
-    with pytest.raises(ValueError, match="auto, ref"):
+    with pytest.raises(ValueError, match="auto, invariant, ref"):
         dispatch.kernel_mode()
 
 
