@@ -17,7 +17,8 @@ from pilotfish.kernels.moe_routing import route_tokens_ref
 from pilotfish.kernels.paged_attention import _paged_attention_triton
 from pilotfish.kernels.skinny_linear import skinny_linear
 
-NUM_ROWS = 150
+NUM_ROWS = 70
+DTYPES = {"cpu": torch.float16, "cuda": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,8 @@ def _forget() -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_rows_of_linear_layers(device: str, dtype: torch.dtype, activation: str | None) -> None:
+def test_rows_of_linear_layers(device: str, activation: str | None) -> None:
+    dtype = DTYPES[device]
     x, weight = torch.randn(NUM_ROWS, 200, device=device, dtype=dtype), torch.randn(70, 200, device=device, dtype=dtype) / 14
     config = choose_skinny_config("gated_linear" if activation else "linear", weight, NUM_ROWS)
     assert config is not None
@@ -49,20 +51,20 @@ def test_rows_of_linear_layers(device: str, dtype: torch.dtype, activation: str 
     if activation is None:
         relative, absolute = TOLERANCE[dtype]
         torch.testing.assert_close(y, linear_ref(x, weight), rtol=relative, atol=absolute)
-    for first, last in ((0, 1), (149, 150), (3, 20), (60, 130)):
+    for first, last in ((0, 1), (69, 70), (3, 20), (1, 69)):
         assert torch.equal(run(x[first:last].clone()), y[first:last])
 
 
-def test_tokens_of_experts(device: str, dtype: torch.dtype) -> None:
-    num_experts, hidden, intermediate = 5, 40, 24
+def test_tokens_of_experts(device: str) -> None:
+    dtype, num_experts, hidden, intermediate = DTYPES[device], 2, 40, 24
     x = torch.randn(NUM_ROWS, hidden, device=device, dtype=dtype)
     gate_up = torch.randn(num_experts, 2 * intermediate, hidden, device=device, dtype=dtype) * hidden**-0.5
     down = torch.randn(num_experts, hidden, intermediate, device=device, dtype=dtype) * intermediate**-0.5
-    weights, experts = route_tokens_ref(torch.randn(NUM_ROWS, num_experts, device=device), 2, renormalize=True)
+    weights, experts = route_tokens_ref(torch.randn(NUM_ROWS, num_experts, device=device), 1, renormalize=True)
 
     def run(part: slice) -> torch.Tensor:
         sizes = MoeSizes(
-            num_tokens=len(x[part]), num_choices=2, num_experts=num_experts, hidden=hidden, intermediate=intermediate
+            num_tokens=len(x[part]), num_choices=1, num_experts=num_experts, hidden=hidden, intermediate=intermediate
         )
         configs = {
             "gate_up": choose_config("moe_gate_up", sizes, x, gate_up),
@@ -71,15 +73,15 @@ def test_tokens_of_experts(device: str, dtype: torch.dtype) -> None:
         return run_experts(x[part].clone(), gate_up, down, weights[part].clone(), experts[part].clone(), "silu", **configs)
 
     out = run(slice(NUM_ROWS))
-    for first, last in ((0, 1), (7, 24), (20, 150)):
+    for first, last in ((0, 1), (3, 70)):
         assert torch.equal(run(slice(first, last)), out[first:last])
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_queries_of_attention(device: str, dtype: torch.dtype, window: int | None) -> None:
+@pytest.mark.parametrize("window", [None, 12])
+def test_queries_of_attention(device: str, window: int | None) -> None:
     """Prompts that come whole, in chunks, or token by token, with others or alone."""
-    case = Case(rows=((90, 90), (1, 33), (40, 70), (1, 1)), head_dim=64, window=window)
-    (q, k, v, tables, starts, lens), options = make(case, device=device, dtype=dtype)
+    case = Case(rows=((40, 40), (1, 33), (9, 25), (1, 1)), heads=(2, 1), window=window)
+    (q, k, v, tables, starts, lens), options = make(case, device=device, dtype=DTYPES[device])
 
     def run(rows: list[tuple[int, int, int]]) -> list[torch.Tensor]:
         """Of (row, first query, last query)."""
@@ -93,14 +95,8 @@ def test_queries_of_attention(device: str, dtype: torch.dtype, window: int | Non
         )
         return list(out.split([len(part) for part in queries]))
 
-    whole = run([(0, 0, 90), (1, 0, 1), (2, 0, 40), (3, 0, 1)])
-    for rows in (
-        [(0, 0, 37), (1, 0, 1)],
-        [(0, 37, 90), (2, 1, 40)],
-        [(2, 0, 1), (0, 89, 90), (3, 0, 1)],
-        [(2, 0, 1)],
-        [(0, 12, 13), (2, 30, 31)],
-    ):
+    whole = run([(0, 0, 40), (1, 0, 1), (2, 0, 9), (3, 0, 1)])
+    for rows in ([(0, 0, 17), (1, 0, 1)], [(0, 17, 40), (2, 1, 9)], [(2, 0, 1), (0, 39, 40), (3, 0, 1)], [(2, 0, 1)]):
         for (row, first, last), out in zip(rows, run(rows), strict=True):
             assert torch.equal(out, whole[row][first:last]), (row, first, last)
 
