@@ -147,7 +147,8 @@ class FleetConfig:
         drain_timeout_s: streams of a replica that is to go may end there for so long, then they go on on others.
         start_timeout_s: a worker that is not ready by then is reported and ended.
         heartbeat_timeout_s: a replica silent for longer is treated as lost.
-        max_attempts: a request ends with an error that was on so many replicas when they died, without progress between.
+        max_attempts: a request ends with an error that was on so many replicas when they died, without progress between; on
+            up to twice as many where others died without it meanwhile.
         max_restarts: restarts of one replica in a row without a completed step before the fleet gives it up.
     """
 

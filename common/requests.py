@@ -109,7 +109,13 @@ KvEvent = BlockStored | BlockRemoved
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimings:
-    """Where a step's time went, in milliseconds of wall clock."""
+    """Where a step's time went, in milliseconds of wall clock.
+
+    Attributes:
+        plan_ms: may have passed while the step before it ran.
+        total_ms: from the start of its planning, or from the end of the step before it where that is later: the times of steps
+            add up to the time in which there was any.
+    """
 
     plan_ms: float = 0.0
     forward_ms: float = 0.0

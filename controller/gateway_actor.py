@@ -88,7 +88,8 @@ class RayGateway:
 
     async def end(self) -> None:
         with contextlib.suppress(RayError, TimeoutError):
-            await asyncio.wait_for(self._handle.stop.remote(), _END_TIMEOUT_S)
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await self._handle.stop.remote()
         ray.kill(self._handle)
 
 
@@ -145,7 +146,8 @@ class RayGatewayLauncher:
 
 async def _describe(handle: ActorHandle) -> Addresses | None:
     try:
-        addresses: Addresses | None = await asyncio.wait_for(handle.describe.remote(), _DESCRIBE_TIMEOUT_S)
+        async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+            addresses: Addresses | None = await handle.describe.remote()
     except (RayError, TimeoutError):
         return None
     return addresses

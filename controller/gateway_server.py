@@ -109,7 +109,8 @@ class GatewayServer(gateway_pb2_grpc.GatewayLinkServicer):
     async def Connect(self, _requests: AsyncIterator[pb.GatewayMessage], context: Context) -> None:
         await _check_caller(context)
         try:
-            first = await asyncio.wait_for(context.read(), _HELLO_TIMEOUT_S)
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                first = await context.read()
         except TimeoutError:
             first = grpc.aio.EOF
         if first is grpc.aio.EOF:
@@ -169,7 +170,7 @@ class GatewayServer(gateway_pb2_grpc.GatewayLinkServicer):
                 for connection in self._connections.values():
                     connection.show(state)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_SHOW_INTERVAL_S):  # wait_for can swallow a cancellation
+                async with asyncio.timeout(_SHOW_INTERVAL_S):
                     await self._intake.changed.wait()
 
 

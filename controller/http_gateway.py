@@ -93,7 +93,8 @@ class HttpGateway:
             return
         self._server.should_exit = True
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._serving, _STOP_TIMEOUT_S)
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self._serving
 
     def _edge(
         self,

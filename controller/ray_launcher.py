@@ -232,10 +232,11 @@ class RayLauncher:
     async def _describe(self, leader: ActorHandle) -> ServingWorker | None:
         """What a replica's leader serves; None if it does not serve, or runs what this controller does not fit."""
         try:
-            if problem := mismatch(self._versions, [await asyncio.wait_for(leader.versions.remote(), _DESCRIBE_TIMEOUT_S)]):
-                logger.warning("a worker of an earlier controller is ended: %s", problem)
-                return None
-            serving: ServingWorker | None = await asyncio.wait_for(leader.describe.remote(), _DESCRIBE_TIMEOUT_S)
+            async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+                if problem := mismatch(self._versions, [await leader.versions.remote()]):
+                    logger.warning("a worker of an earlier controller is ended: %s", problem)
+                    return None
+                serving: ServingWorker | None = await leader.describe.remote()
         except (RayError, TimeoutError):
             return None
         return serving

@@ -5,6 +5,10 @@ new tokens on one replica, or its end, clear a request. Suspects run apart: one 
 shares its replica with fewer than `group_size ** k` others like it, so that the next death tells more. One whose next failure
 is the last is on trial: it is the only suspect there, and nothing else is sent there until it is cleared. It ends if it fails
 once more. So a request that kills every replica costs `max_attempts` of them, and who was beside it goes on.
+
+Replicas may die for other reasons, so often that one which has nothing to do with it meets `max_attempts` of them in a row. But
+then others die without it, too. A request that saw that since it first failed, the deaths of those that were found guilty left
+out, is tried on up to twice as many, each time alone: who kills them gets through none of these trials.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class _Suspect:
-    """`replica` is where it runs; empty while it waits. `num_tokens` are those of this run."""
+    """`replica` is where it runs; empty while it waits. `num_tokens` are those of this run. `deaths_before`: deaths that nobody
+    was found guilty of, before its first failure."""
 
+    deaths_before: int
     num_failures: int = 0
     replica: str = ""
     num_tokens: int = 0
@@ -26,8 +32,10 @@ class Suspects:
     """See the module. Requests that never failed are not kept, and may run wherever nobody is on trial."""
 
     max_attempts: int
-    group_size: int = 16
+    group_size: int = 8
     clear_tokens: int = 8
+    _num_deaths: int = 0
+    _is_same_death: bool = False
     _suspects: dict[str, _Suspect] = field(default_factory=dict)
     _present: dict[str, dict[str, None]] = field(default_factory=dict)
 
@@ -40,11 +48,17 @@ class Suspects:
         return suspect.num_failures if suspect else 0
 
     def fail(self, request_id: str) -> bool:
-        """Its replica has died. False: that was the last time, the request has to end."""
+        """Its replica has died; calls without a `join` between them are of one death. False: it is found guilty, and ends."""
         self.leave(request_id)
-        suspect = self._suspects.setdefault(request_id, _Suspect())
+        suspect = self._suspects.setdefault(request_id, _Suspect(self._num_deaths - self._is_same_death))
         suspect.num_failures += 1
-        return suspect.num_failures < self.max_attempts
+        self._num_deaths += not self._is_same_death
+        self._is_same_death = True
+        others_die = self._num_deaths - suspect.deaths_before > suspect.num_failures
+        if suspect.num_failures < self.max_attempts * (2 if others_die else 1):
+            return True
+        self._num_deaths -= 1
+        return False
 
     def may_join(self, num_failures: int, replica: str) -> bool:
         """Whether a request that has failed so often may be sent to a replica."""
@@ -58,6 +72,7 @@ class Suspects:
 
     def join(self, request_id: str, replica: str) -> None:
         """It is sent to a replica."""
+        self._is_same_death = False
         suspect = self._suspects.get(request_id)
         if suspect is not None:
             suspect.replica, suspect.num_tokens = replica, 0

@@ -79,6 +79,7 @@ class StepLoop:
         self._on_step = on_step
         self._max_in_flight = max_in_flight
         self._in_flight: deque[_InFlight] = deque()
+        self._last_end_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -131,8 +132,9 @@ class StepLoop:
             plan_ms=step.plan_ms,
             forward_ms=spent_ms.get("forward", 0.0),
             sample_ms=spent_ms.get("sample", 0.0),
-            total_ms=(now_s - step.start_s) * 1e3,
+            total_ms=(now_s - max(step.start_s, self._last_end_s)) * 1e3,  # before, the device was another step's
         )
+        self._last_end_s = now_s
         self._report(timings if step.is_planned else StepTimings(), num_batched_tokens=step.pending.plan.num_tokens)
         self.busy_since_s = now_s if self._in_flight else None
 

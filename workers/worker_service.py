@@ -173,7 +173,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             # The answer leaves a little before the caller's deadline, or the count would be lost.
             timeout_s = None if time_left_s is None else max(0.0, time_left_s - 0.1)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
         return worker_pb2.DrainResponse(num_left=len(self._running))
 
     async def _attach(
@@ -182,7 +183,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         context: grpc.aio.ServicerContext[worker_pb2.ControllerMessage, worker_pb2.WorkerMessage],
     ) -> worker_pb2.Attach:
         try:
-            first = await asyncio.wait_for(anext(messages), self._limits.attach_timeout_s)
+            async with asyncio.timeout(self._limits.attach_timeout_s):
+                first = await anext(messages)
         except (TimeoutError, StopAsyncIteration):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be Attach")
         if first.WhichOneof("message") != "attach":

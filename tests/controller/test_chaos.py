@@ -167,11 +167,11 @@ async def test_poisonous_requests_end_and_take_nobody_along(zygote: Zygote, toke
         async with (
             Load(host.doors, make_requests(prompts, seed=SEED, max_tokens=(60, 120))) as load,
             AsyncClient(host.doors[0], timeout_s=LIMIT_S) as client,
+            AsyncOpenAI(base_url=f"http://{host.http_door}/v1", api_key="none") as http,
         ):
             await load.learn()
             over = asyncio.Event()
             reading = asyncio.create_task(load.read(over, limit_s=LIMIT_S))
-            http = AsyncOpenAI(base_url=f"http://{host.http_door}/v1", api_key="none")
             ends = await asyncio.gather(
                 client.generate([poison, 1], max_tokens=20, ignore_eos=True),
                 http.completions.create(model="chaos", prompt=[poison, 2], max_tokens=20, extra_body={"ignore_eos": True}),
@@ -185,7 +185,8 @@ async def test_poisonous_requests_end_and_take_nobody_along(zygote: Zygote, toke
     assert "3 replicas in a row when they died" in ends[0].message
     assert isinstance(ends[1], UnprocessableEntityError)
     assert ends[1].code == "poisonous_request"
-    assert 3 <= host.num_launched - NUM_REPLICAS <= 2 * fleet.max_attempts
+    most = 2 * 2 * fleet.max_attempts  # replicas that one of them kills are a reason to doubt the other's guilt
+    assert 3 <= host.num_launched - NUM_REPLICAS <= most
     assert ReplicaState.FAILED not in {replica.state for replica in state.replicas}
 
 

@@ -24,7 +24,8 @@ async def open_in_browser(cluster: Cluster, profile: Path, *, virtual_ms: int) -
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
-        out, err = await asyncio.wait_for(process.communicate(), 60)
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()

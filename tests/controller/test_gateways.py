@@ -358,7 +358,8 @@ async def test_only_a_gateway_of_this_version_and_cluster_gets_in(start_cluster:
     ):
         link = ControllerLink(address=gateway.controller_address, identity=authority.issue(name))
         with pytest.raises(GatewayUnfit) as unfit:
-            await asyncio.wait_for(link.run(pb.GatewayHello(name="gateway-0", version=version), gateway.gateway._intake), 10)
+            async with asyncio.timeout(10):
+                await link.run(pb.GatewayHello(name="gateway-0", version=version), gateway.gateway._intake)
         assert unfit.value.__cause__.code() == status  # type: ignore[union-attr]
     worker, options = channel_credentials(authority.issue("replica-0.1.0")), channel_options(CONTROLLER_NAME)
     async with grpc.aio.secure_channel(gateway.controller_address, worker, options=options) as channel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 from pilotfish.scheduler.return_queue import ReturnQueue
@@ -51,6 +52,29 @@ def test_suspects_run_apart_and_on_trial_alone() -> None:
     assert suspects.may_join(0, "r1")
 
 
+def test_who_saw_others_die_has_twice_as_many_tries() -> None:
+    suspects = Suspects(2)
+
+    def kill(*aboard: str) -> list[bool]:
+        for name in aboard:
+            suspects.join(name, "r0")
+        return [suspects.fail(name) for name in aboard]
+
+    assert kill("a", "b", "c") == [True] * 3
+    assert kill("a") == [False]  # alone among those that died
+    suspects.clear("a")
+    assert kill("b") == [False]
+    suspects.clear("b")
+    assert kill("d") == [True]
+    assert kill("e") == [True]
+    assert [kill("d") for _ in range(3)] == [[True], [True], [False]]
+    suspects.clear("d")
+    assert kill("e") == [True]  # three deaths without it that nobody else was found guilty of
+    suspects.progress("e", suspects.clear_tokens)
+    assert kill("e") == [True]
+    assert kill("e") == [False]  # what was before its first failure does not count
+
+
 def test_returned_ones_that_failed_most_often_go_first() -> None:
     queue: ReturnQueue[str] = ReturnQueue()
     queue.extend(["a", "b"])
@@ -68,10 +92,13 @@ def test_returned_ones_that_failed_most_often_go_first() -> None:
 
 
 class Fleet:
-    """Replicas of 40 places. A step in which a poisonous request would produce its second token kills its replica."""
+    """Replicas of 40 places. A step in which a poisonous request would produce its second token kills its replica, and so does
+    chance."""
 
-    def __init__(self, requests: dict[str, int], num_replicas: int) -> None:
-        """`requests`: how many tokens each will have; the poisonous are named so."""
+    def __init__(self, requests: dict[str, int], num_replicas: int, *, dice: random.Random, risk: float = 0.0) -> None:
+        """`requests`: how many tokens each will have; the poisonous are named so. `risk`: of a death by chance, each step."""
+        self.dice, self.risk = dice, risk
+        self.tries = Counter[str]()
         self.suspects = Suspects(3)
         self.returned = ReturnQueue[str]()
         self.fresh = iter(list(requests))
@@ -93,7 +120,8 @@ class Fleet:
 
     def step(self, replica: str) -> None:
         requests = self.running[replica]
-        if any(name.startswith("poison") and num_tokens for name, num_tokens in requests.items()):
+        is_deadly = any(name.startswith("poison") and num_tokens for name, num_tokens in requests.items())
+        if is_deadly or self.dice.random() < self.risk:
             self.die(replica)
             return
         for name in list(requests):
@@ -107,6 +135,7 @@ class Fleet:
     def die(self, replica: str) -> None:
         self.num_deaths += 1
         lost, self.running[replica] = self.running[replica], {}
+        self.tries.update(lost)
         for name in lost:
             if self.suspects.fail(name):
                 self.returned.append(name, num_failures=self.suspects.num_failures(name))
@@ -115,13 +144,12 @@ class Fleet:
                 self.condemned.add(name)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("num_replicas", "num_poisonous"), [(1, 1), (3, 1), (3, 4), (8, 20)])
-def test_poison_is_found_and_bystanders_end_well(seed: int, num_replicas: int, num_poisonous: int) -> None:
+def serve(seed: int, *, num_replicas: int, num_poisonous: int, num_bystanders: int = 200, risk: float = 0.0) -> Fleet:
+    """Until all have ended."""
     dice = random.Random(seed)
-    names = [f"poison {i}" for i in range(num_poisonous)] + [f"bystander {i}" for i in range(200)]
+    names = [f"poison {i}" for i in range(num_poisonous)] + [f"bystander {i}" for i in range(num_bystanders)]
     dice.shuffle(names)
-    fleet = Fleet({name: dice.randint(1, 60) for name in names}, num_replicas)
+    fleet = Fleet({name: dice.randint(1, 60) for name in names}, num_replicas, dice=dice, risk=risk)
     for _ in range(100_000):
         for replica in fleet.running:
             fleet.fill(replica)
@@ -129,7 +157,28 @@ def test_poison_is_found_and_bystanders_end_well(seed: int, num_replicas: int, n
             break
         for replica in fleet.running:
             fleet.step(replica)
-    assert fleet.condemned == {name for name in names if name.startswith("poison")}
-    assert all(fleet.num_left[name] <= 0 for name in names if name.startswith("bystander"))
-    assert fleet.num_deaths <= 3 * num_poisonous
     assert not fleet.suspects
+    ended = {name for name, num_left in fleet.num_left.items() if num_left <= 0 and name.startswith("bystander")}
+    assert ended | fleet.condemned == set(names)
+    assert {f"poison {i}" for i in range(num_poisonous)} <= fleet.condemned
+    return fleet
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("num_replicas", "num_poisonous"), [(1, 1), (3, 1), (3, 4), (8, 20)])
+def test_poison_is_found_and_bystanders_end_well(seed: int, num_replicas: int, num_poisonous: int) -> None:
+    fleet = serve(seed, num_replicas=num_replicas, num_poisonous=num_poisonous)
+    assert len(fleet.condemned) == num_poisonous
+    assert fleet.num_deaths <= (3 if num_poisonous == 1 else 6) * num_poisonous
+
+
+@pytest.mark.parametrize("num_poisonous", [0, 2])
+def test_chance_condemns_few_where_replicas_live_for_30_steps(num_poisonous: int) -> None:
+    """A request takes as many steps itself. With `max_attempts` tries for all, chance condemned 44 of a thousand."""
+    innocent = 0
+    for seed in range(10):
+        fleet = serve(seed, num_replicas=3, num_poisonous=num_poisonous, num_bystanders=1000, risk=1 / 30)
+        assert fleet.num_deaths > 20
+        assert all(fleet.tries[f"poison {i}"] <= 6 for i in range(num_poisonous))
+        innocent += len(fleet.condemned) - num_poisonous
+    assert innocent <= 20  # of 10,000

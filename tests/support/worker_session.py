@@ -92,7 +92,8 @@ async def session(address: str, *, acked_step_id: int = 0, epoch: int = 3, contr
         call = worker_pb2_grpc.WorkerStub(channel).Connect()
         made = Session(call)
         await made.send(attach=worker_pb2.Attach(epoch=epoch, acked_step_id=acked_step_id, controller_id=controller_id))
-        hello = await asyncio.wait_for(call.read(), 10)
+        async with asyncio.timeout(10):
+            hello = await call.read()
         assert hello.HasField("hello")
         assert hello.hello.info.epoch == epoch
         yield made

@@ -87,8 +87,8 @@ def test_a_real_model_says_what_the_dense_one_says_while_experts_move(smollm2_pa
         [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     path = upcycle(smollm2_path, tmp_path / "moe", num_experts=4)
-    options = {"whole_experts": True, "num_redundant_experts": 4, "rebalance_interval_steps": 2}
-    with replica(path, 4, **options) as (leader, collected, _):
+    options = {"whole_experts": True, "num_redundant_experts": 2, "rebalance_interval_steps": 2}
+    with replica(path, 2, **options) as (leader, collected, _):
         submit(leader, [request("r", prompt, max_tokens=9)])
         collected.wait_for_ends(1)
     assert tokenizer.decode(collected.tokens["r"]).startswith("The capital of France is Paris.<|im_end|>")

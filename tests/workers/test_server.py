@@ -175,14 +175,16 @@ async def test_the_first_message_must_be_attach(start_worker: StartWorker) -> No
         call = worker_pb2_grpc.WorkerStub(channel).Connect()
         await call.write(worker_pb2.ControllerMessage(ack=worker_pb2.Ack(step_id=1)))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await asyncio.wait_for(call.read(), 10)
+            async with asyncio.timeout(10):
+                await call.read()
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_new_connection_replaces_the_old_one(start_worker: StartWorker) -> None:
     worker = start_worker()
     async with session(worker.address, controller_id="old") as old, session(worker.address, controller_id="new") as new:
-        assert await asyncio.wait_for(_read_past_heartbeats(old.call), 10) is grpc.aio.EOF
+        async with asyncio.timeout(10):
+            assert await _read_past_heartbeats(old.call) is grpc.aio.EOF
         await new.submit("a")
         await new.finish("a")
         assert new.tokens("a") == expected_tokens(PROMPT, 5)

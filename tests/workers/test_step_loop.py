@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
 from pilotfish.common.requests import FinishReason
+from pilotfish.scheduler.step_scheduler import SchedulerConfig, StepScheduler
+from pilotfish.workers.step_loop import StepLoop
+from pilotfish.workers.timed_runner import TimedRunner, TimingModel
 from transformers import AutoModelForCausalLM
 
 LOUD = {"temperature": 1.2, "top_p": 0.95, "frequency_penalty": 0.4, "repetition_penalty": 1.1, "min_tokens": 3}
@@ -144,7 +148,23 @@ def test_the_next_step_is_launched_before_the_result_of_this_one(make_loop, coll
 
 
 def test_steps_carry_their_timings(run_requests, make_request, in_flight):
-    for step in run_requests(make_request("a", random_prompt(1, 9)), max_in_flight=in_flight).steps:
-        timings = step.timings
-        assert 0 < timings.forward_ms + timings.sample_ms < timings.total_ms
-        assert timings.plan_ms > 0
+    timings = [step.timings for step in run_requests(make_request("a", random_prompt(1, 9)), max_in_flight=in_flight).steps]
+    assert all(t.plan_ms > 0 and t.forward_ms > 0 and t.sample_ms > 0 for t in timings)
+    assert sum(t.forward_ms + t.sample_ms for t in timings) < sum(t.total_ms for t in timings)
+
+
+def test_the_times_of_steps_add_up_to_the_time_that_passed(collector, make_request, in_flight):
+    """Also of those that were planned and launched while another ran; the time between two requests is no step's."""
+    sizes = {"num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 512}
+    runner = TimedRunner(TimingModel(decode_ms=((1, 5.0), (2, 5.0)), prefill_ms_per_token=0.0))
+    loop = StepLoop(runner, StepScheduler(SchedulerConfig(**sizes)), on_step=collector, max_in_flight=in_flight)
+    busy_s = 0.0
+    for name in ("a", "b"):
+        start_s = time.monotonic()
+        loop.scheduler.add(make_request(name, random_prompt(1, 9), max_tokens=6))
+        while loop.has_work:
+            loop.advance()
+        busy_s += time.monotonic() - start_s
+        time.sleep(0.02)
+    timings = [step.timings for step in collector.steps]
+    assert sum(t.forward_ms for t in timings) <= sum(t.total_ms for t in timings) <= busy_s * 1e3
