@@ -68,7 +68,7 @@ class _Sequence:
 
 
 class SteadyEngine:
-    """An EngineInterface. `on_step` gets a step every `step_s` while there is anything to run; the oldest of its cache leave."""
+    """An EngineInterface. `on_step` gets a step every `step_s` while something runs; the oldest blocks of its cache leave."""
 
     def __init__(self, *, step_s: float, num_blocks: int, on_step: Callable[[StepOutput], None]) -> None:
         self._step_s = step_s

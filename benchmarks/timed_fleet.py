@@ -22,6 +22,7 @@ from pilotfish.common import garbage
 from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
 from pilotfish.common.identity import Identity
 from pilotfish.common.requests import ServingWorker, StepOutput
+from pilotfish.controller import grpc_wakeups
 from pilotfish.controller.authority import Authority
 from pilotfish.controller.controller import Controller
 from pilotfish.controller.gateway import Gateway
@@ -176,6 +177,7 @@ def _gateway(settings: FleetSettings, calls: Connection) -> None:
 
     async def serve() -> None:
         identity, address = calls.recv()
+        grpc_wakeups.take_all_at_once(asyncio.get_running_loop())
         gateway = Gateway(_config(settings), model_path=settings.path, identity=identity, controller_address=address)
         addresses = await gateway.start()
         garbage.settle()
@@ -191,6 +193,7 @@ def _control(settings: FleetSettings, calls: Connection, parent: Connection, gat
 
     async def serve() -> None:
         authority = Authority.create()
+        grpc_wakeups.take_all_at_once(asyncio.get_running_loop())
         controller = Controller(
             _config(settings),
             model_path=Path(settings.path),
