@@ -38,7 +38,7 @@ def take_all_at_once(loop: asyncio.AbstractEventLoop) -> None:
             callback = functools.partial(_take, fd, callback)
         return add_reader(fd, callback, *args)
 
-    loop.add_reader = add  # type: ignore[method-assign]
+    loop.add_reader = add  # type: ignore[method-assign, assignment]
 
 
 def _take(wakeups: socket.socket, take_queue: Callable[[], None]) -> None:
