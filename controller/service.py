@@ -184,6 +184,7 @@ class InferenceService:
                 salt=self.tenants.cache_salt(tenant),
                 version=info.model_version if info else "",
                 with_prompt_text=echo,
+                timeout_s=arrival.timeout_s,
             )
 
         stream = await self._intake.admit(arrival, prepare)
