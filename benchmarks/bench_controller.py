@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bare_server import BareServer
 from pilotfish.client import AsyncClient
 from pilotfish.models.store import resolve
 from pilotfish.proto import common_pb2
@@ -31,6 +32,7 @@ from pilotfish.workers.timed_runner import VOCAB_SIZE
 from raw_grpc import Call, RawConnection
 from timed_fleet import FleetSettings, TimedFleet
 
+METHOD = "/pilotfish.v1.Inference/Generate"
 NUM_STREAMS = 500
 NUM_CALLERS = 128
 NUM_CONNECTIONS = 4
@@ -40,7 +42,7 @@ TARGET_P99_MS = 50
 MAX_GROWTH = 1.03
 PROMPT_TOKENS = 64
 GATEWAY_TOKENS_PER_S = 3_000  # so few that each token is a message, also where all processes share two cores
-PARTS = ("requests", "tokens", "latency", "memory", "sdk", "gateways")
+PARTS = ("requests", "tokens", "latency", "memory", "sdk", "gateways", "bound")
 _TOKEN_OF_BYTE = bytes(byte % VOCAB_SIZE for byte in range(256))
 
 
@@ -230,7 +232,7 @@ def run(
         if part == "sdk":
             return await bench_sdk(fleet, seconds=seconds)
         turns = itertools.islice(itertools.cycle(fleet.addresses), NUM_CONNECTIONS)
-        connections = [await RawConnection.open(address, "/pilotfish.v1.Inference/Generate") for address in turns]
+        connections = [await RawConnection.open(address, METHOD) for address in turns]
         load = Load(connections)
         try:
             if part == "requests":
@@ -254,6 +256,33 @@ def run(
         "load_average": [round(before, 1), round(os.getloadavg()[0], 1)],
         "cores": os.cpu_count(),
     }
+
+
+def run_bound(*, seconds: float) -> dict[str, Any]:
+    """What grpc.aio alone allows here: calls of one message, and messages to NUM_STREAMS streams that nothing else holds up."""
+
+    async def measure(server: BareServer) -> dict[str, object]:
+        connections = [await RawConnection.open(server.address, METHOD) for _ in range(NUM_CONNECTIONS)]
+        load, begin_s, begin_cpu_s = Load(connections), time.monotonic(), server.cpu_s()
+        times_ms = await load.requests(NUM_CALLERS, lambda: time.monotonic() < begin_s + seconds)
+        calls_s, calls_cpu_s = time.monotonic() - begin_s, server.cpu_s() - begin_cpu_s
+        calls = [load.begin(10_000, lambda _: None)[1] for _ in range(NUM_STREAMS)]
+        await asyncio.sleep(2)
+        begin, begin_s, begin_cpu_s = sum(len(call.messages) for call in calls), time.monotonic(), server.cpu_s()
+        await asyncio.sleep(seconds)
+        num_messages, spent_s = sum(len(call.messages) for call in calls) - begin, time.monotonic() - begin_s
+        for connection in connections:
+            connection.close()
+        return {
+            "calls_per_s": round(len(times_ms) / calls_s),
+            "server_cpu_us_per_call": round(calls_cpu_s / len(times_ms) * 1e6, 1),
+            "messages_per_s": round(num_messages / spent_s),
+            "server_cpu_us_per_message": round((server.cpu_s() - begin_cpu_s) / num_messages * 1e6, 1),
+        }
+
+    with BareServer() as server:
+        result = asyncio.run(measure(server))
+    return {"part": "bound", **result, "load_average": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
 
 
 def run_gateways(path: str, *, seconds: float) -> Iterator[dict[str, Any]]:
@@ -296,6 +325,9 @@ def main() -> None:
     path = str(resolve(args.model).path)
     has_met_all = True
     for part in args.parts:
+        if part == "bound":
+            print(json.dumps(run_bound(seconds=args.seconds)), flush=True)
+            continue
         if part == "gateways":
             for row in run_gateways(path, seconds=args.seconds):
                 print(json.dumps(row), flush=True)

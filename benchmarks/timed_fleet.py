@@ -272,15 +272,15 @@ class TimedFleet:
 
     def controller_cpu_s(self) -> float:
         """CPU time of the controller's process so far."""
-        return _cpu_s(self._controller.pid)
+        return cpu_seconds_of(self._controller.pid)
 
     def replicas_cpu_s(self) -> float:
         """CPU time of the replicas' process so far."""
-        return _cpu_s(self._host.pid)
+        return cpu_seconds_of(self._host.pid)
 
     def gateways_cpu_s(self) -> float:
         """CPU time of all gateways' processes so far."""
-        return sum(_cpu_s(process.pid) for process in self._gateways)
+        return sum(cpu_seconds_of(process.pid) for process in self._gateways)
 
     def controller_rss_mib(self) -> float:
         """Memory of the controller's process."""
@@ -288,6 +288,7 @@ class TimedFleet:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
 
 
-def _cpu_s(pid: int | None) -> float:
+def cpu_seconds_of(pid: int | None) -> float:
+    """CPU time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
