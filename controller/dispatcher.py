@@ -393,7 +393,8 @@ class Dispatcher:
         reason = output.finish_reason
         if output.token_ids:
             sequence.num_refusals = 0
-            self._suspects.progress(sequence.request.request_id, len(output.token_ids))
+            if self._suspects:
+                self._suspects.progress(sequence.request.request_id, len(output.token_ids))
         if reason is not None:
             del self._running[output.request_id]
             self._suspects.leave(sequence.request.request_id)
