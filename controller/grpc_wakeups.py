@@ -22,11 +22,10 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _QUEUE = "PollerCompletionQueue"
-_LEFT = 16  # bytes, of hundreds that fit: with none the queue's own read would wait, and other loops of the process read too
 
 
 def take_all_at_once(loop: asyncio.AbstractEventLoop) -> None:
-    """To be called before grpc.aio is used on the loop, in processes in which no other loop uses it much."""
+    """To be called before grpc.aio is used on the loop, in a process in which no other loop uses it: they share the socket."""
     if not isinstance(loop, asyncio.SelectorEventLoop):
         logger.warning("the event loop is %s: under load grpc.aio will be slow on it", type(loop).__name__)
         return
@@ -43,7 +42,7 @@ def take_all_at_once(loop: asyncio.AbstractEventLoop) -> None:
 
 def _take(wakeups: socket.socket, take_queue: Callable[[], None]) -> None:
     num_bytes = int.from_bytes(fcntl.ioctl(wakeups.fileno(), termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
-    if num_bytes > 2 * _LEFT:
-        with contextlib.suppress(BlockingIOError):
-            wakeups.recv(num_bytes - _LEFT, socket.MSG_DONTWAIT)
-    take_queue()
+    if num_bytes > 1:
+        with contextlib.suppress(BlockingIOError):  # another loop was quicker
+            wakeups.recv(num_bytes - 1, socket.MSG_DONTWAIT)
+    take_queue()  # reads the last one, and would wait for one
