@@ -2,7 +2,7 @@
 
     python benchmarks/bench_controller.py [--seconds 20] [--requests 100000] [--model smollm2-135m] [--parts requests ...]
 
-Replicas compute nothing (timed_runner.py) and live in one process, the controller in another, the clients in this one; all
+Replicas compute nothing (steady_replica.py) and live in one process, the controller in another, the clients in this one; all
 over real gRPC, between controller and replicas encrypted. The clients are as cheap as they can be (raw_grpc.py), but for the
 part `sdk`, which measures the SDK's. The three processes share the machine's cores: rates are lower bounds, and the CPU time
 of each process for a request or a token says what they could do without the others. Tokens are counted at the client; the
@@ -23,14 +23,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bare_server import BareServer
 from pilotfish.client import AsyncClient
 from pilotfish.models.store import resolve
 from pilotfish.proto import common_pb2
 from pilotfish.proto import inference_pb2 as pb
-from pilotfish.workers.timed_runner import VOCAB_SIZE, TimingModel
+from pilotfish.workers.timed_runner import VOCAB_SIZE
 from raw_grpc import Call, RawConnection
 from timed_fleet import FleetSettings, TimedFleet
 
+METHOD = "/pilotfish.v1.Inference/Generate"
 NUM_STREAMS = 500
 NUM_CALLERS = 128
 NUM_CONNECTIONS = 4
@@ -40,14 +42,8 @@ TARGET_P99_MS = 50
 MAX_GROWTH = 1.03
 PROMPT_TOKENS = 64
 GATEWAY_TOKENS_PER_S = 3_000  # so few that each token is a message, also where all processes share two cores
-PARTS = ("requests", "tokens", "latency", "memory", "sdk", "gateways")
+PARTS = ("requests", "tokens", "latency", "memory", "sdk", "gateways", "bound")
 _TOKEN_OF_BYTE = bytes(byte % VOCAB_SIZE for byte in range(256))
-
-
-def steady(tokens_per_s: float) -> TimingModel:
-    """Steps of one length, in which NUM_STREAMS sequences make `tokens_per_s` in all."""
-    step_ms = NUM_STREAMS / tokens_per_s * 1e3
-    return TimingModel(decode_ms=((1, step_ms), (2, step_ms)), prefill_ms_per_token=0.0)
 
 
 class Load:
@@ -102,7 +98,7 @@ class Load:
 
 
 def num_tokens(call: Call) -> int:
-    return sum(len(pb.GenerateEvent.FromString(data).delta.token_ids) for _, data in call.messages)
+    return sum(len(delta.token_ids) for _, data in call.messages for delta in pb.GenerateEvents.FromString(data).deltas)
 
 
 async def bench_requests(fleet: TimedFleet, load: Load, *, seconds: float) -> dict[str, object]:
@@ -139,8 +135,9 @@ async def bench_tokens(fleet: TimedFleet, load: Load, *, seconds: float, offered
     delays_ms: list[float] = []
     for (request_id, call), begin, end in zip(calls, begins, ends, strict=True):
         for arrived_s, data in call.messages[begin:end]:
-            delta = pb.GenerateEvent.FromString(data).delta
-            delays_ms += ((arrived_s - emitted_s[request_id, delta.offset + i]) * 1e3 for i in range(len(delta.token_ids)))
+            for delta in pb.GenerateEvents.FromString(data).deltas:
+                offsets = range(delta.offset, delta.offset + len(delta.token_ids))
+                delays_ms += ((arrived_s - emitted_s[request_id, offset]) * 1e3 for offset in offsets)
     rate = len(delays_ms) / spent_s
     is_late = offered_per_s < TARGET_TOKENS_PER_S
     delays = percentiles("added_ms", delays_ms)
@@ -235,7 +232,7 @@ def run(
         if part == "sdk":
             return await bench_sdk(fleet, seconds=seconds)
         turns = itertools.islice(itertools.cycle(fleet.addresses), NUM_CONNECTIONS)
-        connections = [await RawConnection.open(address, "/pilotfish.v1.Inference/Generate") for address in turns]
+        connections = [await RawConnection.open(address, METHOD) for address in turns]
         load = Load(connections)
         try:
             if part == "requests":
@@ -248,7 +245,7 @@ def run(
                 connection.close()
 
     num_kv_blocks = 2048 if part == "memory" else 100_000  # full soon: the router's index grows with the caches until then
-    settings = FleetSettings(path=path, timing=steady(offered), num_kv_blocks=num_kv_blocks, num_gateways=num_gateways)
+    settings = FleetSettings(path=path, step_s=NUM_STREAMS / offered, num_kv_blocks=num_kv_blocks, num_gateways=num_gateways)
     with TimedFleet(settings) as fleet:
         before = os.getloadavg()[0]
         result = asyncio.run(measure(fleet))
@@ -259,6 +256,33 @@ def run(
         "load_average": [round(before, 1), round(os.getloadavg()[0], 1)],
         "cores": os.cpu_count(),
     }
+
+
+def run_bound(*, seconds: float) -> dict[str, Any]:
+    """What grpc.aio alone allows here: calls of one message, and messages to NUM_STREAMS streams that nothing else holds up."""
+
+    async def measure(server: BareServer) -> dict[str, object]:
+        connections = [await RawConnection.open(server.address, METHOD) for _ in range(NUM_CONNECTIONS)]
+        load, begin_s, begin_cpu_s = Load(connections), time.monotonic(), server.cpu_s()
+        times_ms = await load.requests(NUM_CALLERS, lambda: time.monotonic() < begin_s + seconds)
+        calls_s, calls_cpu_s = time.monotonic() - begin_s, server.cpu_s() - begin_cpu_s
+        calls = [load.begin(10_000, lambda _: None)[1] for _ in range(NUM_STREAMS)]
+        await asyncio.sleep(2)
+        begin, begin_s, begin_cpu_s = sum(len(call.messages) for call in calls), time.monotonic(), server.cpu_s()
+        await asyncio.sleep(seconds)
+        num_messages, spent_s = sum(len(call.messages) for call in calls) - begin, time.monotonic() - begin_s
+        for connection in connections:
+            connection.close()
+        return {
+            "calls_per_s": round(len(times_ms) / calls_s),
+            "server_cpu_us_per_call": round(calls_cpu_s / len(times_ms) * 1e6, 1),
+            "messages_per_s": round(num_messages / spent_s),
+            "server_cpu_us_per_message": round((server.cpu_s() - begin_cpu_s) / num_messages * 1e6, 1),
+        }
+
+    with BareServer() as server:
+        result = asyncio.run(measure(server))
+    return {"part": "bound", **result, "load_average": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
 
 
 def run_gateways(path: str, *, seconds: float) -> Iterator[dict[str, Any]]:
@@ -301,6 +325,9 @@ def main() -> None:
     path = str(resolve(args.model).path)
     has_met_all = True
     for part in args.parts:
+        if part == "bound":
+            print(json.dumps(run_bound(seconds=args.seconds)), flush=True)
+            continue
         if part == "gateways":
             for row in run_gateways(path, seconds=args.seconds):
                 print(json.dumps(row), flush=True)

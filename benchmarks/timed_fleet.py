@@ -1,8 +1,8 @@
 """A controller and replicas without a model, in processes of their own, for benchmarks of what is around the model.
 
-One process hosts the replicas: real engines and gRPC servers over a TimedRunner, which say when a token came into being. One
-runs the Controller, as under Ray but with a launcher that asks the host; each gateway has one, if there are any. Life:
-`TimedFleet` starts all, its `with` block ends them; a process whose parent is gone ends too.
+One process hosts the replicas (steady_replica.py) and says when a token came into being. One runs the Controller, as under Ray
+but with a launcher that asks the host; each gateway has one, if there are any. Life: `TimedFleet` starts all, its `with` block
+ends them; a process whose parent is gone ends too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +22,12 @@ from pilotfish.common import garbage
 from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig
 from pilotfish.common.identity import Identity
 from pilotfish.common.requests import ServingWorker, StepOutput
+from pilotfish.controller import grpc_wakeups
 from pilotfish.controller.authority import Authority
 from pilotfish.controller.controller import Controller
 from pilotfish.controller.gateway import Gateway
 from pilotfish.controller.service import Addresses
 from pilotfish.controller.worker_process import worker_name
-from pilotfish.workers.timed_runner import TimedReplica, TimingModel
 
 _START_S = 120.0
 _PROCESSES = multiprocessing.get_context("spawn")
@@ -35,10 +35,10 @@ _PROCESSES = multiprocessing.get_context("spawn")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FleetSettings:
-    """`path` has the tokenizer; sizes are those of each replica."""
+    """`path` has the tokenizer; sizes are those of each replica, whose steps take `step_s`."""
 
     path: str
-    timing: TimingModel
+    step_s: float
     num_replicas: int = 8
     max_num_seqs: int = 128
     num_kv_blocks: int = 100_000
@@ -63,36 +63,41 @@ class _Emissions:
 
 def _host(settings: FleetSettings, calls: Connection, answers: Connection) -> None:
     """The replicas' process: starts one for each (name, identity, epoch); an empty message on `answers` asks for emissions."""
-    from pilotfish.workers.engine import Engine
-    from pilotfish.workers.server import WorkerServer
-    from pilotfish.workers.worker_service import ServerLimits
+    from steady_replica import SteadyReplica, worker_info
 
     emissions, replicas = _Emissions(), []
 
-    def start(identity: Identity, epoch: int) -> ServingWorker:
-        server = WorkerServer(ServerLimits(), identity)
+    async def start(identity: Identity, epoch: int) -> None:
+        info = worker_info(max_num_seqs=settings.max_num_seqs, num_blocks=settings.num_kv_blocks, epoch=epoch)
+        replica = SteadyReplica(info=info, identity=identity, step_s=settings.step_s, on_step=emissions.note)
+        replicas.append(replica)
+        calls.send(await replica.start())
+        if len(replicas) == settings.num_replicas:
+            garbage.settle()
 
-        def on_step(step: StepOutput) -> None:
-            emissions.note(step)
-            server.on_step(step)
+    async def serve() -> None:
+        starting: set[asyncio.Task[None]] = set()
 
-        config = settings.engine()
-        engine = Engine(ModelConfig(model="timed"), config, on_step=on_step, set_up=TimedReplica(timing=settings.timing))
-        info = replace(engine.start(), epoch=epoch, pid=os.getpid())
-        replicas.append((engine, server))
-        return ServingWorker(address=server.start(engine, info, host="127.0.0.1"), node="here", info=info)
+        def take_call() -> None:
+            try:
+                starting.add(asyncio.get_running_loop().create_task(start(*calls.recv())))
+            except EOFError:
+                os._exit(0)  # whoever asked is gone
 
-    try:
-        while True:
-            for connection in multiprocessing.connection.wait([calls, answers]):
-                if connection is calls:
-                    calls.send(start(*calls.recv()))
-                else:
-                    answers.recv()
-                    answers.send(emissions.times_s)
-                    emissions.times_s = {}
-    except EOFError:
-        os._exit(0)  # whoever asked is gone
+        def answer() -> None:
+            try:
+                answers.recv()
+            except EOFError:
+                os._exit(0)
+            answers.send(emissions.times_s)
+            emissions.times_s = {}
+
+        loop = asyncio.get_running_loop()
+        loop.add_reader(calls.fileno(), take_call)
+        loop.add_reader(answers.fileno(), answer)
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
 
 
 @dataclass(slots=True)
@@ -172,6 +177,7 @@ def _gateway(settings: FleetSettings, calls: Connection) -> None:
 
     async def serve() -> None:
         identity, address = calls.recv()
+        grpc_wakeups.take_all_at_once(asyncio.get_running_loop())
         gateway = Gateway(_config(settings), model_path=settings.path, identity=identity, controller_address=address)
         addresses = await gateway.start()
         garbage.settle()
@@ -187,6 +193,7 @@ def _control(settings: FleetSettings, calls: Connection, parent: Connection, gat
 
     async def serve() -> None:
         authority = Authority.create()
+        grpc_wakeups.take_all_at_once(asyncio.get_running_loop())
         controller = Controller(
             _config(settings),
             model_path=Path(settings.path),
@@ -265,15 +272,15 @@ class TimedFleet:
 
     def controller_cpu_s(self) -> float:
         """CPU time of the controller's process so far."""
-        return _cpu_s(self._controller.pid)
+        return cpu_seconds_of(self._controller.pid)
 
     def replicas_cpu_s(self) -> float:
         """CPU time of the replicas' process so far."""
-        return _cpu_s(self._host.pid)
+        return cpu_seconds_of(self._host.pid)
 
     def gateways_cpu_s(self) -> float:
         """CPU time of all gateways' processes so far."""
-        return sum(_cpu_s(process.pid) for process in self._gateways)
+        return sum(cpu_seconds_of(process.pid) for process in self._gateways)
 
     def controller_rss_mib(self) -> float:
         """Memory of the controller's process."""
@@ -281,6 +288,7 @@ class TimedFleet:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
 
 
-def _cpu_s(pid: int | None) -> float:
+def cpu_seconds_of(pid: int | None) -> float:
+    """CPU time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

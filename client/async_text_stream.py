@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any
@@ -44,6 +45,7 @@ class AsyncTextStream:
         self._attempts = attempts
         self._builder = CompletionBuilder(num_choices=call.num_choices)
         self._continuation = Continuation(call.method, call.request, self._builder)
+        self._deltas: deque[Delta] = deque()  # arrived and not handed out
         self._is_closed = False
         self._is_refused = False  # the server ended it with an error
         self._call: Any = None
@@ -52,22 +54,20 @@ class AsyncTextStream:
         return self
 
     async def __anext__(self) -> Delta:
-        while True:
-            event = await self._next_event()
-            if event is None:
-                continue
-            delta = self._builder.add(event)
-            if delta is not None:
-                return delta
+        while not self._deltas:
+            events = await self._next_events()
+            if events is not None:
+                self._deltas.extend(self._builder.add(events))
+        return self._deltas.popleft()
 
-    async def _next_event(self) -> Any:
-        """The next event, or None where the call failed and another is due."""
+    async def _next_events(self) -> Any:
+        """The next message, or None where the call failed and another is due."""
         if self._is_closed:
             raise Cancelled("the stream was closed")
         try:
             if self._call is None:
                 self._call = self._begin(*self._continuation.next(), self._attempts.remaining_s())
-            event = await self._call.read()
+            events = await self._call.read()
         except asyncio.CancelledError:
             if is_task_cancelled():
                 self._leave()
@@ -81,11 +81,11 @@ class AsyncTextStream:
             self._call = None
             return None
         self._attempts.progressed()
-        if event is grpc.aio.EOF:
+        if events is grpc.aio.EOF:
             if not self._builder.is_whole:
                 raise InternalError(f"the server ended request {self.request_id} before its answer was complete")
             raise StopAsyncIteration
-        return event
+        return events
 
     @property
     def request_id(self) -> str:
@@ -117,6 +117,7 @@ class AsyncTextStream:
 
     def _leave(self) -> None:
         was_closed, self._is_closed = self._is_closed, True
+        self._deltas.clear()
         if self._call is not None:
             if not (was_closed or self._is_refused or self._builder.is_whole):
                 self._end(self._continuation.request_id)

@@ -147,20 +147,18 @@ class CompletionBuilder:
     def request_id(self) -> str:
         return self._started.request_id
 
-    def add(self, event: pb.GenerateEvent) -> Delta | None:
-        """The delta in an event, or None for events of another kind.
+    def add(self, events: pb.GenerateEvents) -> list[Delta]:
+        """The deltas of a message, in order.
 
         Raises:
             InternalError: the server skipped or repeated tokens, or answered with a choice that was not asked for.
         """
-        kind = event.WhichOneof("event")
-        if kind == "started":
-            self._started = event.started
-        elif kind == "usage":
-            self._usage = _usage(event.usage)
-        elif kind == "delta":
-            return self._add_delta(event.delta)
-        return None
+        if events.HasField("started"):
+            self._started = events.started
+        deltas = [delta for message in events.deltas if (delta := self._add_delta(message)) is not None]
+        if events.HasField("usage"):
+            self._usage = _usage(events.usage)
+        return deltas
 
     def received(self) -> list[pb.ReceivedChoice]:
         """How far the answer is here, for a Resume."""

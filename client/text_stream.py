@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -37,6 +38,7 @@ class TextStream:
         self._attempts = attempts
         self._builder = CompletionBuilder(num_choices=call.num_choices)
         self._continuation = Continuation(call.method, call.request, self._builder)
+        self._deltas: deque[Delta] = deque()  # arrived and not handed out
         self._closed = threading.Event()
         self._is_refused = False  # the server ended it with an error
         self._call = self._begin_next()
@@ -45,9 +47,9 @@ class TextStream:
         return self
 
     def __next__(self) -> Delta:
-        while True:
+        while not self._deltas:
             try:
-                event = next(self._call)
+                events = next(self._call)
             except StopIteration:
                 if not self._builder.is_whole:
                     raise InternalError(f"the server ended request {self.request_id} before its answer was complete") from None
@@ -56,9 +58,8 @@ class TextStream:
                 self._try_again(failure)
                 continue
             self._attempts.progressed()
-            delta = self._builder.add(event)
-            if delta is not None:
-                return delta
+            self._deltas.extend(self._builder.add(events))
+        return self._deltas.popleft()
 
     @property
     def request_id(self) -> str:
@@ -84,6 +85,7 @@ class TextStream:
         """End the call if it has not ended. A thread that waits for the next delta gets Cancelled."""
         was_closed = self._closed.is_set()
         self._closed.set()
+        self._deltas.clear()
         if not was_closed and not self._is_over:
             self._end(self._continuation.request_id)
         self._call.cancel()

@@ -78,27 +78,28 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         for name, low, high, open_low in _RANGES:
             value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
+            if value is _DEFAULTS[name] or (value is None and name in _OPTIONAL):
                 continue
             _check_number(name, value, low, high, open_low=open_low, integer=name in _INTEGERS)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequest(f"{name} must be true or false, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not True and value is not False:
+                raise InvalidRequest(f"{name} must be true or false, not {value!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens ({self.min_tokens}) must not be above max_tokens ({self.max_tokens})")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Parameters from a mapping; an unknown name raises InvalidRequest with the nearest known one."""
-        known = [f.name for f in fields(cls)]
         for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name[:MAX_NAME_LENGTH], known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            if name not in _DEFAULTS:
+                near = difflib.get_close_matches(name[:MAX_NAME_LENGTH], _DEFAULTS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(_DEFAULTS)}"
                 raise InvalidRequest(f"unknown sampling parameter {name!r}{hint}")
         return cls(**values)
 
 
+_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
 _INTEGERS = {"n", "top_k", "min_tokens", "max_tokens", "seed", "logprobs"}
 _OPTIONAL = {"max_tokens", "seed", "logprobs"}
 # name, lowest, highest, whether the lowest itself is excluded

@@ -22,6 +22,7 @@ from ..common import garbage, logs
 from ..common.cluster_state import ClusterState
 from ..common.config import ServeConfig
 from ..common.errors import InternalError, PilotfishError, Unavailable
+from . import grpc_wakeups
 from .authority import Authority
 from .controller import Controller
 from .gateway_actor import RayGatewayLauncher
@@ -76,6 +77,7 @@ class ControllerActor:
             is_restart = ray.get_runtime_context().was_current_actor_reconstructed
         if is_restart:
             logger.warning("the controller was restarted; taking over its workers")
+        grpc_wakeups.take_all_at_once(asyncio.get_running_loop())
         try:
             self._controller = Controller(
                 config,

@@ -3,8 +3,7 @@
 Binding is late: a sequence leaves the queue only when a replica has room, and the router may hold it for one that has what it
 needs cached. What runs where is known exactly, since every submit and every last output passes here. A sequence whose replica
 is lost, or gives it up, goes back in front of the queue with its known tokens; who may have killed it runs apart (Suspects).
-A tenant is charged what a sequence is expected to cost when it leaves the queue, and what it did cost when it ends. Everything
-runs on the controller's event loop.
+Everything runs on the controller's event loop.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -25,20 +23,17 @@ from ..common.hashing import block_hashes, root_hash
 from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
 from ..common.routing import RouteDecision
 from ..scheduler.admission import BATCH, INTERACTIVE, AdmissionQueue, priority_class
-from ..scheduler.request_cost import request_cost_ms
 from ..scheduler.return_queue import ReturnQueue
 from ..scheduler.router import Choice, ReplicaLimits, Router, RouterConfig
 from ..scheduler.snapshot import RunningRequest
 from ..scheduler.suspects import Suspects
+from .charges import Charges
 from .events import Observer
-from .front_end import prompt_hashes
 from .sequence_state import SequenceState
 from .streams import RequestStream
+from .version_choice import VersionChoice
 
 logger = logging.getLogger(__name__)
-
-_OUTPUT_PRIOR_TOKENS = 128.0
-_OUTPUT_RATE = 0.05
 
 
 class Target(Protocol):
@@ -70,8 +65,6 @@ class _Replica:
 
     target: Target
     group: str
-    kv_capacity_tokens: int
-    version: str
     accepting: bool = False
 
 
@@ -95,8 +88,9 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._observers = observers
         self._replicas: dict[str, _Replica] = {}
-        self._versions: Counter[str] = Counter()
         self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued, weights=tenant_weights)
+        self._charges = Charges(self.router, self._queue)
+        self._versions = VersionChoice(self.router, block_size=block_size)
         self._returned: ReturnQueue[SequenceState] = ReturnQueue()
         self._suspects = Suspects(max_attempts)
         self._held: dict[str, SequenceState] = {}
@@ -104,7 +98,6 @@ class Dispatcher:
         self._expected: dict[str, SequenceState] = {}
         self._run_id = secrets.token_hex(4)
         self._num_submits = 0
-        self.expected_output_tokens = _OUTPUT_PRIOR_TOKENS
 
     @property
     def num_queued(self) -> int:
@@ -113,6 +106,11 @@ class Dispatcher:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def expected_output_tokens(self) -> float:
+        """The mean length of answers."""
+        return self._charges.expected_output_tokens
 
     # Requests.
 
@@ -132,14 +130,13 @@ class Dispatcher:
             Overloaded: there is no room for all of them; the caller ends the stream, which takes out those that were queued.
         """
         for sequence in stream.sequences:
-            sequence.charged_ms = self._expected_cost_ms(sequence, next(iter(self._replicas), ""), num_cached=0)
             self._queue.push(
                 sequence,
                 request_id=sequence.request.request_id,
                 now_ms=_now_ms(),
                 tenant=stream.tenant.name,
                 priority=sequence.request.priority,
-                cost=sequence.charged_ms,
+                cost=self._charges.estimate(sequence),
                 retry_key=retry_key,
             )
             self.pump()
@@ -260,13 +257,9 @@ class Dispatcher:
             max_num_seqs=info.max_num_seqs, max_num_batched_tokens=info.max_num_batched_tokens, num_blocks=info.num_blocks
         )
         self.router.add_replica(name, limits)
-        self._replicas[name] = _Replica(
-            target,
-            group or name,
-            kv_capacity_tokens=info.num_blocks * info.block_size,
-            version=info.model_version,
-        )
-        self._versions[info.model_version] += 1
+        self._replicas[name] = _Replica(target, group or name)
+        self._charges.add_replica(name, kv_capacity_tokens=info.num_blocks * info.block_size)
+        self._versions.add_replica(name, info.model_version)
 
     def start_accepting(self, name: str) -> None:
         """The caller calls `pump` when all have started that start together."""
@@ -296,9 +289,9 @@ class Dispatcher:
     def remove_replica(self, name: str, reason: str, *, has_failed: bool = True) -> bool:
         """The replica is gone; what ran there runs elsewhere. Where it `has_failed`, who was on too many that did ends with
         PoisonousRequest; True: there was one."""
-        version = self._replicas.pop(name).version
-        self._versions[version] -= 1
-        self._versions += Counter()  # drops what there is none of
+        del self._replicas[name]
+        self._charges.remove_replica(name)
+        self._versions.remove_replica(name)
         self._returned.extend(self._held.pop(wire_id) for wire_id in self.router.remove_replica(name))
         lost = [(wire_id, sequence) for wire_id, sequence in self._running.items() if sequence.replica == name]
         for wire_id, _ in lost:
@@ -359,7 +352,7 @@ class Dispatcher:
 
     def _place(self, sequence: SequenceState, wire_id: str, candidates: Sequence[str], *, may_hold: bool = True) -> Choice:
         """Give a run to the best of the candidates, in the books, unless it is held; the caller tells the replica."""
-        candidates = self._of_one_version(sequence, candidates)
+        candidates = self._versions.narrow(sequence, candidates)
         request = sequence.request
         num_known = len(request.prompt_token_ids) + len(sequence.output_token_ids)
         hashes = sequence.prompt_hashes
@@ -370,44 +363,23 @@ class Dispatcher:
             wire_id,
             hashes=hashes,
             num_tokens=num_known,
-            expected_output_tokens=self._tokens_to_come(sequence),
+            expected_output_tokens=self._charges.tokens_to_come(sequence),
             tick=_now_ms(),
             candidates=candidates,
             client_request_id=sequence.stream.request_id,
             tenant=sequence.stream.tenant.name,
-            may_hold=may_hold and len(self._versions) == 1,  # who is held for one version does not go to another
+            may_hold=may_hold and self._versions.is_single,  # who is held for one version does not go to another
         )
         if choice.is_held:
             return choice
         matched = next(score.matched_tokens for score in choice.scores if score.replica == choice.replica)
-        self._recharge(sequence, self._expected_cost_ms(sequence, choice.replica, num_cached=matched))
+        self._charges.dispatched(sequence, choice.replica, num_cached=matched)
         sequence.dispatched(wire_id, choice.replica)
         self._suspects.join(request.request_id, self._replicas[choice.replica].group)
         self._running[wire_id] = sequence
         for observer in self._observers:
             observer.on_dispatch(sequence.stream.request_id, sequence.index, wire_id, choice.replica, choice.scores)
         return choice
-
-    def _of_one_version(self, sequence: SequenceState, candidates: Sequence[str]) -> Sequence[str]:
-        """A stream that has begun goes on with the version of the model that it has, while there is one; another takes the
-        version whose replicas have room and less to do. The sequence is of that version then."""
-        version = self._replicas[candidates[0]].version
-        if len(self._versions) > 1:
-            of: dict[str, list[str]] = {}
-            for name in candidates:
-                of.setdefault(self._replicas[name].version, []).append(name)
-            if sequence.replica and sequence.version in of:
-                version = sequence.version
-            else:
-                with_room = [v for v, names in of.items() if any(map(self.router.has_room, names))] or list(of)
-                version = min(with_room, key=lambda v: sum(map(self.router.num_active, of[v])) / len(of[v]))
-            candidates = of[version]
-        if sequence.version != version:
-            if sequence.output_token_ids:
-                logger.warning("%s goes on with version %r of the model", sequence.request.request_id, version)
-            sequence.version = version
-            sequence.prompt_hashes = prompt_hashes(sequence.request, self._block_size, version=version)
-        return candidates
 
     def _withdraw(self, sequence: SequenceState) -> None:
         """It neither runs nor waits afterwards; what its run still brings is for nobody."""
@@ -421,11 +393,12 @@ class Dispatcher:
         reason = output.finish_reason
         if output.token_ids:
             sequence.num_refusals = 0
-            self._suspects.progress(sequence.request.request_id, len(output.token_ids))
+            if self._suspects:
+                self._suspects.progress(sequence.request.request_id, len(output.token_ids))
         if reason is not None:
             del self._running[output.request_id]
             self._suspects.leave(sequence.request.request_id)
-            self._settle(sequence, num_output=output.offset + len(output.token_ids))
+            self._charges.settle(sequence, num_output=output.offset + len(output.token_ids))
         stream = sequence.stream
         if stream.ended or sequence.finish_reason is not None:
             return
@@ -434,7 +407,7 @@ class Dispatcher:
                 if stream.apply(sequence, output):
                     self._abort(sequence)
                 elif reason is not None:
-                    self.expected_output_tokens += _OUTPUT_RATE * (len(sequence.output_token_ids) - self.expected_output_tokens)
+                    self._charges.learn_length(len(sequence.output_token_ids))
                 return
             if output.token_ids:
                 stream.apply(sequence, replace(output, finish_reason=None))
@@ -488,40 +461,6 @@ class Dispatcher:
         if sequence.wire_id in self._running and not sequence.abort_sent:
             sequence.abort_sent = True
             self._replicas[sequence.replica].target.abort(sequence.wire_id)
-
-    # What tenants are charged.
-
-    def _tokens_to_come(self, sequence: SequenceState) -> float:
-        return min(sequence.request.sampling.max_tokens - len(sequence.output_token_ids), self.expected_output_tokens)
-
-    def _expected_cost_ms(self, sequence: SequenceState, replica: str, *, num_cached: int) -> float:
-        num_output = len(sequence.output_token_ids) + self._tokens_to_come(sequence)
-        num_active = self.router.num_active(replica) if replica in self._replicas else 1
-        return self._cost_ms(sequence, replica, num_cached=num_cached, num_output=num_output, num_active=num_active)
-
-    def _cost_ms(self, sequence: SequenceState, replica: str, *, num_cached: int, num_output: float, num_active: int) -> float:
-        """Without replicas, of one whose KV cache holds this request alone."""
-        num_prompt, known = len(sequence.request.prompt_token_ids), self._replicas.get(replica)
-        return request_cost_ms(
-            self.router.step_times.of(replica),
-            num_prompt=num_prompt,
-            num_cached=num_cached,
-            num_output=num_output,
-            num_active=num_active,
-            kv_capacity_tokens=known.kv_capacity_tokens if known else num_prompt + int(num_output),
-        )
-
-    def _settle(self, sequence: SequenceState, *, num_output: int) -> None:
-        """Its run has ended: charge what it really cost there."""
-        num_cached, num_active = sequence.cached_tokens or 0, self.router.num_active(sequence.replica) + 1
-        self._recharge(
-            sequence,
-            self._cost_ms(sequence, sequence.replica, num_cached=num_cached, num_output=num_output, num_active=num_active),
-        )
-
-    def _recharge(self, sequence: SequenceState, cost_ms: float) -> None:
-        difference, sequence.charged_ms = cost_ms - sequence.charged_ms, cost_ms
-        self._queue.correct(difference, tenant=sequence.stream.tenant.name, priority=sequence.request.priority)
 
 
 def _now_ms() -> int:

@@ -20,7 +20,7 @@ class Started:
     prompt_tokens: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)  # not frozen: there is one a token
 class Delta:
     """New text and tokens of choice `index`. The last one of a choice carries its finish reason.
 

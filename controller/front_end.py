@@ -95,11 +95,13 @@ class FrontEnd:
         salt: bytes,
         version: str,
         with_prompt_text: bool,
+        timeout_s: float,
     ) -> Prepared:
         """Check, render and tokenize a request; arguments as `InferenceService.start_request`.
 
         Raises:
             InvalidRequest.
+            TimeoutError: it took longer than `timeout_s`.
         """
         if (prompt is None) == (messages is None):
             raise InvalidRequest("give either a prompt or messages")
@@ -135,7 +137,8 @@ class FrontEnd:
 
         if self._is_short(prompt if messages is None else messages, sampling):
             return work()
-        return await self._off_loop(work, prompt if isinstance(prompt, str) else messages)
+        async with asyncio.timeout(timeout_s):
+            return await self._off_loop(work, prompt if isinstance(prompt, str) else messages)
 
     def make_text(self, params: SamplingParams, continues_text: bool) -> ChoiceText:
         """The text state of a choice that has seen no token."""

@@ -21,6 +21,7 @@ from ..common import garbage, logs
 from ..common.config import ServeConfig
 from ..common.errors import PilotfishError
 from ..common.identity import Identity
+from . import grpc_wakeups
 from .gateway import Gateway
 from .gateway_fleet import GatewayDied
 from .gateway_server import GATEWAY_PREFIX
@@ -49,6 +50,7 @@ class GatewayActor:
         Raises:
             PilotfishError: why they cannot be opened.
         """
+        grpc_wakeups.take_all_at_once(asyncio.get_running_loop())
         self._gateway = Gateway(config, model_path=model_path, identity=identity, controller_address=controller_address)
         self._addresses = await self._gateway.start()
         garbage.settle()

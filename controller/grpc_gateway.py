@@ -122,9 +122,12 @@ class GrpcGateway:
         def stream(cls: type[Message], begin: Callable[[Any, _Caller], Awaitable[RequestHandle]]) -> grpc.RpcMethodHandler:
             async def answer(request: Any, caller: _Caller, context: Context) -> None:
                 async with await begin(request, caller) as handle:
-                    while events := await handle.next_events():
-                        for event in events:
-                            await context.write(grpc_messages.event_to_proto(event, self._tokenizer))
+                    events = await handle.next_events()
+                    if len(events) == 1 and cls is not pb.ResumeRequest and not request.resumable:
+                        events += await handle.next_events()  # who cannot come back has no use for the start alone
+                    while events:
+                        await context.write(grpc_messages.events_to_proto(events, self._tokenizer))
+                        events = await handle.next_events()
 
             return handler(cls, answer)
 

@@ -6,7 +6,7 @@ know (a newer client's) is an InvalidRequest, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NoReturn, TypeVar
 
@@ -66,29 +66,25 @@ def messages_from_proto(messages: Any) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def event_to_proto(event: Event, tokenizer: Tokenizer) -> pb.GenerateEvent:
-    if isinstance(event, Delta):
-        return _delta_to_proto(event, tokenizer)
-    if isinstance(event, Started):
-        return pb.GenerateEvent(
-            started=pb.RequestStarted(
-                request_id=event.request_id,
-                model=event.model,
-                created_unix_s=event.created_unix_s,
-                prompt_tokens=event.prompt_tokens,
-            )
-        )
-    return pb.GenerateEvent(usage=_usage_to_proto(event))
+def events_to_proto(events: Sequence[Event], tokenizer: Tokenizer) -> pb.GenerateEvents:
+    """Of one request, as they come from its stream: in the message's order."""
+    message = pb.GenerateEvents()
+    for event in events:
+        if isinstance(event, Delta):
+            _add_delta(message, event, tokenizer)
+        elif isinstance(event, Started):
+            started = message.started
+            started.request_id, started.model = event.request_id, event.model
+            started.created_unix_s, started.prompt_tokens = event.created_unix_s, event.prompt_tokens
+        else:
+            _set_usage(message.usage, event)
+    return message
 
 
-def _delta_to_proto(event: Delta, tokenizer: Tokenizer) -> pb.GenerateEvent:
+def _add_delta(message: pb.GenerateEvents, event: Delta, tokenizer: Tokenizer) -> None:
     """Filled in place, and only with what there is: there is one a token."""
-    message, content = pb.GenerateEvent(), event.content
-    delta = message.delta
-    delta.SetInParent()
-    delta.offset = content.offset
-    delta.token_ids.extend(content.token_ids)
-    delta.text = content.text
+    content = event.content
+    delta = message.deltas.add(offset=content.offset, token_ids=content.token_ids, text=content.text)
     if event.index:
         delta.index = event.index
     if content.logprobs:
@@ -96,7 +92,6 @@ def _delta_to_proto(event: Delta, tokenizer: Tokenizer) -> pb.GenerateEvent:
     if content.finish_reason is not None:
         delta.finish_reason = codec.finish_reason_to_proto(content.finish_reason)
         delta.stop_reason = content.stop_reason
-    return message
 
 
 def _logprob_to_proto(entry: TokenLogprob, tokenizer: Tokenizer) -> common.TokenLogprob:
@@ -107,16 +102,15 @@ def _logprob_to_proto(entry: TokenLogprob, tokenizer: Tokenizer) -> common.Token
     return message
 
 
-def _usage_to_proto(usage: Usage) -> pb.Usage:
-    return pb.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        cached_tokens=usage.cached_tokens,
-        queue_ms=usage.queue_ms,
-        ttft_ms=usage.ttft_ms,
-        total_ms=usage.total_ms,
-        replica=usage.replica,
-    )
+def _set_usage(message: pb.Usage, usage: Usage) -> None:
+    message.SetInParent()
+    message.prompt_tokens = usage.prompt_tokens
+    message.completion_tokens = usage.completion_tokens
+    message.cached_tokens = usage.cached_tokens
+    message.queue_ms = usage.queue_ms
+    message.ttft_ms = usage.ttft_ms
+    message.total_ms = usage.total_ms
+    message.replica = usage.replica
 
 
 def received_from_proto(choices: Any) -> list[Received]:

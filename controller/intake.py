@@ -100,7 +100,7 @@ class Intake:
         )
 
     async def admit(self, arrival: Arrival, prepare: Callable[[], Awaitable[Prepared]]) -> RequestStream:
-        """Take a request in, and queue it once `prepare` has made tokens of it.
+        """Take a request in, and queue it once `prepare` has made tokens of it, or has raised TimeoutError.
 
         Raises:
             InvalidRequest, Overloaded (with retry_after_s), Unavailable, DeadlineExceeded, or what `prepare` raises.
@@ -115,8 +115,7 @@ class Intake:
         self._num_preparing += 1
         try:
             try:
-                async with asyncio.timeout(stream.time_left_s()):
-                    prepared = await prepare()
+                prepared = await prepare()
             except TimeoutError:
                 stream.expire()
             if stream.error is not None:  # aborted or out of time meanwhile

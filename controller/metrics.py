@@ -56,16 +56,20 @@ class Metrics(Observer):
         self._generated = self._counter("generated_tokens_total", "Tokens produced, as they come.", ("replica",))
         self._tokens_of = _TokenTimes()
         self._replicas: dict[str, _OfReplica] = {}
+        self._outcomes: dict[str, Counter] = {}
         self._state = StateCollector()
         self._registry.register(self._state)
 
     def on_request_end(self, record: RequestRecord) -> None:
         usage = record.usage
-        self._requests.labels(record.error_code or "ok").inc()
+        outcome = record.error_code or "ok"
+        (self._outcomes.get(outcome) or self._outcome(outcome)).inc()
         self._prompt_tokens.inc(usage.prompt_tokens)
-        self._hit_tokens.inc(usage.cached_tokens)
         self._output_tokens.inc(usage.completion_tokens)
-        self._recoveries.inc(max(0, record.num_attempts - 1))
+        if usage.cached_tokens:
+            self._hit_tokens.inc(usage.cached_tokens)
+        if record.num_attempts > 1:
+            self._recoveries.inc(record.num_attempts - 1)
         self._duration.observe(usage.total_ms / 1000)
         if record.has_first_token:
             self._queue_wait.observe(usage.queue_ms / 1000)
@@ -75,7 +79,7 @@ class Metrics(Observer):
                 self._tpot.observe((usage.total_ms - usage.ttft_ms) / 1000 / (per_choice - 1))
 
     def on_refused(self, error_code: str) -> None:
-        self._requests.labels(error_code).inc()
+        self._outcome(error_code).inc()
 
     def on_step(self, replica: str, step: StepOutput) -> None:
         timings = step.timings
@@ -93,6 +97,10 @@ class Metrics(Observer):
         """The exposition text and its media type."""
         self._state.state = state
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+    def _outcome(self, outcome: str) -> Counter:
+        counter = self._outcomes[outcome] = self._requests.labels(outcome)
+        return counter
 
     def _of_replica(self, replica: str) -> _OfReplica:
         """Finding a metric by its labels takes longer than adding to it."""

@@ -14,19 +14,31 @@ import itertools
 _WAKES_A_ROUND = 16
 
 
-class Turn(asyncio.Event):
-    """An event that is set a little later than `set` is called: in its turn. Set again before that, it keeps its place."""
+class Turn:
+    """An event for one reader that is set a little later than `set` is called: in its turn. Set again before that, it keeps its
+    place."""
 
     def __init__(self, outlet: Outlet) -> None:
-        super().__init__()
         self._outlet = outlet
+        self._has_come = False
+        self._waiter: asyncio.Future[None] | None = None
 
     def set(self) -> None:
         self._outlet.queue(self)
 
     def come(self) -> None:
         """It is its turn."""
-        super().set()
+        self._has_come = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def clear(self) -> None:
+        self._has_come = False
+
+    async def wait(self) -> None:
+        if not self._has_come:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
 
 class Outlet:

@@ -123,8 +123,7 @@ class RemoteIntake:
         """Make tokens of it, and tell the controller."""
         try:
             try:
-                async with asyncio.timeout(stream.time_left_s()):
-                    prepared = await prepare()
+                prepared = await prepare()
             except TimeoutError:
                 stream.expire()
             if stream.error is not None:

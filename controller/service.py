@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol
@@ -65,18 +65,19 @@ class RequestHandle:
 
     async def __anext__(self) -> Event:
         if not self._events:
-            self._events.extend(await self.next_events())
+            try:
+                self._events.extend(await self.next_events())
+            except BaseException:
+                self._leave()
+                raise
         if not self._events:
             raise StopAsyncIteration
         return self._events.popleft()
 
-    async def next_events(self) -> list[Event]:
-        """All that can be read now, for who does not iterate; waits until there is something. Empty at the end."""
-        try:
-            return await self._reader.next_events()
-        except BaseException:
-            self._leave()
-            raise
+    def next_events(self) -> Coroutine[Any, Any, list[Event]]:
+        """All that can be read now, for who does not iterate, inside of `async with`; waits until there is something. Empty at
+        the end."""
+        return self._reader.next_events()
 
     async def aclose(self) -> None:
         self._leave()
@@ -184,6 +185,7 @@ class InferenceService:
                 salt=self.tenants.cache_salt(tenant),
                 version=info.model_version if info else "",
                 with_prompt_text=echo,
+                timeout_s=arrival.timeout_s,
             )
 
         stream = await self._intake.admit(arrival, prepare)

@@ -73,6 +73,7 @@ class RequestStream:
         self._dispatched: float | None = None
         self._first_token: float | None = None
         self._end_time: float | None = None
+        self._usage: Usage | None = None  # the last one
         self._reader: Reader | None = None
         self._absence_timer: asyncio.TimerHandle | None = None
         self._timer = asyncio.get_running_loop().call_later(max(0.0, timeout_s - age_s), self.expire)
@@ -205,9 +206,11 @@ class RequestStream:
 
     def usage(self) -> Usage:
         """Counts and times up to now (up to the end, once ended)."""
+        if self._usage is not None:
+            return self._usage
         now = self._end_time or time.monotonic()
         first = self.sequences[0] if self.sequences else None
-        return Usage(
+        usage = Usage(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=sum(len(s.output_token_ids) for s in self.sequences),
             cached_tokens=(first.cached_tokens or 0) if first else 0,
@@ -216,6 +219,9 @@ class RequestStream:
             total_ms=1000 * (now - self._arrival),
             replica=first.replica if first else "",
         )
+        if self.ended:
+            self._usage = usage
+        return usage
 
     @property
     def timeout_s(self) -> float:

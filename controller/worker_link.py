@@ -20,7 +20,7 @@ import grpc
 from ..common.identity import Identity
 from ..common.requests import EngineLoad, EngineRequest, StepOutput
 from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.codec import load_from_proto, request_to_proto, step_from_proto
+from ..proto.codec import fill_request, load_from_proto, step_from_proto
 from ..proto.credentials import channel_credentials, channel_options, explain
 from ..scheduler.snapshot import RunningRequest
 
@@ -31,6 +31,7 @@ _CHANNEL_OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.use_local_subchannel_pool", 1),  # a new channel connects at once, whatever an earlier one met
 ]
 _CALL_TIMEOUT_S = 10.0
+_MAX_JOINED_TOKENS = 250_000  # a megabyte at most
 _ACK_INTERVAL_S = 0.5
 _ACK_STEPS = 64
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -97,6 +98,7 @@ class WorkerLink:
         self._aborted: set[str] = set()
         self._orphans: list[str] = []
         self._outgoing: deque[worker_pb2.ControllerMessage] = deque()
+        self._num_tokens = 0  # in the last of them
         self._outgoing_wake = asyncio.Event()
         self._acked_step_id = 0
         self._ack_timer: asyncio.TimerHandle | None = None
@@ -104,12 +106,12 @@ class WorkerLink:
     def submit(self, request: EngineRequest) -> None:
         """Hand a request to the worker; its outputs come through the listener until one has a finish reason."""
         self._in_flight[request.request_id] = request
-        self._send(worker_pb2.ControllerMessage(submit=request_to_proto(request)))
+        self._say_submit(request)
 
     def abort(self, request_id: str) -> None:
         """Ask the worker to end a request; its last output still comes."""
         self._aborted.add(request_id)
-        self._send(_abort_message(request_id))
+        self._say_abort(request_id)
 
     async def run(self) -> None:
         """Stay connected until cancelled.
@@ -157,25 +159,24 @@ class WorkerLink:
             if message is grpc.aio.EOF:
                 return
             self.last_message_time = time.monotonic()
-            match message.WhichOneof("message"):
-                case "step":
-                    self._take_step(message.step)
-                case "heartbeat":
-                    beat = message.heartbeat
-                    self.load, self.step_age_s, self.failed = load_from_proto(beat.load), beat.step_age_s, beat.failed
-                    self.failure, self.phase = beat.message, beat.phase
-                case "hello":
-                    self._greeted()
+            for step in message.steps:
+                self._take_step(step)
+            if message.HasField("heartbeat"):
+                beat = message.heartbeat
+                self.load, self.step_age_s, self.failed = load_from_proto(beat.load), beat.step_age_s, beat.failed
+                self.failure, self.phase = beat.message, beat.phase
+            if message.HasField("hello"):
+                self._greeted()
 
     def _greeted(self) -> None:
         """The worker may have missed anything that was sent before the break: say it again."""
         self.connected = True
         for request_id in self._orphans:
-            self._send(_abort_message(request_id))
+            self._say_abort(request_id)
         for request_id, request in self._in_flight.items():
-            self._send(worker_pb2.ControllerMessage(submit=request_to_proto(request)))
+            self._say_submit(request)
             if request_id in self._aborted:
-                self._send(_abort_message(request_id))
+                self._say_abort(request_id)
         self._listener.on_connected()
 
     def _take_step(self, message: worker_pb2.Step) -> None:
@@ -226,11 +227,24 @@ class WorkerLink:
             await asyncio.sleep(timeout_s / 4)
         raise TimeoutError(f"nothing came for {timeout_s:g} s")
 
-    def _send(self, message: worker_pb2.ControllerMessage) -> None:
-        """Messages for a broken connection are not kept: the greeting of the next one says them again."""
+    def _say_submit(self, request: EngineRequest) -> None:
         if self.connected:
-            self._outgoing.append(message)
+            num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+            fill_request(self._message(num_tokens).submits.add(), request)
+
+    def _say_abort(self, request_id: str) -> None:
+        if self.connected:
+            self._message().aborts.add(request_id=request_id)
+
+    def _message(self, num_tokens: int = 0) -> worker_pb2.ControllerMessage:
+        """What is said next goes in here: with all that is said before the one on its way has left, since a message costs
+        more than what is in it. Nothing is kept for a broken connection: the greeting of the next one says it again."""
+        self._num_tokens += num_tokens
+        if not self._outgoing or self._num_tokens > _MAX_JOINED_TOKENS:
+            self._outgoing.append(worker_pb2.ControllerMessage())
+            self._num_tokens = num_tokens
             self._outgoing_wake.set()
+        return self._outgoing[-1]
 
     def _acknowledge_later(self) -> None:
         """Acknowledgements are joined: one message for many steps."""
@@ -244,15 +258,12 @@ class WorkerLink:
             self._ack_timer.cancel()
             self._ack_timer = None
         self._acked_step_id = self.step_id
-        self._send(worker_pb2.ControllerMessage(ack=worker_pb2.Ack(step_id=self.step_id)))
+        if self.connected:
+            self._message().ack.step_id = self.step_id
 
     def _disconnected(self) -> None:
         self.connected = False
         self._outgoing.clear()
-
-
-def _abort_message(request_id: str) -> worker_pb2.ControllerMessage:
-    return worker_pb2.ControllerMessage(abort=worker_pb2.Abort(request_id=request_id))
 
 
 def _describe(error: Exception) -> str:

@@ -139,15 +139,15 @@ class Usage(_message.Message):
     replica: str
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., replica: _Optional[str] = ...) -> None: ...
 
-class GenerateEvent(_message.Message):
-    __slots__ = ("started", "delta", "usage")
+class GenerateEvents(_message.Message):
+    __slots__ = ("started", "deltas", "usage")
     STARTED_FIELD_NUMBER: _ClassVar[int]
-    DELTA_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     started: RequestStarted
-    delta: TextDelta
+    deltas: _containers.RepeatedCompositeFieldContainer[TextDelta]
     usage: Usage
-    def __init__(self, started: _Optional[_Union[RequestStarted, _Mapping]] = ..., delta: _Optional[_Union[TextDelta, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    def __init__(self, started: _Optional[_Union[RequestStarted, _Mapping]] = ..., deltas: _Optional[_Iterable[_Union[TextDelta, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

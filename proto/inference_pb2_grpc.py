@@ -37,17 +37,17 @@ class InferenceStub:
         self.Generate = channel.unary_stream(
                 '/pilotfish.v1.Inference/Generate',
                 request_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+                response_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.FromString,
                 _registered_method=True)
         self.Chat = channel.unary_stream(
                 '/pilotfish.v1.Inference/Chat',
                 request_serializer=pilotfish_dot_proto_dot_inference__pb2.ChatRequest.SerializeToString,
-                response_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+                response_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.FromString,
                 _registered_method=True)
         self.Resume = channel.unary_stream(
                 '/pilotfish.v1.Inference/Resume',
                 request_serializer=pilotfish_dot_proto_dot_inference__pb2.ResumeRequest.SerializeToString,
-                response_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+                response_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.FromString,
                 _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/pilotfish.v1.Inference/Abort',
@@ -80,7 +80,7 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Continue a prompt. The first event is `started`; the last of each choice carries its finish reason; the last of all, `usage`.
+        """Continue a prompt. The first message has `started`; the last delta of each choice, its finish reason; the last message, `usage`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,17 +141,17 @@ def add_InferenceServicer_to_server(servicer, server):
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=pilotfish_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
-                    response_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.SerializeToString,
+                    response_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.SerializeToString,
             ),
             'Chat': grpc.unary_stream_rpc_method_handler(
                     servicer.Chat,
                     request_deserializer=pilotfish_dot_proto_dot_inference__pb2.ChatRequest.FromString,
-                    response_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.SerializeToString,
+                    response_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.SerializeToString,
             ),
             'Resume': grpc.unary_stream_rpc_method_handler(
                     servicer.Resume,
                     request_deserializer=pilotfish_dot_proto_dot_inference__pb2.ResumeRequest.FromString,
-                    response_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.SerializeToString,
+                    response_serializer=pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -205,7 +205,7 @@ class Inference:
             target,
             '/pilotfish.v1.Inference/Generate',
             pilotfish_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
-            pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+            pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.FromString,
             options,
             channel_credentials,
             insecure,
@@ -232,7 +232,7 @@ class Inference:
             target,
             '/pilotfish.v1.Inference/Chat',
             pilotfish_dot_proto_dot_inference__pb2.ChatRequest.SerializeToString,
-            pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+            pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.FromString,
             options,
             channel_credentials,
             insecure,
@@ -259,7 +259,7 @@ class Inference:
             target,
             '/pilotfish.v1.Inference/Resume',
             pilotfish_dot_proto_dot_inference__pb2.ResumeRequest.SerializeToString,
-            pilotfish_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+            pilotfish_dot_proto_dot_inference__pb2.GenerateEvents.FromString,
             options,
             channel_credentials,
             insecure,

@@ -97,16 +97,16 @@ class Attach(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., acked_step_id: _Optional[int] = ..., controller_id: _Optional[str] = ...) -> None: ...
 
 class ControllerMessage(_message.Message):
-    __slots__ = ("attach", "submit", "abort", "ack")
+    __slots__ = ("attach", "submits", "aborts", "ack")
     ATTACH_FIELD_NUMBER: _ClassVar[int]
-    SUBMIT_FIELD_NUMBER: _ClassVar[int]
-    ABORT_FIELD_NUMBER: _ClassVar[int]
+    SUBMITS_FIELD_NUMBER: _ClassVar[int]
+    ABORTS_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     attach: Attach
-    submit: Submit
-    abort: Abort
+    submits: _containers.RepeatedCompositeFieldContainer[Submit]
+    aborts: _containers.RepeatedCompositeFieldContainer[Abort]
     ack: Ack
-    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ...) -> None: ...
+    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., aborts: _Optional[_Iterable[_Union[Abort, _Mapping]]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ...) -> None: ...
 
 class SequenceColumns(_message.Message):
     __slots__ = ("request_ids", "offsets", "num_tokens", "token_ids", "finish_reasons", "details")
@@ -203,14 +203,14 @@ class Heartbeat(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age_s: _Optional[float] = ..., phase: _Optional[str] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., failed: _Optional[bool] = ..., message: _Optional[str] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "step", "heartbeat")
+    __slots__ = ("hello", "steps", "heartbeat")
     HELLO_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
-    step: Step
+    steps: _containers.RepeatedCompositeFieldContainer[Step]
     heartbeat: Heartbeat
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ()

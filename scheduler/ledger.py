@@ -141,7 +141,7 @@ class Ledger:
 
     def take_step(self, replica: str, step: StepOutput) -> None:
         """Reconcile with a step: what it computed, produced and ended there."""
-        account = self._accounts[replica]
+        account, size = self._accounts[replica], self._block_size
         num_prompt_tokens = step.num_batched_tokens
         for output in step.sequences:
             lease = self._leases.get(output.request_id)
@@ -153,9 +153,8 @@ class Ledger:
             else:
                 num_prompt_tokens -= len(output.token_ids)
             if output.token_ids:
-                account.num_private_blocks -= self._num_private(lease)
-                lease.num_tokens += len(output.token_ids)
-                account.num_private_blocks += self._num_private(lease)
+                num_before, lease.num_tokens = lease.num_tokens, lease.num_tokens + len(output.token_ids)
+                account.num_private_blocks += -(-lease.num_tokens // size) - -(-num_before // size)
             if output.finish_reason is not None:
                 self.close(output.request_id)
         for lease in account.prefilling.values():

@@ -25,7 +25,7 @@ replica has room.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import NamedTuple
 
@@ -78,10 +78,10 @@ class ReplicaLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     num_blocks: int
+    capacity: int = field(init=False)
 
-    @property
-    def capacity(self) -> int:
-        return self.max_num_seqs + max(1, self.max_num_seqs // 8)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "capacity", self.max_num_seqs + max(1, self.max_num_seqs // 8))
 
 
 class Candidate(NamedTuple):
@@ -145,22 +145,15 @@ def choose(
 
 
 def _score(candidate: Candidate, num_tokens: int, decode_steps: float, work_weight: float) -> RouteScore:
-    time, num_queued = candidate.step_time, candidate.queued_tokens
-    queue_ms = time.prompt_ms(num_queued)
-    num_uncached = max(num_tokens - candidate.matched_tokens, 1)
-    num_shared = max(candidate.shared_tokens - candidate.matched_tokens, 0)
+    replica, time, num_matched, num_shared, num_queued, num_active, wait_ms, tier_load_ms, _, has_room, _ = candidate
+    queue_ms = time.prompt_ms(num_queued) if num_queued else 0.0
+    num_uncached = num_tokens - num_matched if num_tokens > num_matched else 1
     prefill_ms = time.prompt_ms(num_queued + num_uncached) - queue_ms
-    return RouteScore(
-        candidate.replica,
-        queue_ms,
-        candidate.wait_ms,
-        prefill_ms,
-        work_weight * prefill_ms * (1.0 - num_shared / num_uncached),
-        candidate.tier_load_ms,
-        decode_steps * time.decode_ms(candidate.num_active + 1),
-        candidate.matched_tokens,
-        candidate.has_room,
-    )
+    work_ms = work_weight * prefill_ms
+    if num_shared > num_matched:
+        work_ms *= 1.0 - (num_shared - num_matched) / num_uncached
+    decode_ms = decode_steps * time.decode_ms(num_active + 1)
+    return RouteScore(replica, queue_ms, wait_ms, prefill_ms, work_ms, tier_load_ms, decode_ms, num_matched, has_room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,11 +288,8 @@ class Router:
 
     def can_start(self, replica: str) -> bool:
         """Whether a place in its batch is free, and the prompts queued there fill the next steps only."""
-        account, limits = self.ledger.of(replica), self._limits[replica]
-        return limits is None or (
-            account.num_sent < limits.capacity
-            and account.queued_tokens < self._config.num_steps_ahead * limits.max_num_batched_tokens
-        )
+        limits = self._limits[replica]
+        return limits is None or self._can_start(self.ledger.of(replica), limits)
 
     def next_ready(self, candidates: Sequence[str], *, tick: int) -> str | None:
         """A held request to be routed again now: the first one of a replica that has room for it, or one held for too long."""
@@ -391,10 +381,12 @@ class Router:
         account, limits, num_tokens = self.ledger.of(name), self._limits[name], request.num_tokens
         num_active = account.num_sent + account.num_held
         wait_ms, has_room = 0.0, True
-        if limits is not None:
-            num_active = min(num_active, limits.max_num_seqs - 1)
+        if limits is not None and num_active:
             has_room = (request.replica == name or account.num_held == 0) and self._fits(name, request)
-            wait_ms = self._wait_ms(account, limits, name, num_tokens, expected_output_tokens)
+            num_blocks = account.num_blocks + self.ledger.num_blocks_for(num_tokens)
+            if num_active >= limits.max_num_seqs or num_blocks > limits.num_blocks:
+                wait_ms = self._wait_ms(account, limits, name, num_blocks, expected_output_tokens)
+                num_active = min(num_active, limits.max_num_seqs - 1)
         return Candidate(
             name,
             self.step_times.of(name),
@@ -410,25 +402,34 @@ class Router:
         )
 
     def _wait_ms(
-        self, account: Account, limits: ReplicaLimits, name: str, num_tokens: int, expected_output_tokens: float
+        self, account: Account, limits: ReplicaLimits, name: str, num_blocks: int, expected_output_tokens: float
     ) -> float:
-        """Until as many sequences there have ended as it takes; each ends once in its length."""
-        num_ends = float(account.num_sent + account.num_held + 1 - limits.max_num_seqs)
-        num_blocks_over = account.num_blocks + self.ledger.num_blocks_for(num_tokens) - limits.num_blocks
-        if account.num_sent == 0 or (num_ends <= 0 and num_blocks_over <= 0):
+        """Until as many sequences there have ended as it takes, so that one that makes it `num_blocks` in all has a place and
+        blocks; each ends once in its length."""
+        if account.num_sent == 0:
             return 0.0
+        num_ends = float(account.num_sent + account.num_held + 1 - limits.max_num_seqs)
+        num_blocks_over = num_blocks - limits.num_blocks
         if num_blocks_over > 0:
             num_ends = max(num_ends, num_blocks_over * account.num_sent / max(account.num_blocks, 1))
         batch = min(account.num_sent, limits.max_num_seqs)
         return num_ends * expected_output_tokens * self.step_times.of(name).decode_ms(batch) / batch
+
+    def _can_start(self, account: Account, limits: ReplicaLimits) -> bool:
+        return (
+            account.num_sent < limits.capacity
+            and account.queued_tokens < self._config.num_steps_ahead * limits.max_num_batched_tokens
+        )
 
     def _fits(self, replica: str, request: _Held) -> bool:
         """Whether the replica could start this request soon; an idle one always can."""
         account, limits = self.ledger.of(replica), self._limits[replica]
         if limits is None or account.num_sent == 0:
             return True
-        num_blocks = self.ledger.num_blocks_for(request.num_tokens + 1)
-        return self.can_start(replica) and (
-            account.num_blocks + num_blocks <= limits.num_blocks
-            or account.num_blocks + account.num_new_blocks(request.hashes, num_blocks) <= limits.num_blocks
+        if not self._can_start(account, limits):
+            return False
+        num_held, num_blocks = account.num_blocks, self.ledger.num_blocks_for(request.num_tokens + 1)
+        return (
+            num_held + num_blocks <= limits.num_blocks
+            or num_held + account.num_new_blocks(request.hashes, num_blocks) <= limits.num_blocks
         )

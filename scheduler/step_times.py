@@ -39,8 +39,9 @@ class _Curve:
         self.slope.append(self.slope[-1])
 
     def at(self, x: float) -> float:
-        index = bisect_right(self.x, x) - 1
-        return self.y[index] + (x - self.x[index]) * self.slope[index]
+        points = self.x
+        index = bisect_right(points, x) - 1
+        return self.y[index] + (x - points[index]) * self.slope[index]
 
 
 class StepTime:
@@ -72,7 +73,8 @@ class StepTime:
         """What prompt tokens add to a step."""
         if not num_tokens:
             return 0.0
-        return self.factor * (self.prompts.at(num_tokens) - self.prompts.y[0])
+        prompts = self.prompts
+        return self.factor * (prompts.at(num_tokens) - prompts.y[0])
 
     def decode_ms(self, num_decoding: float) -> float:
         """Of a step without prompts."""

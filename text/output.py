@@ -56,6 +56,7 @@ class SequenceText:
             tokenizer, skip_special_tokens=params.skip_special_tokens, continues_text=continues_text
         )
         self._matcher = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        self._has_stop = bool(params.stop)
         self._min_tokens = params.min_tokens
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -73,13 +74,13 @@ class SequenceText:
         num_seen = offset - output.offset
         if num_seen < 0:
             raise InternalError(f"{output.request_id}: tokens {offset} to {output.offset - 1} of the output are missing")
-        token_ids = output.token_ids[num_seen:]
+        token_ids = output.token_ids[num_seen:] if num_seen else output.token_ids
         pieces = []
         stop_reason = None
         for token_id in token_ids:
             text = self._detokenizer.push(token_id)
             self.num_tokens += 1
-            if text and self.num_tokens > self._min_tokens:
+            if text and self._has_stop and self.num_tokens > self._min_tokens:
                 text, stop_reason = self._matcher.push(text)
             pieces.append(text)
             if stop_reason is not None:

@@ -23,10 +23,9 @@ from grpc_reflection.v1alpha import reflection
 from ..common.errors import InternalError
 from ..common.identity import Identity
 from ..common.requests import StepOutput, WorkerInfo
-from ..proto import worker_pb2, worker_pb2_grpc
 from ..proto.credentials import server_credentials
 from .engine_interface import EngineInterface
-from .worker_service import ServerLimits, WorkerService
+from .worker_service import SERVICE_NAME, ServerLimits, WorkerService
 
 logger = logging.getLogger(__name__)
 
@@ -90,20 +89,19 @@ class WorkerServer:
     async def _serve(self, service: WorkerService, engine: EngineInterface, address: str) -> str:
         server = grpc.aio.server(options=_OPTIONS)
         checks = health.aio.HealthServicer()
-        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+        server.add_generic_rpc_handlers((service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
-        reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
             port = server.add_secure_port(address, server_credentials(self._identity))
         except RuntimeError as error:
             raise InternalError(f"the worker cannot listen on {address}: {error}") from error
         await server.start()
         self._server = server
-        self._health_task = asyncio.create_task(self._watch_health(engine, checks, name))
+        self._health_task = asyncio.create_task(self._watch_health(engine, checks))
         return f"{address.rpartition(':')[0]}:{port}"
 
-    async def _watch_health(self, engine: EngineInterface, checks: health.aio.HealthServicer, name: str) -> None:
+    async def _watch_health(self, engine: EngineInterface, checks: health.aio.HealthServicer) -> None:
         """SERVING means that a step completed recently or that there was nothing to do."""
         shown = None
         while True:
@@ -113,7 +111,7 @@ class WorkerServer:
                 if shown is not None:
                     logger.warning("the engine is %s: %s", "making progress again" if serving else "not serving", now)
                 status = health_pb2.HealthCheckResponse
-                for service in ("", name):
+                for service in ("", SERVICE_NAME):
                     await checks.set(service, status.SERVING if serving else status.NOT_SERVING)
                 shown = serving
             await asyncio.sleep(_HEALTH_INTERVAL_S)

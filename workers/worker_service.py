@@ -13,19 +13,22 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 
 from ..common.errors import PilotfishError
 from ..common.identity import CONTROLLER_NAME
 from ..common.requests import EngineLoad, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
-from ..proto import worker_pb2, worker_pb2_grpc
-from ..proto.codec import info_to_proto, load_to_proto, request_from_proto, step_to_proto
+from ..proto import worker_pb2
+from ..proto.codec import info_to_proto, load_to_proto, request_from_proto
 from ..proto.credentials import peer_name
 from .engine_interface import FAILED_PHASE, EngineInterface
-from .outbox import StepOutbox
+from .outbox import StepOutbox, step_message
 
 logger = logging.getLogger(__name__)
+
+SERVICE_NAME = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +54,7 @@ class _Connection:
     def __init__(self, controller_id: str, position: int) -> None:
         self.controller_id = controller_id
         self.position = position
-        self.answers: list[worker_pb2.WorkerMessage] = []
+        self.answers: list[bytes] = []
         self.heartbeat_is_due = False
         self.wake = asyncio.Event()
         self.closed = False
@@ -67,7 +70,10 @@ class _Connection:
             self.wake.set()
 
 
-class WorkerService(worker_pb2_grpc.WorkerServicer):
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+class WorkerService:
     """See the module's docstring. Lives on the server's event loop; only the engine's own methods are thread-safe."""
 
     def __init__(self, engine: EngineInterface, info: WorkerInfo, *, limits: ServerLimits) -> None:
@@ -84,6 +90,27 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._idle = asyncio.Event()
         self._away_timer: asyncio.TimerHandle | None = None
 
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """For a server. What goes up is encoded already: the outbox keeps bytes."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "Connect": grpc.stream_stream_rpc_method_handler(
+                    self.Connect, request_deserializer=worker_pb2.ControllerMessage.FromString
+                ),
+                "Snapshot": grpc.unary_unary_rpc_method_handler(
+                    self.Snapshot,
+                    request_deserializer=worker_pb2.SnapshotRequest.FromString,
+                    response_serializer=worker_pb2.SnapshotResponse.SerializeToString,
+                ),
+                "Drain": grpc.unary_unary_rpc_method_handler(
+                    self.Drain,
+                    request_deserializer=worker_pb2.DrainRequest.FromString,
+                    response_serializer=worker_pb2.DrainResponse.SerializeToString,
+                ),
+            },
+        )
+
     def receive(self, step: StepOutput) -> None:
         """Take a step of the engine."""
         finished = tuple(output.request_id for output in step.sequences if output.finish_reason is not None)
@@ -91,7 +118,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._running.pop(request_id, None)
             self._ended_unacknowledged.add(request_id)
         self._load = step.load
-        self._outbox.append(step_to_proto(step), finished)
+        self._outbox.append(step, finished)
         if self._outbox.is_full and not self._given_up:
             self._give_up(f"the controller left {self._outbox.num_bytes} bytes of output unacknowledged")
         if not self._running:
@@ -108,7 +135,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Connect(
         self,
         request_iterator: AsyncIterator[worker_pb2.ControllerMessage],
-        context: grpc.aio.ServicerContext[worker_pb2.ControllerMessage, worker_pb2.WorkerMessage],
+        context: Context,
     ) -> None:
         await _check_caller(context)
         attach = await self._attach(request_iterator, context)
@@ -120,7 +147,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._connection.close()
         self._connection = connection
         hello = worker_pb2.Hello(info=info_to_proto(self._info), step_id=self._outbox.last_step_id)
-        await context.write(worker_pb2.WorkerMessage(hello=hello))
+        await context.write(worker_pb2.WorkerMessage(hello=hello).SerializeToString())
         helpers = [
             asyncio.create_task(self._read(request_iterator, connection)),
             asyncio.create_task(connection.beat(self._limits.heartbeat_interval_s)),
@@ -138,7 +165,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Snapshot(
         self,
         request: worker_pb2.SnapshotRequest,  # noqa: ARG002 - it has no fields
-        context: grpc.aio.ServicerContext[worker_pb2.SnapshotRequest, worker_pb2.SnapshotResponse],
+        context: Context,
     ) -> worker_pb2.SnapshotResponse:
         await _check_caller(context)
         snapshot = await asyncio.to_thread(self._engine.snapshot)
@@ -163,7 +190,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Drain(
         self,
         request: worker_pb2.DrainRequest,  # noqa: ARG002 - it has no fields
-        context: grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainResponse],
+        context: Context,
     ) -> worker_pb2.DrainResponse:
         await _check_caller(context)
         self._draining = True
@@ -180,14 +207,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _attach(
         self,
         messages: AsyncIterator[worker_pb2.ControllerMessage],
-        context: grpc.aio.ServicerContext[worker_pb2.ControllerMessage, worker_pb2.WorkerMessage],
+        context: Context,
     ) -> worker_pb2.Attach:
         try:
             async with asyncio.timeout(self._limits.attach_timeout_s):
                 first = await anext(messages)
         except (TimeoutError, StopAsyncIteration):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be Attach")
-        if first.WhichOneof("message") != "attach":
+        if not first.HasField("attach"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be Attach")
         if first.attach.epoch != self._info.epoch:
             await context.abort(
@@ -201,19 +228,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             async for message in messages:
                 if connection.closed:
                     return
-                match message.WhichOneof("message"):
-                    case "submit":
-                        self._submit(request_from_proto(message.submit), connection)
-                    case "abort":
-                        self._abort(message.abort.request_id, connection)
-                    case "ack":
-                        self._acknowledge(message.ack.step_id)
+                for submit in message.submits:
+                    self._submit(request_from_proto(submit), connection)
+                for abort in message.aborts:
+                    self._abort(abort.request_id, connection)
+                if message.HasField("ack"):
+                    self._acknowledge(message.ack.step_id)
         finally:
             connection.close()
 
     async def _send(
         self,
-        context: grpc.aio.ServicerContext[worker_pb2.ControllerMessage, worker_pb2.WorkerMessage],
+        context: Context,
         connection: _Connection,
     ) -> None:
         while not connection.closed:
@@ -222,13 +248,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             for answer in answers:
                 await context.write(answer)
             connection.position = max(connection.position, self._outbox.first_position)
-            while not connection.closed and (entry := self._outbox.at(connection.position)) is not None:
-                connection.position += 1
-                await context.write(entry.message)
+            while not connection.closed:
+                data, num_steps = self._outbox.message_from(connection.position)
+                if not num_steps:
+                    break
+                connection.position += num_steps
+                await context.write(data)
                 connection.position = max(connection.position, self._outbox.first_position)
             if connection.heartbeat_is_due:
                 connection.heartbeat_is_due = False
-                await context.write(worker_pb2.WorkerMessage(heartbeat=self._heartbeat()))
+                await context.write(worker_pb2.WorkerMessage(heartbeat=self._heartbeat()).SerializeToString())
             await connection.wake.wait()
 
     def _submit(self, request: EngineRequest, connection: _Connection) -> None:
@@ -254,8 +283,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def _answer(self, connection: _Connection, request_id: str, message: str) -> None:
         """ABORT outside of the steps: step id 0, neither held nor acknowledged; the controller may send its message again."""
         output = SequenceOutput(request_id=request_id, offset=0, finish_reason=FinishReason.ABORT, error=message)
-        step = step_to_proto(StepOutput(step_id=0, sequences=(output,), load=self._load))
-        connection.answers.append(worker_pb2.WorkerMessage(step=step))
+        connection.answers.append(step_message(StepOutput(step_id=0, sequences=(output,), load=self._load)))
         connection.wake.set()
 
     def _acknowledge(self, step_id: int) -> None:
@@ -292,7 +320,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         )
 
 
-async def _check_caller(context: grpc.aio.ServicerContext) -> None:
+async def _check_caller(context: Context) -> None:
     """A worker's certificate is good for its own port and its leader's, not for passing as the controller."""
     if (name := peer_name(context)) != CONTROLLER_NAME:
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"only the controller may call a worker, not {name!r}")

@@ -30,21 +30,21 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.cancelled = threading.Event()
         self.failures_left: dict[str, int] = {}
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateEvent]:
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateEvents]:
         self._note(request, context)
         kind, *arguments = request.text.split() if request.text else ("count", "2")
         yield started(request.request_id or "made-here", request.model or "served")
         async for event in getattr(self, f"_{kind}")(request, context, *arguments):
             yield event
 
-    async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.GenerateEvent]:
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.GenerateEvents]:
         self._note(request, context)
         yield started("chat", "served")
         text = " | ".join(f"{message.role}: {message.content}" for message in request.messages)
         yield delta(0, [7], text, finish=common.FINISH_REASON_STOP)
         yield usage(1)
 
-    async def Resume(self, request: pb.ResumeRequest, context: Any) -> AsyncIterator[pb.GenerateEvent]:
+    async def Resume(self, request: pb.ResumeRequest, context: Any) -> AsyncIterator[pb.GenerateEvents]:
         self._note(request, context)
         await abort(context, "request_not_found")
         yield
@@ -68,7 +68,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
     async def ClusterStatus(self, request: pb.ClusterStatusRequest, context: Any) -> pb.ClusterStatusResponse:
         return pb.ClusterStatusResponse(model="served", replicas=[pb.ReplicaStatus(state=pb.REPLICA_STATE_READY)])
 
-    async def _count(self, request: pb.GenerateRequest, context: Any, num_tokens: str) -> AsyncIterator[pb.GenerateEvent]:
+    async def _count(self, request: pb.GenerateRequest, context: Any, num_tokens: str) -> AsyncIterator[pb.GenerateEvents]:
         choices = request.sampling.n or 1
         last = int(num_tokens) - 1
         for offset in range(last + 1):
@@ -77,7 +77,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
                 yield delta(offset, [offset + 10], f"{offset + 1} ", index=index, finish=finish)
         yield usage((last + 1) * choices)
 
-    async def _forever(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateEvent]:
+    async def _forever(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateEvents]:
         try:
             for offset in range(10**9):
                 yield delta(offset, [offset], f"{offset} ")
@@ -85,7 +85,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         finally:  # it never ends by itself
             self.cancelled.set()
 
-    async def _fail(self, request: Any, context: Any, code: str, times: str) -> AsyncIterator[pb.GenerateEvent]:
+    async def _fail(self, request: Any, context: Any, code: str, times: str) -> AsyncIterator[pb.GenerateEvents]:
         await self._fail_once_per_budget(request.text, context, code, times)
         async for event in self._count(request, context, "3"):
             yield event
@@ -96,23 +96,23 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             self.failures_left[key] = left - 1
             await abort(context, code)
 
-    async def _late(self, request: Any, context: Any, code: str) -> AsyncIterator[pb.GenerateEvent]:
+    async def _late(self, request: Any, context: Any, code: str) -> AsyncIterator[pb.GenerateEvents]:
         for offset in range(2):
             yield delta(offset, [offset], f"{offset} ")
         await abort(context, code)
 
-    async def _status(self, request: Any, context: Any, name: str) -> AsyncIterator[pb.GenerateEvent]:
+    async def _status(self, request: Any, context: Any, name: str) -> AsyncIterator[pb.GenerateEvents]:
         await context.abort(grpc.StatusCode[name], f"said {name}")
         yield
 
-    async def _gap(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateEvent]:
+    async def _gap(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateEvents]:
         yield delta(0, [1], "a")
         yield delta(2, [2], "b")
 
-    async def _stray(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateEvent]:
+    async def _stray(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateEvents]:
         yield delta(0, [1], "a", index=3)
 
-    async def _unfinished(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateEvent]:
+    async def _unfinished(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateEvents]:
         yield delta(0, [1], "a")
 
     def _note(self, request: Any, context: Any) -> None:
@@ -121,13 +121,13 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.times_remaining.append(context.time_remaining())
 
 
-def started(request_id: str, model: str) -> pb.GenerateEvent:
-    return pb.GenerateEvent(
+def started(request_id: str, model: str) -> pb.GenerateEvents:
+    return pb.GenerateEvents(
         started=pb.RequestStarted(request_id=request_id, model=model, created_unix_s=1700000000, prompt_tokens=5)
     )
 
 
-def delta(offset: int, token_ids: list[int], text: str, *, index: int = 0, finish: Any = 0) -> pb.GenerateEvent:
+def delta(offset: int, token_ids: list[int], text: str, *, index: int = 0, finish: Any = 0) -> pb.GenerateEvents:
     logprobs = [
         common.TokenLogprob(
             token_id=token_id,
@@ -138,13 +138,15 @@ def delta(offset: int, token_ids: list[int], text: str, *, index: int = 0, finis
         )
         for token_id in token_ids
     ]
-    return pb.GenerateEvent(
-        delta=pb.TextDelta(index=index, offset=offset, token_ids=token_ids, text=text, logprobs=logprobs, finish_reason=finish)
+    return pb.GenerateEvents(
+        deltas=[
+            pb.TextDelta(index=index, offset=offset, token_ids=token_ids, text=text, logprobs=logprobs, finish_reason=finish)
+        ]
     )
 
 
-def usage(completion_tokens: int) -> pb.GenerateEvent:
-    return pb.GenerateEvent(
+def usage(completion_tokens: int) -> pb.GenerateEvents:
+    return pb.GenerateEvents(
         usage=pb.Usage(prompt_tokens=5, completion_tokens=completion_tokens, cached_tokens=4, ttft_ms=1.5, replica="r0")
     )
 

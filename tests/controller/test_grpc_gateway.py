@@ -61,6 +61,27 @@ async def test_generate_streams_tokens_text_and_usage(cluster: Cluster, client: 
     assert completion.usage.replica
 
 
+@pytest.mark.parametrize("resumable", [False, True])
+async def test_the_start_is_said_alone_only_to_who_can_come_back(cluster: Cluster, resumable: bool) -> None:
+    engine = cluster.launcher.launched[0].engine
+    engine.gate.clear()
+    request = pb.GenerateRequest(tokens=pb.TokenIds(ids=PROMPT), resumable=resumable)
+    request.sampling.max_tokens = 1
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(cluster.service.addresses.grpc) as channel:
+        call = channel.unary_stream(GENERATE, pb.GenerateRequest.SerializeToString, pb.GenerateEvents.FromString)(request)
+        if resumable:
+            start = await call.read()
+            assert start.HasField("started")
+            assert not start.deltas
+        await eventually(lambda: len(engine.submitted) == 1)
+        engine.gate.set()
+        last = await call.read()
+        assert last.HasField("started") != resumable
+        assert [list(delta.token_ids) for delta in last.deltas] == [expected_tokens(PROMPT, 1)]
+        assert last.usage.completion_tokens == 1
+        assert await call.read() is grpc.aio.EOF
+
+
 async def test_chat_tokenize_models_status_and_abort(cluster: Cluster, client: AsyncClient) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     tokens = await client.tokenize(messages)

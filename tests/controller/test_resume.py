@@ -348,6 +348,7 @@ async def test_a_journal_entry_is_the_request_again(start_cluster: StartCluster,
         salt=b"tenant acme",
         version="",
         with_prompt_text=True,
+        timeout_s=9,
     )
     stream = cluster.controller._intake.streams.add("r", timeout_s=9, resumable=True)
     cluster.controller._intake.streams.start(stream, prepared)

@@ -19,6 +19,7 @@ from pilotfish.common.errors import (
     Unavailable,
 )
 from pilotfish.common.requests import FinishReason
+from pilotfish.controller import worker_link
 from pilotfish.controller.events import Delta, Started
 from pilotfish.controller.service import RequestHandle
 from pilotfish.text.prepare import choice_seed
@@ -166,7 +167,23 @@ async def test_cancelling_tells_the_worker_within_one_turn_of_the_loop(start_clu
     await read_until(handle, Answer(), lambda a: a.num_deltas >= 2)
     link = cluster.controller._fleet._replicas[0].places[0].link
     handle.cancel()
-    assert [message.WhichOneof("message") for message in link._outgoing] == ["abort"]
+    assert [len(message.aborts) for message in link._outgoing] == [1]
+
+
+async def test_what_a_worker_is_told_at_once_goes_in_one_message(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = await start_cluster(step_s=0.01)
+    link = cluster.controller._fleet._replicas[0].places[0].link
+    handles = [await generate(cluster, sampling={"max_tokens": 3}) for _ in range(4)]
+    assert [len(message.submits) for message in link._outgoing] == [4]
+    for handle in handles:
+        await read(handle)
+    monkeypatch.setattr(worker_link, "_MAX_JOINED_TOKENS", 2 * len(PROMPT))
+    handles = [await generate(cluster, sampling={"max_tokens": 3}) for _ in range(5)]
+    assert [len(message.submits) for message in link._outgoing] == [2, 2, 1]
+    for handle in handles:
+        await read(handle)
 
 
 async def test_abort_by_id(start_cluster: StartCluster) -> None:

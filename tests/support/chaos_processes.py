@@ -18,6 +18,7 @@ from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, Mo
 from pilotfish.common.errors import PilotfishError
 from pilotfish.common.identity import Identity
 from pilotfish.common.requests import ServingWorker, WorkerInfo
+from pilotfish.controller import grpc_wakeups
 from pilotfish.controller.authority import Authority
 from pilotfish.controller.controller import Controller
 from pilotfish.controller.worker_process import WorkerDied, worker_name
@@ -104,6 +105,7 @@ def run_controller(settings: Settings, host: str, number: int, authority: Author
 
 
 async def _control(settings: Settings, host: str, number: int, authority: Authority, journal_path: Path) -> None:
+    grpc_wakeups.take_all_at_once(asyncio.get_running_loop())
     config = ServeConfig(
         model=settings.model,
         engine=settings.engine,

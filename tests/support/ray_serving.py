@@ -65,14 +65,13 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         try:
-            for event in self._call:
-                kind = event.WhichOneof("event")
-                if kind == "delta":
-                    assert not event.delta.token_ids or event.delta.offset == len(self.token_ids)
-                    self.token_ids.extend(event.delta.token_ids)
-                    self.text += event.delta.text
-                elif kind == "usage":
-                    self.usage = event.usage
+            for events in self._call:
+                for delta in events.deltas:
+                    assert not delta.token_ids or delta.offset == len(self.token_ids)
+                    self.token_ids.extend(delta.token_ids)
+                    self.text += delta.text
+                if events.HasField("usage"):
+                    self.usage = events.usage
         except Exception as error:  # noqa: BLE001 - handed to the thread of the test
             self.error = error
 

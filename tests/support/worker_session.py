@@ -49,16 +49,16 @@ class Session:
             deadline_ms=deadline_ms,
             sampling=TokenSampling(**{"temperature": 0.0, "max_tokens": max_tokens, "seed": 0, **sampling}),
         )
-        await self.send(submit=request_to_proto(request))
+        await self.send(submits=[request_to_proto(request)])
 
     async def receive_until(self, done: Callable[[Session], bool]) -> None:
         async with asyncio.timeout(10):
             while not done(self):
                 message = await self.call.read()
                 assert message is not grpc.aio.EOF, "the worker ended the stream"
-                if message.HasField("step"):
-                    self._take(message.step)
-                elif message.HasField("heartbeat"):
+                for step in message.steps:
+                    self._take(step)
+                if message.HasField("heartbeat"):
                     self.heartbeats.append(message.heartbeat)
 
     async def finish(self, request_id: str) -> SequenceOutput:

@@ -215,7 +215,7 @@ async def test_a_long_step_shows_in_heartbeats_and_health_and_delays_no_call(sta
         async with asyncio.timeout(10):
             while await status() != health_pb2.HealthCheckResponse.NOT_SERVING:
                 await asyncio.sleep(0.02)
-        await controller.send(abort=worker_pb2.Abort(request_id="a"))
+        await controller.send(aborts=[worker_pb2.Abort(request_id="a")])
         await eventually(lambda: worker.engine.aborted == ["a"])  # accepted although the step hangs
         worker.engine.gate.set()
         assert (await controller.finish("a")).finish_reason is FinishReason.ABORT
@@ -272,7 +272,7 @@ async def test_what_the_engine_refuses_is_answered(start_worker: StartWorker) ->
         await controller.submit("a")
         refused = await controller.finish("a")
         assert (refused.finish_reason, refused.error) == (FinishReason.ABORT, "full")
-        await controller.send(abort=worker_pb2.Abort(request_id="never heard of"))
+        await controller.send(aborts=[worker_pb2.Abort(request_id="never heard of")])
         assert (await controller.finish("never heard of")).finish_reason is FinishReason.ABORT
         assert set(controller.steps) == {0}
 

@@ -107,7 +107,7 @@ async def test_an_abort_frees_the_blocks_within_two_steps(start_worker: StartWor
     async with session(start_worker()) as controller:
         await controller.submit("a", max_tokens=400, prompt=list(range(60)))
         await controller.receive_until(lambda s: len(s.steps) >= 3)
-        await controller.send(abort=worker_pb2.Abort(request_id="a"))
+        await controller.send(aborts=[worker_pb2.Abort(request_id="a")])
         assert (await controller.finish("a")).finish_reason is FinishReason.ABORT
         ended_at = controller.steps[-1]
         await controller.receive_until(lambda s: s.load.num_used_blocks == 0)
@@ -281,7 +281,7 @@ async def test_submits_that_no_controller_sends_harm_nobody(start_worker: StartW
         await controller.submit("beside", max_tokens=100)
         for number in range(60):
             submit = wild_submit(rng, f"wild-{number}")
-            await controller.send(submit=submit)
+            await controller.send(submits=[submit])
             try:
                 await controller.finish(submit.request_id)
             except TimeoutError:
