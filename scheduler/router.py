@@ -61,7 +61,7 @@ class RouterConfig:
     block_size: int
     work_weight: float = 2.0
     decode_weight: float = 0.5
-    tie_ms: float = 1.0
+    tie_ms: float = 2.5
     speculative_ticks: int = 10_000
     hold_ticks: int = 1_000
     max_held: int = 64
