@@ -427,7 +427,7 @@ class Dispatcher:
             return False
         sequence.stream.fail(
             PoisonousRequest(
-                f"{name} was running on {self._max_attempts} replicas in a row when they died, the last time because {reason}; "
+                f"{name} was running on at least {self._max_attempts} replicas in a row when they died, the last time because {reason}; "
                 "it is not tried again, and the logs of their workers may say why they died"
             )
         )
