@@ -427,8 +427,8 @@ class Dispatcher:
             return False
         sequence.stream.fail(
             PoisonousRequest(
-                f"{name} was running on at least {self._max_attempts} replicas in a row when they died, the last time because {reason}; "
-                "it is not tried again, and the logs of their workers may say why they died"
+                f"{name} was running on at least {self._max_attempts} replicas in a row when they died, the last time because "
+                f"{reason}; it is not tried again, and the logs of their workers may say why they died"
             )
         )
         return True
