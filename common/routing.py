@@ -70,7 +70,12 @@ class RouteDecision:
             return ""
         more_ms = score.cost_ms - chosen.cost_ms
         if more_ms < 0:
-            return "" if score.has_room else f"{-more_ms:.1f} ms less, but it had no room and its line was full"
+            why = (
+                "which counts as the same; it was chosen more recently"
+                if score.has_room
+                else "but it had no room and its line was full"
+            )
+            return f"{-more_ms:.1f} ms less, {why}"
         differences = {name: getattr(score, name) - getattr(chosen, name) for name in _PARTS}
         differences["prefill_ms"] += differences.pop("work_ms")  # one has the other for its cause
         name = max(differences, key=lambda part: differences[part])
