@@ -75,7 +75,12 @@ def _kernels(report: Report) -> None:
         from ..kernels.dispatch import backend_report
     except ModuleNotFoundError:
         return  # torch or triton: _versions has said so
-    for device, backend in backend_report().items():
+    try:
+        backends = backend_report()
+    except ValueError as error:  # of PILOTFISH_KERNELS
+        report.to_fix.append(str(error))
+        return
+    for device, backend in backends.items():
         report.facts[f"kernels on {device}"] = backend
         if device == "cpu" and "slower" in backend:
             report.to_fix.append(f"CPU kernels do not run: {backend}; install a C++ compiler (Debian: apt-get install g++)")

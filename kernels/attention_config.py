@@ -46,8 +46,8 @@ def decode_config(
 ) -> DecodeConfig:
     """`max_keys` is what the widest row could hold: the width of the block table times the page length.
 
-    Measured on an H200 with 768 keys a row. Few results are split until the GPU is full, the fewest with more threads for each.
-    Where one or two programs a multiprocessor are all, a split would cost a second launch: large steps keep more loads ahead.
+    Measured on an H200 with 768 keys a row. Few results are split until the GPU is full, the fewest with more threads for each,
+    those from half a program a multiprocessor on in long steps, which keep more loads ahead, and without a split from one on.
     """
     row_bytes = padded_head_dim(head_dim) * element_bytes
     num_results = num_rows * num_kv_heads

@@ -5,9 +5,9 @@ every step of up to its number of tokens: whole prompts, chunks, and decode rows
 one takes the host longer than the GPU takes to run them up to a thousand tokens and more.
 
 A step runs in the smallest size that holds it, if padding does not waste too much; the tokens left over are those of a row of
-padding. Data ranks replay the size that holds the tokens of the one that has the most, since their experts meet in it; in
-larger steps than the ladder's tokens go only where they must, which no graph can hold. The graph ends at the hidden states of
-the rows that sample: their logits and the draw are launched behind it.
+padding. Data ranks replay the size that holds the tokens of the one that has the most, since their experts meet in it; they
+have no graph of larger steps than the ladder's, some of which send tokens only where they must, and wait for the device. The
+graph ends at the hidden states of the rows that sample: their logits and the draw are launched behind it.
 """
 
 from __future__ import annotations

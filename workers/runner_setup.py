@@ -13,7 +13,7 @@ from ..common.errors import ConfigError
 from ..common.rank_place import RankPlace
 from ..common.requests import WorkerInfo
 from ..kernels.cpu.threads import use_threads
-from ..kernels.dispatch import backend_report
+from ..kernels.dispatch import backend_report, kernel_mode
 from ..models.build import load_model
 from ..models.causal_lm import CausalLM
 from ..models.dummy import build_dummy
@@ -44,6 +44,10 @@ def set_up_runner(
         ModelNotFound, ModelLoadError: the model cannot be found or loaded, and why.
     """
     start_s = time.perf_counter()
+    try:
+        kernel_mode()
+    except ValueError as error:  # before any op asks
+        raise ConfigError(str(error)) from error
     device = choose_device(engine_config, None if group is None else group.place)
     model, path = _load(model_config, device, Parallel() if group is None else group.parallel)
     experts = ExpertMover(model, group) if group is not None and group.place.balances_experts else None

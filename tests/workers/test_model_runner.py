@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from pilotfish.common.errors import ConfigError
 from pilotfish.common.requests import FinishReason
+from pilotfish.kernels import dispatch
 
 POISON = 255
 
@@ -36,6 +38,15 @@ def in_flight(request) -> int:
 @pytest.fixture
 def crowd(make_request):
     return [make_request(f"r{i}", [i, i + 1, i + 2], max_tokens=6) for i in range(7)]
+
+
+def test_an_unknown_kind_of_kernels_is_refused_at_the_start(make_loop, collector, monkeypatch, in_flight):
+    with monkeypatch.context() as patch:
+        patch.setenv("PILOTFISH_KERNELS", "fast")
+        dispatch.kernel_mode.cache_clear()
+        with pytest.raises(ConfigError, match="use one of auto, invariant, ref"):
+            make_loop(collector, max_in_flight=in_flight)
+    dispatch.kernel_mode.cache_clear()
 
 
 def test_a_request_whose_rows_raise_ends_alone(run_requests, make_request, crowd, in_flight):
