@@ -23,6 +23,15 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusedDecodeConfig:
+    """num_splits: CTAs that share the keys of a row and kv head, 1, 2, 4 or 8. num_stages: tiles of 16 keys that a warp has."""
+
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrefillConfig:
     """block_m: rows of a tile, a query and a head of its group each. block_j: keys a step, a power of two.
 
@@ -69,6 +78,14 @@ def decode_config(
         num_warps=8 if group > 64 else num_warps,
         num_stages=num_stages,
     )
+
+
+def fused_decode_config(*, num_rows: int, num_kv_heads: int, head_dim: int) -> FusedDecodeConfig:
+    """As many CTAs as two a multiprocessor have room for."""
+    num_splits = 8
+    while num_splits > 1 and num_splits * num_rows * num_kv_heads > 2 * NUM_MULTIPROCESSORS:
+        num_splits //= 2
+    return FusedDecodeConfig(num_splits=num_splits, num_warps=4, num_stages=3 if head_dim > 64 else 4)
 
 
 def prefill_config(*, group: int, head_dim: int, element_bytes: int) -> PrefillConfig:

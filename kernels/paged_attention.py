@@ -52,8 +52,19 @@ def paged_attention(
     query_starts[-1] on are padding: their output is not defined. q may be a strided view whose last dimension is
     contiguous. ValueError where shapes or dtypes do not fit.
     """
-    _check_tensors(q_TND, k_cache_BLKD, v_cache_BLKD, sinks_N)
-    _check_rows(block_tables_SM, query_starts_P, context_lens_S, max_query_len, scale, window, soft_cap)
+    check_paged_attention(
+        q_TND,
+        k_cache_BLKD,
+        v_cache_BLKD,
+        block_tables_SM,
+        query_starts_P,
+        context_lens_S,
+        sinks_N,
+        max_query_len=max_query_len,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+    )
     args = (q_TND, k_cache_BLKD, v_cache_BLKD, block_tables_SM, query_starts_P, context_lens_S)
     backend = choose_backend("paged_attention", q_TND, k_cache_BLKD)
     options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks_N": sinks_N}
@@ -140,6 +151,25 @@ def _paged_attention_triton(
     if max_query_len > 1 or not may_decode:
         prefill_attention(*args, config=prefill_config(**shape), skip_one_query=may_decode, **options)
     return out_TND
+
+
+def check_paged_attention(
+    q_TND: torch.Tensor,
+    k_cache_BLKD: torch.Tensor,
+    v_cache_BLKD: torch.Tensor,
+    block_tables_SM: torch.Tensor,
+    query_starts_P: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    sinks_N: torch.Tensor | None,
+    *,
+    max_query_len: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """ValueError where `paged_attention` takes no such arguments."""
+    _check_tensors(q_TND, k_cache_BLKD, v_cache_BLKD, sinks_N)
+    _check_rows(block_tables_SM, query_starts_P, context_lens_S, max_query_len, scale, window, soft_cap)
 
 
 def _check_tensors(

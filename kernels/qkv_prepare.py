@@ -48,13 +48,12 @@ def prepare_qkv(
     slot: none of this is checked on the device. `norm_eps` is that of both norms, which come together or not at all.
     ValueError where shapes or dtypes do not fit.
     """
-    _check_norms(q_TND, k_TKD, q_norm_D, k_norm_D)
     tensors = (q_TND, k_TKD, v_TKV, cos_PC, sin_PC, positions_T, k_cache_BLKD, v_cache_BLKV, slots_T)
     if q_TND.is_cuda and choose_backend("prepare_qkv", q_TND, k_cache_BLKD) == "triton":
-        check_rotary(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
-        check_store_kv(k_TKD, v_TKV, k_cache_BLKD, v_cache_BLKV, slots_T)
+        check_prepare_qkv(*tensors, q_norm_D, k_norm_D)
         _prepare_qkv_triton(*tensors, q_norm_D=q_norm_D, k_norm_D=k_norm_D, norm_eps=norm_eps)
     else:
+        _check_norms(q_TND, k_TKD, q_norm_D, k_norm_D)
         _one_after_another((rms_norm, apply_rotary, store_kv), *tensors, norms=(q_norm_D, k_norm_D), norm_eps=norm_eps)
 
 
@@ -347,6 +346,25 @@ def _prepare_qkv_triton(
         enable_fp_fusion=False,  # a fused multiply-add would round otherwise than the reference
         **launch_options(q_TND.device),
     )
+
+
+def check_prepare_qkv(
+    q_TND: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKV: torch.Tensor,
+    cos_PC: torch.Tensor,
+    sin_PC: torch.Tensor,
+    positions_T: torch.Tensor,
+    k_cache_BLKD: torch.Tensor,
+    v_cache_BLKV: torch.Tensor,
+    slots_T: torch.Tensor,
+    q_norm_D: torch.Tensor | None,
+    k_norm_D: torch.Tensor | None,
+) -> None:
+    """ValueError where `prepare_qkv` takes no such arguments."""
+    _check_norms(q_TND, k_TKD, q_norm_D, k_norm_D)
+    check_rotary(q_TND, k_TKD, cos_PC, sin_PC, positions_T)
+    check_store_kv(k_TKD, v_TKV, k_cache_BLKD, v_cache_BLKV, slots_T)
 
 
 def _check_norms(

@@ -101,6 +101,27 @@ __device__ __forceinline__ int load_from_l2(const int* source) {
   return value;
 }
 
+// --- four numbers in shared memory
+
+struct alignas(16) Four {
+  float value[4];
+};
+
+__device__ __forceinline__ void keep(u32 address, const Four& four) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four.value[0]), "f"(four.value[1]),
+               "f"(four.value[2]), "f"(four.value[3])
+               : "memory");
+}
+
+__device__ __forceinline__ Four load(u32 address) {
+  Four four;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.value[0]), "=f"(four.value[1]), "=f"(four.value[2]), "=f"(four.value[3])
+               : "r"(address)
+               : "memory");
+  return four;
+}
+
 // --- tensor cores
 
 // Rows of 128 swizzled bytes, groups of 8 rows 1024 bytes apart: (64 << 32), swizzle of 128 bytes: (1 << 62).
@@ -233,6 +254,25 @@ __device__ __forceinline__ u32 address_in_rank(u32 address, u32 rank) {
   u32 remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
+}
+
+// Relaxed: before it come the initialised mbarriers, which have their own fence, and reads of shared memory that have finished.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Sends to another CTA's shared memory, whose barrier counts the bytes when they are there.
+__device__ __forceinline__ void send(u32 remote_address, u32 remote_barrier, const Four& four) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote_address),
+      "f"(four.value[0]), "f"(four.value[1]), "f"(four.value[2]), "f"(four.value[3]), "r"(remote_barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void send_two(u32 remote_address, u32 remote_barrier, float first, float second) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(remote_address),
+               "f"(first), "f"(second), "r"(remote_barrier)
+               : "memory");
 }
 
 // For what other CTAs of the cluster have sent.

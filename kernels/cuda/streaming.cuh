@@ -22,25 +22,6 @@ __device__ __forceinline__ void synchronize_consumers() { asm volatile("bar.sync
 
 // --- sums and outputs
 
-struct alignas(16) Four {
-  float value[4];
-};
-
-__device__ __forceinline__ void keep(u32 address, const Four& four) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four.value[0]), "f"(four.value[1]),
-               "f"(four.value[2]), "f"(four.value[3])
-               : "memory");
-}
-
-__device__ __forceinline__ Four load(u32 address) {
-  Four four;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(four.value[0]), "=f"(four.value[1]), "=f"(four.value[2]), "=f"(four.value[3])
-               : "r"(address)
-               : "memory");
-  return four;
-}
-
 // wgmma leaves a thread 2 rows of x (2 c and 2 c + 1, c = lane % 4) by 2 rows of the weight (r and r + 8, r = lane / 4). Four
 // lanes trade theirs, so that each has 4 consecutive rows of the weight, of one row of x.
 __device__ __forceinline__ Four gather_four(const float* sums, int lane) {

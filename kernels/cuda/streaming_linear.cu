@@ -23,19 +23,6 @@ constexpr int X_STAGE_BYTES = ONE_RING ? STAGE_BYTES : X_BYTES;
 
 // --- clusters
 
-// Relaxed: before it come the initialised mbarriers, which have their own fence, and reads of shared memory that have finished.
-__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// Sends to another CTA's shared memory, whose barrier counts the bytes when they are there.
-__device__ __forceinline__ void send(u32 remote_address, u32 remote_barrier, const Four& four) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote_address),
-      "f"(four.value[0]), "f"(four.value[1]), "f"(four.value[2]), "f"(four.value[3]), "r"(remote_barrier)
-      : "memory");
-}
-
 // The sum over the cluster's CTAs in the order of their ranks, whose parts are `rank_bytes` apart.
 __device__ __forceinline__ Four add_parts(u32 address, u32 rank_bytes, int num_splits) {
   Four total = load(address);

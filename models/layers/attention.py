@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...kernels.paged_attention import paged_attention
-from ...kernels.qkv_prepare import prepare_qkv
+from ...kernels.attend import prepare_and_attend
 from ..forward_batch import ForwardBatch
 from ..model_shape import ModelShape
 from ..parallel import Share
@@ -55,7 +54,7 @@ class Attention(torch.nn.Module):
         qkv = self.qkv_proj.forward(x_TH).view(x_TH.shape[0], sum(heads), self.head_dim)
         q_TND, k_TKD, v_TKD = qkv.split_with_sizes(heads, dim=1)
         k_cache, v_cache = batch.kv_caches[self.layer]
-        prepare_qkv(
+        out_TND = prepare_and_attend(
             q_TND,
             k_TKD,
             v_TKD,
@@ -65,19 +64,14 @@ class Attention(torch.nn.Module):
             k_cache,
             v_cache,
             batch.slots_T,
-            q_norm_D=None if self.q_norm is None else self.q_norm.weight,
-            k_norm_D=None if self.k_norm is None else self.k_norm.weight,
-            norm_eps=self.norm_eps,
-        )
-        out_TND = paged_attention(
-            q_TND,
-            k_cache,
-            v_cache,
             batch.block_tables_SB,
             batch.query_starts_S1,
             batch.context_lens_S,
             max_query_len=batch.max_query_len,
             min_query_len=batch.min_query_len,
+            q_norm_D=None if self.q_norm is None else self.q_norm.weight,
+            k_norm_D=None if self.k_norm is None else self.k_norm.weight,
+            norm_eps=self.norm_eps,
             scale=self.head_dim**-0.5,
             window=self.window,
             soft_cap=self.soft_cap,
