@@ -65,7 +65,7 @@ def prepare_and_attend(
             soft_cap=None,
         )
         if unfit_reason(q_TND, k_TKD, v_TKD, cos_PC, k_cache_BLKD, sinks_N) is None:
-            config = fused_decode_config(num_rows=q_TND.shape[0], num_kv_heads=k_cache_BLKD.shape[2], head_dim=q_TND.shape[2])
+            config = fused_decode_config(num_rows=q_TND.shape[0], num_kv_heads=k_cache_BLKD.shape[2])
             return fused_decode(
                 q_TND,
                 k_TKD,

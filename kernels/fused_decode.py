@@ -1,7 +1,7 @@
 """Norm, rotary, store and attention of rows with one new token each, in one kernel: the launcher of cuda/decode_attention.cu.
 
 It does what prepare_qkv and paged_attention do one after the other, with the same roundings, for compute capability 9.0,
-numbers of 16 bits, head sizes of 64 and 128 that turn whole, up to 8 query heads a kv head, and no soft cap. It saves one or two
+numbers of 16 bits, head sizes of 64 and 128 that turn whole, up to 8 query heads a kv head, no soft cap. It saves one or two
 launches a layer, and begins to read the cache before the kernel in front of it has ended. For that, what it reads of the cache,
 the block tables, the context lengths and the slots were written before a kernel that lets the next one start at its own end: by
 earlier steps, and by what composes the step (dependent_launch.py).
@@ -59,8 +59,8 @@ def fused_decode(
     kernel = _load(head_dim, group, config.num_warps, config.num_stages, q_TND.dtype, q_TND.device)
     assert kernel is not None  # unfit_reason has loaded one, so there is a compiler or this one in the cache
     out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
-    tensors = (q_TND, k_TKD, v_TKD, cos_PC, sin_PC, q_norm_D, k_norm_D, k_cache_BLKD, v_cache_BLKD, out_TND)
-    tensors += (block_tables_TM, context_lens_T, slots_T, sinks_N)
+    prepared = (q_TND, k_TKD, v_TKD, cos_PC, sin_PC, q_norm_D, k_norm_D, k_cache_BLKD, v_cache_BLKD)
+    tensors = (*prepared, out_TND, block_tables_TM, context_lens_T, slots_T, sinks_N)
     loader.launch(
         kernel,
         (

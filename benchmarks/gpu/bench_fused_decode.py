@@ -60,7 +60,7 @@ class DecodeInputs(Inputs):
 def measure(shape: Shape, limits: argparse.Namespace) -> list[dict[str, object]]:
     inputs = DecodeInputs(shape, table_width=limits.table_width)
     num_kv_heads = HEADS[shape.model][1]
-    default = fused_decode_config(num_rows=shape.num_rows, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM)
+    default = fused_decode_config(num_rows=shape.num_rows, num_kv_heads=num_kv_heads)
     q_before = inputs.qkv[0].clone()  # the two ops turn q in place
     expected = inputs.run_two_ops(0)
     inputs.qkv[0].copy_(q_before)

@@ -183,7 +183,7 @@ def test_what_it_does_not_serve_has_a_reason():
 
 def test_configs_fit_in_shared_memory_and_their_splits_divide_the_outputs():
     for num_rows, num_kv_heads, head_dim, group in product((1, 8, 33, 128, 512), (1, 3, 4, 8), (64, 128), range(1, 9)):
-        config = fused_decode_config(num_rows=num_rows, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        config = fused_decode_config(num_rows=num_rows, num_kv_heads=num_kv_heads)
         assert shared_bytes(config, head_dim=head_dim, group=group) <= loader.MAX_SHARED_BYTES
         assert group * head_dim // 4 % config.num_splits == 0
 
