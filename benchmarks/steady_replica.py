@@ -80,12 +80,15 @@ class SteadyEngine:
         self._step_id = 0
         self._num_events = 0
         self._is_running = False
+        self._is_paused = False
 
     def submit(self, request: EngineRequest) -> None:
         self._running[request.request_id] = _Sequence(request, list(request.prompt_token_ids), root_hash(request.salt))
-        if not self._is_running:
-            self._is_running = True
-            asyncio.get_running_loop().call_later(self._step_s, self._step)
+        self._run()
+
+    def pause(self, is_paused: bool) -> None:
+        self._is_paused = is_paused
+        self._run()
 
     def abort(self, request_id: str) -> None:
         self._aborted.append(request_id)
@@ -95,6 +98,11 @@ class SteadyEngine:
 
     def health(self) -> SteadyHealth:
         return SteadyHealth(self._step_id)
+
+    def _run(self) -> None:
+        if self._running and not (self._is_running or self._is_paused):
+            self._is_running = True
+            asyncio.get_running_loop().call_later(self._step_s, self._step)
 
     def _step(self) -> None:
         loop, began_s = asyncio.get_running_loop(), time.monotonic()
@@ -135,7 +143,7 @@ class SteadyEngine:
                 load=EngineLoad(num_running=len(self._running), num_cached_blocks=len(self._cache)),
             )
         )
-        if self._running:
+        if self._running and not self._is_paused:
             loop.call_later(max(0.0, self._step_s - (time.monotonic() - began_s)), self._step)
         else:
             self._is_running = False

@@ -25,8 +25,9 @@ class ReplicaStatus:
     """One replica, or one data rank of it (`name` ends in "/<data rank>"). `message` explains LOST and FAILED; `info` is None
     until its worker first started.
 
-    `last_step_age_s` is the age of the step that runs now, 0 when idle. `num_generated_tokens` counts since the controller
-    started, over restarts of the worker. `routing` is None while the router does not know it.
+    `last_step_age_s` is the age of the step that runs now, 0 when idle. `paused_s` is how long the engine paused for the
+    controller since its worker started. `num_generated_tokens` counts since the controller started, over the worker's restarts.
+    `routing` is None while the router does not know it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ReplicaStatus:
     load: EngineLoad
     last_step_age_s: float
     last_step_id: int
+    paused_s: float = 0.0
     num_generated_tokens: int = 0
     routing: RoutingState | None = None
 

@@ -103,4 +103,5 @@ class Replica:
             load=link.load if link else EngineLoad(),
             last_step_age_s=link.step_age_s if link else 0.0,
             last_step_id=link.step_id if link else 0,
+            paused_s=link.paused_s if link else 0.0,
         )

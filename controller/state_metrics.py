@@ -62,6 +62,11 @@ def _of_replicas(replicas: list[ReplicaStatus]) -> Iterator[Metric]:
     preemptions = CounterMetricFamily(
         "pilotfish_preemptions_total", "Sequences that had to give up their KV blocks.", labels=("replica",)
     )
+    paused = CounterMetricFamily(
+        "pilotfish_engine_paused_seconds_total",
+        "Time in which the engine paused since the controller could not follow, of this worker.",
+        labels=("replica",),
+    )
     measured = _gauge(
         "expert_balance_ratio", "Tokens that the fullest rank's experts got over the mean rank's, as last measured."
     )
@@ -81,6 +86,7 @@ def _of_replicas(replicas: list[ReplicaStatus]) -> Iterator[Metric]:
         waiting.add_metric(labels, load.num_waiting)
         step_age.add_metric(labels, replica.last_step_age_s)
         preemptions.add_metric(labels, load.num_preemptions)
+        paused.add_metric(labels, replica.paused_s)
         if replica.routing is not None:
             for unit, family in drifts.items():
                 family.add_metric(labels, getattr(replica.routing, f"drift_{unit}"))
@@ -88,7 +94,7 @@ def _of_replicas(replicas: list[ReplicaStatus]) -> Iterator[Metric]:
             measured.add_metric(labels, balance.measured)
             expected.add_metric(labels, balance.expected)
             moves.add_metric(labels, balance.num_moves)
-    yield from (blocks, usage, running, waiting, step_age, preemptions, measured, expected, moves, *drifts.values())
+    yield from (blocks, usage, running, waiting, step_age, preemptions, paused, measured, expected, moves, *drifts.values())
 
 
 def _gauge(name: str, text: str) -> GaugeMetricFamily:

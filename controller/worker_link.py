@@ -63,6 +63,7 @@ class WorkerLink:
         last_message_time: of the monotonic clock.
         load, step_id, step_age_s, failed, failure: as of the last message; `step_age_s` is 0 when no step runs, `failed` says
             that the engine cannot go on, `failure` why, `phase` what it was doing.
+        paused_s: how long the engine has paused in all since what it had made was not acknowledged.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class WorkerLink:
         self.failed = False
         self.failure = ""
         self.phase = ""
+        self.paused_s = 0.0
         self._peer = peer
         self._identity = identity
         self._epoch = epoch
@@ -164,7 +166,7 @@ class WorkerLink:
             if message.HasField("heartbeat"):
                 beat = message.heartbeat
                 self.load, self.step_age_s, self.failed = load_from_proto(beat.load), beat.step_age_s, beat.failed
-                self.failure, self.phase = beat.message, beat.phase
+                self.failure, self.phase, self.paused_s = beat.message, beat.phase, beat.paused_s
             if message.HasField("hello"):
                 self._greeted()
 

@@ -99,6 +99,7 @@ def _replica_to_proto(replica: ReplicaStatus) -> pb.ReplicaStatus:
         load=codec.load_to_proto(replica.load),
         last_step_age_s=replica.last_step_age_s,
         last_step_id=replica.last_step_id,
+        paused_s=replica.paused_s,
         num_generated_tokens=replica.num_generated_tokens,
         routing=None if replica.routing is None else routing_to_proto(replica.routing),
     )
@@ -116,6 +117,7 @@ def _replica_from_proto(message: pb.ReplicaStatus) -> ReplicaStatus:
         load=codec.load_from_proto(message.load),
         last_step_age_s=message.last_step_age_s,
         last_step_id=message.last_step_id,
+        paused_s=message.paused_s,
         num_generated_tokens=message.num_generated_tokens,
         routing=routing_from_proto(message.routing) if message.HasField("routing") else None,
     )

@@ -214,7 +214,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("name", "state", "message", "address", "node", "restarts", "info", "load", "last_step_age_s", "last_step_id", "num_generated_tokens", "routing")
+    __slots__ = ("name", "state", "message", "address", "node", "restarts", "info", "load", "last_step_age_s", "last_step_id", "num_generated_tokens", "paused_s", "routing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +226,7 @@ class ReplicaStatus(_message.Message):
     LAST_STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_S_FIELD_NUMBER: _ClassVar[int]
     ROUTING_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ReplicaState
@@ -238,8 +239,9 @@ class ReplicaStatus(_message.Message):
     last_step_age_s: float
     last_step_id: int
     num_generated_tokens: int
+    paused_s: float
     routing: RoutingState
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., message: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., restarts: _Optional[int] = ..., info: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., last_step_age_s: _Optional[float] = ..., last_step_id: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., routing: _Optional[_Union[RoutingState, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., message: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., restarts: _Optional[int] = ..., info: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., last_step_age_s: _Optional[float] = ..., last_step_id: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., paused_s: _Optional[float] = ..., routing: _Optional[_Union[RoutingState, _Mapping]] = ...) -> None: ...
 
 class RoutingState(_message.Message):
     __slots__ = ("num_requests", "num_held", "queued_tokens", "expected_blocks", "drift_requests", "drift_tokens", "drift_blocks", "ms_per_token", "step_overhead_ms", "num_indexed_blocks", "num_snapshots")

@@ -185,7 +185,7 @@ class Hello(_message.Message):
     def __init__(self, info: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ..., step_id: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("step_id", "busy", "step_age_s", "phase", "load", "failed", "message")
+    __slots__ = ("step_id", "busy", "step_age_s", "phase", "load", "failed", "message", "paused_s")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +193,7 @@ class Heartbeat(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_S_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     busy: bool
     step_age_s: float
@@ -200,7 +201,8 @@ class Heartbeat(_message.Message):
     load: _common_pb2.EngineLoad
     failed: bool
     message: str
-    def __init__(self, step_id: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age_s: _Optional[float] = ..., phase: _Optional[str] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., failed: _Optional[bool] = ..., message: _Optional[str] = ...) -> None: ...
+    paused_s: float
+    def __init__(self, step_id: _Optional[int] = ..., busy: _Optional[bool] = ..., step_age_s: _Optional[float] = ..., phase: _Optional[str] = ..., load: _Optional[_Union[_common_pb2.EngineLoad, _Mapping]] = ..., failed: _Optional[bool] = ..., message: _Optional[str] = ..., paused_s: _Optional[float] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("hello", "steps", "heartbeat")

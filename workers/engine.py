@@ -54,6 +54,7 @@ def set_up_on_this_machine(parallel: ParallelConfig) -> SetUp:
 
 # Requests an engine holds at once, running and waiting. Queues for more belong to whoever feeds it.
 MAX_LIVE_REQUESTS = 1024
+_PAUSED_WAIT_S = 0.05
 
 
 class Phase(StrEnum):
@@ -62,6 +63,7 @@ class Phase(StrEnum):
     STARTING = "starting"
     IDLE = "idle"
     STEP = "step"
+    PAUSED = "paused"
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -121,7 +123,7 @@ class Engine:
         self._aborting: set[str] = set()
         self._is_accepting = False
         self._is_stopping = False
-        self._phase = Phase.STARTING  # IDLE stands for STEP too
+        self._phase = Phase.STARTING  # IDLE stands for STEP and PAUSED too
         self._failure = ""
         # (deadline, request id); also of requests that have ended. The engine thread's own.
         self._deadlines: list[tuple[float, str]] = []
@@ -167,6 +169,11 @@ class Engine:
                 self._send(lambda loop: loop.scheduler.abort(request_id))
             return True
 
+    def pause(self, is_paused: bool) -> None:
+        """While paused no step begins, after those in flight; aborts and deadlines end requests as ever."""
+        with self._changed:
+            self._send(lambda loop: setattr(loop, "is_paused", is_paused))
+
     def snapshot(self, *, timeout_s: float = 30.0) -> EngineSnapshot:
         """The state between two steps. Raises Unavailable if the engine does not run or no step ends within the timeout."""
         answers: list[EngineSnapshot] = []
@@ -197,6 +204,8 @@ class Engine:
         loop, phase, message = self._loop, self._phase, self._failure
         busy_since_s = loop.busy_since_s if loop is not None and self._is_running else None
         age_s = 0.0
+        if busy_since_s is None and loop is not None and self._is_running and loop.is_paused:
+            phase = Phase.PAUSED
         if busy_since_s is not None:
             phase, age_s = Phase.STEP, time.monotonic() - busy_since_s
             if age_s > self._config.stall_timeout_s:
@@ -204,7 +213,7 @@ class Engine:
         if self._runner is not None and self._runner.failure:  # the step will never end
             phase, message = Phase.FAILED, self._runner.failure
         step_id = loop.step_id if loop is not None else 0
-        ok = phase in (Phase.IDLE, Phase.STEP) and not message
+        ok = phase in (Phase.IDLE, Phase.STEP, Phase.PAUSED) and not message
         return EngineHealth(ok=ok, phase=phase, step_id=step_id, step_age_s=age_s, message=message)
 
     def stop(self, *, timeout_s: float = 30.0) -> None:
@@ -287,11 +296,15 @@ class Engine:
     def _take_commands(self, loop: StepLoop) -> bool:
         """Runs the waiting commands, and waits for one when there is nothing else to do; False when the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._commands or self._is_stopping or loop.has_work, loop.idle_wait_s)
+            self._changed.wait_for(lambda: self._commands or self._is_stopping or loop.has_work, self._wait_s(loop))
             commands, self._commands = self._commands, deque()
         for command in commands:
             command(loop)
         return not self._is_stopping
+
+    def _wait_s(self, loop: StepLoop) -> float | None:
+        """How long nothing may happen before the next turn; None: for ever. A paused loop has deadlines to keep."""
+        return _PAUSED_WAIT_S if loop.idle_wait_s is None and loop.is_paused else loop.idle_wait_s
 
     def _add(self, request: EngineRequest, deadline_s: float | None, loop: StepLoop) -> None:
         loop.scheduler.add(request)

@@ -66,6 +66,7 @@ class StepLoop:
 
     Attributes:
         step_id: of the last message; messages count from 1 without gaps.
+        is_paused: no step begins, though there are sequences.
         busy_since_s: when the step that is not yet reported began (monotonic clock); None while there is none.
     """
 
@@ -74,6 +75,7 @@ class StepLoop:
     ) -> None:
         self.scheduler = scheduler
         self.step_id = 0
+        self.is_paused = False
         self.busy_since_s: float | None = None
         self._runner = runner
         self._on_step = on_step
@@ -83,7 +85,7 @@ class StepLoop:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight) or self.scheduler.has_work
+        return bool(self._in_flight) or (self.scheduler.has_work and not self.is_paused)
 
     @property
     def idle_wait_s(self) -> float | None:
@@ -98,7 +100,7 @@ class StepLoop:
             ReplicaStopped: another data rank was stopped.
         """
         start_s = time.monotonic()
-        plan = own_plan = self.scheduler.plan()
+        plan = own_plan = None if self.is_paused else self.scheduler.plan()
         plan_ms = (time.monotonic() - start_s) * 1e3
         if self._runner.agreement is not None:
             plan = self._runner.agreement.join(own_plan, self.scheduler.plan_nothing)

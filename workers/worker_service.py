@@ -1,9 +1,9 @@
 """The Worker service: one controller's stream of submits, aborts and acks down and steps up. All of it on one event loop.
 
-What the controller has not acknowledged is held (outbox.py) and sent again when it, or its successor, attaches. When it has
-been away for `away_timeout_s`, or the outbox is full, running requests are aborted: their tokens up to then are held, and the
-ABORT that the controller did not ask for tells it to replay them elsewhere. Nothing is dropped in silence, nothing grows
-without a bound.
+What the controller has not acknowledged is held (outbox.py) and sent again when it, or its successor, attaches. Where it
+cannot follow, the engine pauses (backpressure.py). When it has been away for `away_timeout_s`, or the outbox is full all the
+same, running requests are aborted: their tokens up to then are held, and the ABORT that the controller did not ask for tells it
+to replay them elsewhere. Nothing is dropped in silence, nothing grows without a bound.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..common.requests import EngineLoad, EngineRequest, FinishReason, SequenceO
 from ..proto import worker_pb2
 from ..proto.codec import info_to_proto, load_to_proto, request_from_proto
 from ..proto.credentials import peer_name
+from .backpressure import Backpressure
 from .engine_interface import FAILED_PHASE, EngineInterface
 from .outbox import StepOutbox, step_message
 
@@ -36,12 +37,16 @@ class ServerLimits:
     """Bounds of the service.
 
     Attributes:
-        outbox_bytes: unacknowledged output held; at this size running requests are aborted.
+        pause_bytes, resume_bytes: unacknowledged output at which the engine pauses, and at which it goes on. A token takes some
+            50: ten seconds of a busy replica.
+        outbox_bytes: unacknowledged output held; at this size running requests are aborted. The pause comes long before.
         away_timeout_s: how long requests run on without a controller.
         heartbeat_interval_s: how often the engine's state goes up, whether steps end or not.
         attach_timeout_s: the first message of a controller is due in this time.
     """
 
+    pause_bytes: int = 8 * 1024 * 1024
+    resume_bytes: int = 4 * 1024 * 1024
     outbox_bytes: int = 64 * 1024 * 1024
     away_timeout_s: float = 60.0
     heartbeat_interval_s: float = 1.0
@@ -81,6 +86,7 @@ class WorkerService:
         self._info = info
         self._limits = limits
         self._outbox = StepOutbox(limits.outbox_bytes)
+        self._backpressure = Backpressure(pause_bytes=limits.pause_bytes, resume_bytes=limits.resume_bytes, pause=engine.pause)
         self._running: dict[str, None] = {}
         self._ended_unacknowledged: set[str] = set()
         self._connection: _Connection | None = None
@@ -119,6 +125,7 @@ class WorkerService:
             self._ended_unacknowledged.add(request_id)
         self._load = step.load
         self._outbox.append(step, finished)
+        self._backpressure.look_at(self._outbox.num_bytes)
         if self._outbox.is_full and not self._given_up:
             self._give_up(f"the controller left {self._outbox.num_bytes} bytes of output unacknowledged")
         if not self._running:
@@ -288,6 +295,7 @@ class WorkerService:
 
     def _acknowledge(self, step_id: int) -> None:
         self._ended_unacknowledged.difference_update(self._outbox.acknowledge(step_id))
+        self._backpressure.look_at(self._outbox.num_bytes)
         if not self._outbox.is_full:
             self._given_up = ""
 
@@ -317,6 +325,7 @@ class WorkerService:
             load=load_to_proto(self._load),
             failed=health.phase == FAILED_PHASE,
             message=health.message,
+            paused_s=self._backpressure.paused_s,
         )
 
 

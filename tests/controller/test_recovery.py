@@ -319,6 +319,16 @@ async def test_what_a_worker_gives_up_runs_elsewhere(start_cluster: StartCluster
     assert len(engine.submitted[1].output_token_ids) > 3
 
 
+async def test_an_engine_that_paused_goes_on_once_the_controller_has_followed(start_cluster: StartCluster) -> None:
+    limits = ServerLimits(heartbeat_interval_s=0.05, pause_bytes=2000, resume_bytes=1000)
+    cluster = await start_cluster(launcher=LocalLauncher(limits=limits), stall_timeout_s=0.3)
+    answer = await read(await generate(cluster, max_tokens=60))
+    check(answer, 60)
+    (replica,) = cluster.controller.status().replicas
+    assert replica.paused_s > 0
+    assert len(cluster.launcher.launched) == 1
+
+
 async def test_a_gap_in_the_cache_events_is_closed_by_a_snapshot(start_cluster: StartCluster) -> None:
     cluster = await start_cluster()
     dispatcher = cluster.controller._dispatcher

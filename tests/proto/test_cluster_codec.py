@@ -54,6 +54,7 @@ def replica(state: ReplicaState, info: WorkerInfo | None) -> ReplicaStatus:
         load=EngineLoad(num_running=1, num_free_blocks=98, num_used_blocks=2),
         last_step_age_s=0.25,
         last_step_id=9,
+        paused_s=1.5,
         num_generated_tokens=70,
         routing=ROUTING if info else None,
     )

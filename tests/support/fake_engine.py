@@ -83,6 +83,7 @@ class FakeEngine:
         self._changed = threading.Condition()
         self._stopping = False
         self._failed = False
+        self._paused = False
         self._step_id = 0
         self._step_since: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -118,6 +119,9 @@ class FakeEngine:
         self.aborted.append(request_id)
         self._command(lambda: self.scheduler.abort(request_id))
 
+    def pause(self, is_paused: bool) -> None:
+        self._command(lambda: setattr(self, "_paused", is_paused))
+
     def snapshot(self) -> Snapshot:
         done = threading.Event()
         box: list[Snapshot] = []
@@ -133,7 +137,7 @@ class FakeEngine:
 
     def health(self) -> Health:
         age_s = 0.0 if self._step_since is None else time.monotonic() - self._step_since
-        phase = "failed" if self._failed else "step" if age_s else "idle"
+        phase = "failed" if self._failed else "step" if age_s else "paused" if self._paused else "idle"
         return Health(not self._failed and age_s <= self.stall_timeout_s, phase, self._step_id, age_s)
 
     def fail(self) -> None:
@@ -160,14 +164,14 @@ class FakeEngine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._commands or self._stopping or (self.scheduler.has_work and not self._failed)):
+                while not (self._commands or self._stopping or self._may_step):
                     self._changed.wait()
                 commands, self._commands = self._commands, []
             if self._stopping:
                 return
             for command in commands:
                 command()
-            plan = self.scheduler.plan()
+            plan = None if self._paused else self.scheduler.plan()
             if plan is not None:
                 self._step_since = time.monotonic()
                 self.gate.wait()
@@ -176,6 +180,10 @@ class FakeEngine:
                 self._step_since = None
             self.scheduler.check_invariants()
             self._emit(plan.num_tokens if plan else 0)
+
+    @property
+    def _may_step(self) -> bool:
+        return self.scheduler.has_work and not (self._failed or self._paused)
 
     def _compute(self, plan: StepPlan) -> StepResult:
         tokens: list[int] = []

@@ -33,9 +33,9 @@ def start_worker(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[S
     running: list[tuple[WorkerServer, Engine]] = []
     set_up = TimedReplica(max_model_len=MAX_MODEL_LEN) if request.param == "timed" else None
 
-    def start(**engine_options: int) -> str:
+    def start(limits: ServerLimits | None = None, **engine_options: int) -> str:
         config = EngineConfig(**{"device": "cpu", "num_threads": 1, "num_kv_blocks": 128, "max_num_seqs": 8, **engine_options})
-        server = WorkerServer(ServerLimits(heartbeat_interval_s=0.05), LEADER)
+        server = WorkerServer(limits or ServerLimits(heartbeat_interval_s=0.05), LEADER)
         engine = Engine(ModelConfig(model=str(tiny_llama), dtype="float32"), config, on_step=server.on_step, set_up=set_up)
         running.append((server, engine))
         return server.start(engine, replace(engine.start(), epoch=3), host="127.0.0.1")
@@ -198,6 +198,32 @@ async def test_drain_waits_for_the_running_and_refuses_the_new(start_worker: Sta
         await controller.submit("b")
         assert "draining" in (await controller.finish("b")).error
         assert len(controller.tokens("a")) == 400
+
+
+async def test_a_controller_that_does_not_follow_pauses_the_engine(start_worker: StartWorker) -> None:
+    address = start_worker(ServerLimits(heartbeat_interval_s=0.05, pause_bytes=3000, resume_bytes=1000))
+    async with session(address) as controller:
+        await controller.submit("whole", max_tokens=150)
+        await controller.submit("unwanted", max_tokens=150)
+        await controller.receive_until(lambda s: bool(s.heartbeats) and s.heartbeats[-1].phase == "paused")
+        num_steps, spent_s = len(controller.steps), controller.heartbeats[-1].paused_s
+        await controller.submit("late", max_tokens=150, deadline_ms=100.0)
+        await controller.send(aborts=[worker_pb2.Abort(request_id="unwanted")])
+        assert (await controller.finish("unwanted")).finish_reason is FinishReason.ABORT
+        assert (await controller.finish("late")).finish_reason is FinishReason.DEADLINE
+        await controller.receive_until(lambda s: s.heartbeats[-1].paused_s > spent_s)
+        assert len(controller.steps) <= num_steps + 4, "two in flight and the two that ended"
+        assert not controller.heartbeats[-1].busy
+        while not any(output.request_id == "whole" and output.finish_reason for output in controller.outputs):
+            await controller.send(ack=worker_pb2.Ack(step_id=controller.steps[-1]))
+            seen = len(controller.outputs)
+            await controller.receive_until(lambda s, seen=seen: len(s.outputs) > seen)
+        await controller.send(ack=worker_pb2.Ack(step_id=controller.steps[-1]))
+        await controller.receive_until(lambda s: s.heartbeats[-1].phase == "idle")
+        await controller.submit("undisturbed", max_tokens=30)
+        await controller.finish("undisturbed")
+    assert len(controller.tokens("whole")) == 150
+    assert controller.tokens("whole")[:30] == controller.tokens("undisturbed")
 
 
 async def test_heartbeats_come_with_and_without_work(start_worker: StartWorker) -> None:
