@@ -2,7 +2,9 @@
 
 The engine's own loop runs (overlapped, CUDA graphs), on a dummy model, and torch.profiler traces some of its steps: decode
 steps of a full batch, or with `--prefill` those that compute the batch's prompts. One JSON row a batch size, then a row a
-kernel: launches and microseconds a step. Gaps are counted from 5 us: below lie those between two kernels of one step.
+kernel: launches and microseconds a step. A kernel that starts early waits for the one before it, so what it takes says little:
+`adds_us` is by how much its end is later than that of all before it. Gaps are counted from 5 us: below lie those between two
+kernels of one step.
 
     python benchmarks/gpu/step_timeline.py --shape qwen3-0.6b [--batch-sizes 1,128] [--context 640] [--steps 20] [--prefill]
 """
@@ -146,13 +148,17 @@ def report(trace: profile, batch_size: int, args: argparse.Namespace, *, num_ste
         "kernels_per_step": round(len(events) / num_steps, 1),
     }
     print(json.dumps(row), flush=True)
-    launches, spent_us = Counter[str](), Counter[str]()
-    for event in events:
+    launches, spent_us, added_us = Counter[str](), Counter[str](), Counter[str]()
+    end = spans[0][0] if spans else 0.0
+    for event in sorted(events, key=lambda event: event.time_range.end):
         launches[event.name] += 1
         spent_us[event.name] += event.time_range.elapsed_us()
-    for name, us in spent_us.most_common(args.kernels):
+        added_us[event.name] += event.time_range.end - end
+        end = event.time_range.end
+    for name, us in added_us.most_common(args.kernels):
         per_step = {"us_per_step": round(us / num_steps, 1), "launches_per_step": round(launches[name] / num_steps, 1)}
-        print(json.dumps({"kernel": name[:110], **per_step, "us_each": round(us / launches[name], 2)}), flush=True)
+        each = {"adds_us": round(us / launches[name], 2), "us_each": round(spent_us[name] / launches[name], 2)}
+        print(json.dumps({"kernel": name[:110], **per_step, **each}), flush=True)
 
 
 if __name__ == "__main__":
