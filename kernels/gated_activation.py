@@ -6,8 +6,14 @@ to the dtype of `gate_up`. T tokens, F intermediate, U = 2 F.
     silu(g)      = g / (1 + exp(-g))
     gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3)))
 
-Source: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016 for the tanh form of GELU.
+The experts of gpt-oss have a clamped gate instead, which only moe_mlp.py serves: see ClampedGate.
+
+Sources: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016 for the tanh form of GELU; the gpt-oss
+release.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +25,17 @@ from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 
 ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClampedGate:
+    """y = g * sigmoid(alpha * g) * (u + 1), where g = min(gate, limit) and u = up, kept from -limit to limit."""
+
+    alpha: float
+    limit: float
+
+
+Activation = str | ClampedGate
 # Largest |y - reference| for inputs of order one: (relative, absolute). In float32 the reference's 1 + tanh cancels for gates
 # of about -5, which costs it 1.5e-6 on a GPU.
 TOLERANCE = {torch.float32: (1e-5, 3e-6), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 8e-3)}
@@ -45,16 +62,31 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation {activation!r} is not known: use one of {', '.join(ACTIVATIONS)}")
 
 
-def gated_activation_ref(gate_up_TU: torch.Tensor, activation: str) -> torch.Tensor:
+def gated_activation_ref(gate_up_TU: torch.Tensor, activation: Activation) -> torch.Tensor:
     gate_TF, up_TF = gate_up_TU.float().chunk(2, dim=-1)
-    gated_TF = F.silu(gate_TF) if activation == "silu" else F.gelu(gate_TF, approximate="tanh")
+    if isinstance(activation, ClampedGate):
+        gate_TF, up_TF = gate_TF.clamp(max=activation.limit), up_TF.clamp(-activation.limit, activation.limit) + 1
+        gated_TF = gate_TF * torch.sigmoid(activation.alpha * gate_TF)
+    else:
+        gated_TF = F.silu(gate_TF) if activation == "silu" else F.gelu(gate_TF, approximate="tanh")
     return (gated_TF * up_TF).to(gate_up_TU.dtype)
 
 
+def activation_constants(activation: Activation | None) -> dict[str, Any]:
+    """The constants that `activate` takes, for the launch of a kernel that may end with a clamped gate."""
+    if isinstance(activation, ClampedGate):
+        return {"ACTIVATION": "clamped", "ALPHA": activation.alpha, "LIMIT": activation.limit}
+    return {"ACTIVATION": activation, "ALPHA": 0.0, "LIMIT": 0.0}
+
+
 @triton.jit
-def activate(gate, up, ACTIVATION: tl.constexpr):
-    """activation(gate) * up of float32 blocks, for the kernels that end with it."""
-    if ACTIVATION == "silu":
+def activate(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr = 0.0, LIMIT: tl.constexpr = 0.0):
+    """activation(gate) * up of float32 blocks, for the kernels that end with it; ALPHA and LIMIT are of a clamped gate."""
+    if ACTIVATION == "clamped":
+        gate = tl.where(gate > LIMIT, LIMIT, gate)  # what is not a number stays so, as in the reference
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
+        gated = gate * tl.sigmoid(gate * ALPHA)
+    elif ACTIVATION == "silu":
         gated = gate * tl.sigmoid(gate)
     else:
         # (1 + tanh(z)) / 2 = sigmoid(2 z), with 2 z = sqrt(8 / pi) * (g + 0.044715 g^3)

@@ -3,10 +3,12 @@
     gated_grouped_gemm:     h[pair] = activation(x[token] @ gate[e].T) * (x[token] @ up[e].T)
     weighted_grouped_gemm:  y[pair] = weights[pair] * (h[pair] @ down[e].T)
 
-e is the expert of the pair. Sums are float32; gate, up and each result are rounded to the dtype of x once. Rows of pairs
-that belong to no expert stay unset. Each expert's pairs are cut into tiles; a program takes one tile and a block of outputs.
-Which expert that is it finds from the experts' starts, so the grid, the most tiles that there can be, follows from shapes
-alone: nothing is read on the host, and programs without a tile come last.
+e is the expert of the pair; each product may have a bias of the expert's. Sums are float32; gate, up and each result are
+rounded to the dtype of x once. Rows of pairs that belong to no expert stay unset.
+
+Each expert's pairs are cut into tiles; a program takes one tile and a block of outputs. Which expert that is it finds from the
+experts' starts, so the grid, the most tiles that there can be, follows from shapes alone: nothing is read on the host, and
+programs without a tile come last.
 
 With `sorted_rows` the rows of h lie in the order of `pairs`, so that a tile's are contiguous; else in that of pair.
 
@@ -19,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .dependent_launch import launch_options, let_next_start, load_settled, prefetch_to_l2, wait_for_previous
-from .gated_activation import activate
+from .gated_activation import Activation, activate, activation_constants
 from .grouped_gemm_tma import fits_tma, weighted_tma_gemm
 from .grouped_tiles import GroupedConfig, find_tile, max_tiles
 
@@ -36,7 +38,7 @@ def _prefetch(weight_N, is_wanted, NUM_LINES: tl.constexpr):
 
 
 @triton.jit
-def _grouped_gemm_kernel(
+def _grouped_gemm_kernel(  # noqa: PLR0912, PLR0915 - a kernel is one function
     x,
     weight,
     scales,
@@ -50,8 +52,12 @@ def _grouped_gemm_kernel(
     stride_x,
     stride_we,
     stride_wn,
+    bias,
     PAIRS_PER_ROW: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     SORTED_ROWS: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
@@ -67,7 +73,8 @@ def _grouped_gemm_kernel(
     The gated kernel waits before it lets the next start, which the second GEMM relies on (AFTER_GATE_UP): that one finds its
     tile and asks for weights before it waits. So does the gated one, whose tile is not known while pairs are sorted, by the
     guess that every expert has one. A gated tile's columns are gate, up, gate, up...: one product serves both, and each gate
-    lies in one thread with its up. Rows and columns outside read others' values, not a mask, and are not stored.
+    lies in one thread with its up. Rows and columns outside read others' values, not a mask, and are not stored. `bias`, where
+    there is one, has a number for each row of the weight.
     """
     PREFETCHED: tl.constexpr = PREFETCH_LINES if EARLY_START else 0
     is_early = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < EARLY_PROGRAMS
@@ -98,6 +105,9 @@ def _grouped_gemm_kernel(
     weight_KN = weight_N[None, :] + k[:, None]
     x_row = tl.minimum(m, num_pairs - 1) if SORTED_ROWS and ACTIVATION is None else pair // PAIRS_PER_ROW
     x_MK = x + (x_row.to(tl.int64) * stride_x)[:, None] + k[None, :]
+    if HAS_BIAS:  # asked for before the products, which hide its way
+        bias_rows = num_outputs if ACTIVATION is None else 2 * num_outputs
+        bias_N = tl.load(bias + expert.to(tl.int64) * bias_rows + weight_row).to(tl.float32)
     sum_MN = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     for start in range(0, num_inputs, BLOCK_K):
         if EVEN_K:
@@ -107,10 +117,12 @@ def _grouped_gemm_kernel(
             inputs = tl.load(x_MK + start, (start + k < num_inputs)[None, :], other=0.0)
             outputs = tl.load(weight_KN + start, (start + k < num_inputs)[:, None], other=0.0)
         sum_MN = tl.dot(inputs, outputs.to(inputs.dtype), sum_MN, input_precision="ieee")
+    if HAS_BIAS:
+        sum_MN += bias_N[None, :]
     dtype = y.dtype.element_ty
     if ACTIVATION is not None:
         gate_MN, up_MN = tl.split(sum_MN.to(dtype).reshape(BLOCK_M, BLOCK_N, 2))
-        y_tile = activate(gate_MN.to(tl.float32), up_MN.to(tl.float32), ACTIVATION).to(dtype)
+        y_tile = activate(gate_MN.to(tl.float32), up_MN.to(tl.float32), ACTIVATION, ALPHA, LIMIT).to(dtype)
     else:
         y_tile = (sum_MN * tl.load(scales + pair, m < end, other=0.0)[:, None]).to(dtype)
     y_row = m if SORTED_ROWS and ACTIVATION is not None else pair
@@ -123,10 +135,11 @@ def gated_grouped_gemm(
     gate_up_weight_EUH: torch.Tensor,
     pairs_P: torch.Tensor,
     expert_starts: torch.Tensor,
-    activation: str,
+    activation: Activation,
     *,
     config: GroupedConfig,
     sorted_rows: bool,
+    bias_EU: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h [P, F] of x's dtype."""
     h_PF = x_TH.new_empty(pairs_P.shape[0], gate_up_weight_EUH.shape[1] // 2)
@@ -141,6 +154,7 @@ def gated_grouped_gemm(
         config=config,
         sorted_rows=sorted_rows,
         after_gate_up=False,
+        bias_EN=bias_EU,
     )
     return h_PF
 
@@ -155,11 +169,12 @@ def weighted_grouped_gemm(
     config: GroupedConfig,
     sorted_rows: bool,
     after_gate_up: bool,
+    bias_EH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y [P, H] of h's dtype, in the order of pair. `after_gate_up`: see run_down."""
     y_PH = h_PF.new_empty(h_PF.shape[0], down_weight_EHF.shape[1])
     if config.tma and sorted_rows and fits_tma(h_PF, down_weight_EHF):
-        weighted_tma_gemm(h_PF, down_weight_EHF, weights_TC, y_PH, pairs_P, expert_starts, config=config)
+        weighted_tma_gemm(h_PF, down_weight_EHF, weights_TC, y_PH, pairs_P, expert_starts, config=config, bias_EH=bias_EH)
         return y_PH
     _launch(
         h_PF,
@@ -172,6 +187,7 @@ def weighted_grouped_gemm(
         config=config,
         sorted_rows=sorted_rows,
         after_gate_up=after_gate_up,
+        bias_EN=bias_EH,
     )
     return y_PH
 
@@ -184,10 +200,11 @@ def _launch(
     pairs_P: torch.Tensor,
     expert_starts: torch.Tensor,
     *,
-    activation: str | None,
+    activation: Activation | None,
     config: GroupedConfig,
     sorted_rows: bool,
     after_gate_up: bool,
+    bias_EN: torch.Tensor | None,
 ) -> None:
     num_experts, _, num_inputs = weight_ENK.shape
     num_pairs, num_outputs = y_PN.shape
@@ -207,8 +224,9 @@ def _launch(
         x_RK.stride(0),
         weight_ENK.stride(0),
         weight_ENK.stride(1),
+        bias_EN,
         PAIRS_PER_ROW=num_pairs // x_RK.shape[0],
-        ACTIVATION=activation,
+        HAS_BIAS=bias_EN is not None,
         EVEN_K=num_inputs % config.block_k == 0,
         SORTED_ROWS=sorted_rows,
         PREFETCH_LINES=config.prefetch_lines if config.prefetch_lines <= lines_a_row else 0,
@@ -219,5 +237,6 @@ def _launch(
         BLOCK_E=triton.next_power_of_2(num_experts),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **activation_constants(activation),
         **launch_options(x_RK.device),
     )

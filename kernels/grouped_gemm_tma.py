@@ -39,6 +39,8 @@ def _weighted_tma_kernel(
     num_outputs,
     max_num_tiles,
     num_blocks,
+    bias,
+    HAS_BIAS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     EARLY_START: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -62,6 +64,9 @@ def _weighted_tma_kernel(
             sum_MN = tl.dot(inputs, weights.T, sum_MN)
         m = first + tl.arange(0, BLOCK_M)
         n = first_n + tl.arange(0, BLOCK_N)
+        if HAS_BIAS:
+            bias_N = tl.load(bias + expert.to(tl.int64) * num_outputs + n, n < num_outputs, other=0.0)
+            sum_MN += bias_N.to(tl.float32)[None, :]
         pair = tl.load(pairs + m, m < end, other=0)
         y_tile = (sum_MN * tl.load(scales + pair, m < end, other=0.0)[:, None]).to(y.dtype.element_ty)
         y_MN = y + (pair.to(tl.int64) * num_outputs)[:, None] + n[None, :]
@@ -77,6 +82,7 @@ def weighted_tma_gemm(
     expert_starts: torch.Tensor,
     *,
     config: GroupedConfig,
+    bias_EH: torch.Tensor | None = None,
 ) -> None:
     """Fills y from h in sorted order."""
     num_experts, num_outputs, num_inputs = weight_EHF.shape
@@ -95,6 +101,8 @@ def weighted_tma_gemm(
         num_outputs,
         most,
         num_blocks,
+        bias_EH,
+        HAS_BIAS=bias_EH is not None,
         PERSISTENT=config.persistent,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

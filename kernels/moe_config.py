@@ -12,6 +12,7 @@ import triton
 
 from . import tuning
 from .dispatch import kernel_mode
+from .gated_activation import Activation, ClampedGate
 from .grouped_tiles import GroupedConfig
 from .moe_gemv import GemvConfig
 from .streaming_experts import StreamingConfig
@@ -45,10 +46,15 @@ KERNELS: dict[str, type[MoeConfig]] = {
 }
 
 
-def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor, weight_EUK: torch.Tensor) -> MoeConfig:
+def is_plain(activation: Activation | None, bias: torch.Tensor | None) -> bool:
+    """Whether a product is one that every kernel serves: without a bias or a clamped gate, which only those of Triton know."""
+    return bias is None and not isinstance(activation, ClampedGate)
+
+
+def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor, weight_EUK: torch.Tensor, *, plain: bool = True) -> MoeConfig:
     """Of op "moe_gate_up" or "moe_down" for x of its dtype and device. The rule's where the table's kernel cannot serve.
 
-    With PILOTFISH_KERNELS=invariant it is one for every number of tokens.
+    `plain` as is_plain says. With PILOTFISH_KERNELS=invariant it is one for every number of tokens.
     """
     if kernel_mode() == "invariant":
         return _grouped_rule(
@@ -57,13 +63,15 @@ def choose_config(op: str, sizes: MoeSizes, x: torch.Tensor, weight_EUK: torch.T
     if x.device.type == "cuda":  # the interpreter has no table
         measured = tuning.lookup(op, x.dtype, sizes.key, sizes.num_tokens, x.device)
         config = None if measured is None else parse_config(measured)
-        if config is not None and _serves(config, weight_EUK, x.dtype, gated=op == "moe_gate_up"):
+        if config is not None and _serves(config, weight_EUK, x.dtype, gated=op == "moe_gate_up", plain=plain):
             return config
     return rule(op, sizes, element_size=x.element_size())
 
 
-def _serves(config: MoeConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool) -> bool:
+def _serves(config: MoeConfig, weight_EUK: torch.Tensor, dtype: torch.dtype, *, gated: bool, plain: bool) -> bool:
     """Whether a kernel of CUDA C++ can run here; those of Triton can everywhere."""
+    if not plain:
+        return not isinstance(config, StreamingConfig | TallConfig)
     if isinstance(config, StreamingConfig):
         return streaming_serves(config, weight_EUK, dtype, gated=gated)
     return not isinstance(config, TallConfig) or tall_serves(config, weight_EUK, dtype, gated=gated)
@@ -79,9 +87,15 @@ def rule(op: str, sizes: MoeSizes, *, element_size: int) -> MoeConfig:
 
 
 def gemv_block_k(num_inputs: int, *, most: int) -> int:
-    """The largest power of two that divides `num_inputs`, at most `most`; where it is tiny, one that needs a mask."""
+    """A power of two, at most `most` (from 256 on): the largest that divides `num_inputs`.
+
+    Steps of less than 128 would leave threads without work: then that which leaves the fewest of the last step's idle.
+    """
     divisor = num_inputs & -num_inputs
-    return min(divisor if divisor >= 64 else triton.next_power_of_2(num_inputs), most)
+    if divisor >= 128:
+        return min(divisor, most)
+    block = min((block for block in (2048, 1024, 512, 256) if block <= most), key=lambda block: -num_inputs % block)
+    return min(block, triton.next_power_of_2(num_inputs))
 
 
 def table_config(config: MoeConfig) -> tuning.Config:

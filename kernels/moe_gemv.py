@@ -3,9 +3,9 @@
     gated_gemv:  h[pair] = activation(gate[e] @ x[token]) * (up[e] @ x[token])
     down_gemv:   out[token] = sum over its choices c, in their order, of weights[c] * (down[e_c] @ h[pair c])
 
-Nothing is sorted: a program takes a few output rows of one pair (gated_gemv) or of all choices of one token (down_gemv), so an
-expert that two tokens share is read twice. Sums are float32; gate, up, h and out are rounded to the dtype of x once. A negative
-expert id contributes nothing; its row of h stays unset.
+Each product may have a bias of the expert's. Nothing is sorted: a program takes a few output rows of one pair (gated_gemv) or
+of all choices of one token (down_gemv), so an expert that two tokens share is read twice. Sums are float32; gate, up, h and out
+are rounded to the dtype of x once. A negative expert id contributes nothing; its row of h stays unset.
 
 T tokens, C choices a token, P = T * C pairs, pair = token * C + choice, E experts, H hidden, F intermediate, U = 2 F (gate in
 the first half).
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
-from .gated_activation import activate
+from .gated_activation import Activation, activate, activation_constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,13 @@ def _gated_gemv_kernel(
     stride_we,
     stride_wn,
     up_offset,
+    bias,
     NUM_CHOICES: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EARLY_START: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -58,6 +62,10 @@ def _gated_gemv_kernel(
     in_outputs = (n < num_outputs)[:, None]
     x_row = x + (pair // NUM_CHOICES).to(tl.int64) * stride_x
     gate_N = weight + expert.to(tl.int64) * stride_we + n.to(tl.int64) * stride_wn
+    if HAS_BIAS:  # asked for before the products, which hide its way
+        bias_N = bias + expert.to(tl.int64) * (2 * num_outputs) + n
+        gate_bias_N = tl.load(bias_N, n < num_outputs, other=0.0)
+        up_bias_N = tl.load(bias_N + num_outputs, n < num_outputs, other=0.0)
     gate_NK = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up_NK = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.static_range(0, NUM_INPUTS, BLOCK_K):
@@ -69,10 +77,14 @@ def _gated_gemv_kernel(
         gate_NK += gate.to(tl.float32) * x_K[None, :]
         up_NK += up.to(tl.float32) * x_K[None, :]
     dtype = h.dtype.element_ty
-    gate_sum_N = tl.sum(gate_NK, axis=1).to(dtype).to(tl.float32)
-    up_sum_N = tl.sum(up_NK, axis=1).to(dtype).to(tl.float32)
+    gate_sum_N = tl.sum(gate_NK, axis=1)
+    up_sum_N = tl.sum(up_NK, axis=1)
+    if HAS_BIAS:
+        gate_sum_N += gate_bias_N.to(tl.float32)
+        up_sum_N += up_bias_N.to(tl.float32)
+    gate_sum_N, up_sum_N = gate_sum_N.to(dtype).to(tl.float32), up_sum_N.to(dtype).to(tl.float32)
     h_N = h + pair.to(tl.int64) * num_outputs + n
-    tl.store(h_N, activate(gate_sum_N, up_sum_N, ACTIVATION).to(dtype), n < num_outputs)
+    tl.store(h_N, activate(gate_sum_N, up_sum_N, ACTIVATION, ALPHA, LIMIT).to(dtype), n < num_outputs)
 
 
 @triton.jit
@@ -85,8 +97,10 @@ def _down_gemv_kernel(
     num_outputs,
     stride_we,
     stride_wn,
+    bias,
     NUM_CHOICES: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EARLY_START: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,6 +118,8 @@ def _down_gemv_kernel(
     here_C = expert_C >= 0
     weight_CN = weight + (expert_C.to(tl.int64) * stride_we)[:, None] + (n.to(tl.int64) * stride_wn)[None, :]
     here_CN = here_C[:, None] & (n < num_outputs)[None, :]
+    if HAS_BIAS:
+        bias_CN = tl.load(bias + (expert_C.to(tl.int64) * num_outputs)[:, None] + n[None, :], here_CN, other=0.0)
     sum_CNK = tl.zeros([BLOCK_C, BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.static_range(0, NUM_INPUTS, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -116,12 +132,21 @@ def _down_gemv_kernel(
         )
         h_CK = tl.load(h + (pair_C * NUM_INPUTS)[:, None] + k[None, :], here_C[:, None] & in_inputs[None, :], other=0.0)
         sum_CNK += down.to(tl.float32) * (h_CK.to(tl.float32) * scale_C[:, None])[:, None, :]
+    sum_CN = tl.sum(sum_CNK, axis=2)
+    if HAS_BIAS:
+        sum_CN += bias_CN.to(tl.float32) * scale_C[:, None]
     out_N = out + token.to(tl.int64) * num_outputs + n
-    tl.store(out_N, tl.sum(tl.sum(sum_CNK, axis=2), axis=0).to(out.dtype.element_ty), n < num_outputs)
+    tl.store(out_N, tl.sum(sum_CN, axis=0).to(out.dtype.element_ty), n < num_outputs)
 
 
 def gated_gemv(
-    x_TH: torch.Tensor, gate_up_weight_EUH: torch.Tensor, experts_TC: torch.Tensor, activation: str, *, config: GemvConfig
+    x_TH: torch.Tensor,
+    gate_up_weight_EUH: torch.Tensor,
+    experts_TC: torch.Tensor,
+    activation: Activation,
+    *,
+    config: GemvConfig,
+    bias_EU: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h [P, F] of x's dtype."""
     num_outputs = gate_up_weight_EUH.shape[1] // 2
@@ -136,19 +161,27 @@ def gated_gemv(
         gate_up_weight_EUH.stride(0),
         gate_up_weight_EUH.stride(1),
         num_outputs * gate_up_weight_EUH.stride(1),
+        bias_EU,
         NUM_CHOICES=experts_TC.shape[1],
         NUM_INPUTS=x_TH.shape[1],
-        ACTIVATION=activation,
+        HAS_BIAS=bias_EU is not None,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
+        **activation_constants(activation),
         **launch_options(x_TH.device),
     )
     return h_PF
 
 
 def down_gemv(
-    h_PF: torch.Tensor, down_weight_EHF: torch.Tensor, weights_TC: torch.Tensor, experts_TC: torch.Tensor, *, config: GemvConfig
+    h_PF: torch.Tensor,
+    down_weight_EHF: torch.Tensor,
+    weights_TC: torch.Tensor,
+    experts_TC: torch.Tensor,
+    *,
+    config: GemvConfig,
+    bias_EH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out [T, H] of h's dtype."""
     (num_tokens, num_choices), num_outputs = experts_TC.shape, down_weight_EHF.shape[1]
@@ -162,8 +195,10 @@ def down_gemv(
         num_outputs,
         down_weight_EHF.stride(0),
         down_weight_EHF.stride(1),
+        bias_EH,
         NUM_CHOICES=num_choices,
         NUM_INPUTS=h_PF.shape[1],
+        HAS_BIAS=bias_EH is not None,
         BLOCK_C=triton.next_power_of_2(num_choices),
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

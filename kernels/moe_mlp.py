@@ -1,12 +1,13 @@
 """The experts of a mixture-of-experts layer: each token through its chosen gated MLPs, then their weighted sum.
 
-    h   = gated_activation(x @ gate_up[e].T)       both rounded to the dtype of x
-    out = sum over a token's choices c of weights[c] * (h @ down[e_c].T)       float32, one rounding at the end
+    h   = gated_activation(x @ gate_up[e].T + gate_up_bias[e])       both rounded to the dtype of x
+    out = sum over a token's choices c of weights[c] * (h @ down[e_c].T + down_bias[e_c])       float32, one rounding at the end
 
 A choice whose expert id is negative contributes nothing (it belongs to another rank). On CUDA few tokens are served by two
 matrix-vector kernels (moe_gemv.py). The pairs of more are sorted by expert (moe_sort.py), go through two grouped GEMMs
 (grouped_gemm.py) or their twins for few pairs an expert (streaming_experts.py) and for many (tall_experts.py), whose weighted
-terms are rounded to the dtype of x, and are summed. moe_config.py chooses for each of the two products.
+terms are rounded to the dtype of x, and are summed. moe_config.py chooses for each of the two products. Biases and a clamped
+gate (gpt-oss has both) are known to the Triton kernels and to the reference, not to those of CUDA C++ nor to the CPU's.
 
 T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, U = 2 F (gate in the first half).
 """
@@ -18,10 +19,10 @@ import triton.language as tl
 from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, load_settled, wait_for_previous
 from .dispatch import choose_backend
-from .gated_activation import check_activation, gated_activation_ref
+from .gated_activation import Activation, ClampedGate, check_activation, gated_activation_ref
 from .grouped_gemm import gated_grouped_gemm, weighted_grouped_gemm
 from .grouped_tiles import GroupedConfig
-from .moe_config import MoeConfig, MoeSizes, choose_config
+from .moe_config import MoeConfig, MoeSizes, choose_config, is_plain
 from .moe_gemv import GemvConfig, down_gemv, gated_gemv
 from .moe_sort import sort_pairs
 from .streaming_experts import Routing, streaming_experts
@@ -38,21 +39,27 @@ def moe_mlp(
     down_weight_EHF: torch.Tensor,
     weights_TC: torch.Tensor,
     experts_TC: torch.Tensor,
-    activation: str,
+    activation: Activation,
+    *,
+    gate_up_bias_EU: torch.Tensor | None = None,
+    down_bias_EH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out [T, H] of x's dtype. `weights` float32, `experts` int32 below E (not checked on the device).
 
-    `activation` as in gated_activation. ValueError where shapes or dtypes do not fit.
+    `activation` as in gated_activation, or a clamped gate. ValueError where shapes or dtypes do not fit.
     """
-    check_activation(activation)
+    if not isinstance(activation, ClampedGate):
+        check_activation(activation)
     _check(x_TH, gate_up_weight_EUH, down_weight_EHF, weights_TC, experts_TC)
-    args = (x_TH, gate_up_weight_EUH, down_weight_EHF, weights_TC, experts_TC, activation)
-    backend = choose_backend("moe_mlp", x_TH, gate_up_weight_EUH, down_weight_EHF)
+    _check_biases(gate_up_weight_EUH, down_weight_EHF, gate_up_bias_EU, down_bias_EH)
+    args = (x_TH, gate_up_weight_EUH, down_weight_EHF, weights_TC, experts_TC)
+    plain = is_plain(activation, gate_up_bias_EU) and is_plain(None, down_bias_EH)
+    backend = choose_backend("moe_mlp" if plain else "moe_mlp with biases", x_TH, gate_up_weight_EUH, down_weight_EHF)
     if backend == "cpp":
-        return cpu_ops.moe_mlp(*args)
-    if backend == "triton":
-        return _moe_mlp_triton(*args)
-    return moe_mlp_ref(*args)
+        assert isinstance(activation, str)
+        return cpu_ops.moe_mlp(*args, activation)
+    run = _moe_mlp_triton if backend == "triton" else moe_mlp_ref
+    return run(*args, activation, gate_up_bias_EU=gate_up_bias_EU, down_bias_EH=down_bias_EH)
 
 
 def moe_mlp_ref(
@@ -61,14 +68,23 @@ def moe_mlp_ref(
     down_weight_EHF: torch.Tensor,
     weights_TC: torch.Tensor,
     experts_TC: torch.Tensor,
-    activation: str,
+    activation: Activation,
+    *,
+    gate_up_bias_EU: torch.Tensor | None = None,
+    down_bias_EH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-    for expert in range(gate_up_weight_EUH.shape[0]):
+    for expert in experts_TC.unique().tolist():
+        if expert < 0:
+            continue
         tokens, choices = torch.where(experts_TC == expert)
-        gate_up = (x_TH[tokens].float() @ gate_up_weight_EUH[expert].float().T).to(x_TH.dtype)
-        hidden = gated_activation_ref(gate_up, activation)
+        gate_up = x_TH[tokens].float() @ gate_up_weight_EUH[expert].float().T
+        if gate_up_bias_EU is not None:
+            gate_up += gate_up_bias_EU[expert].float()
+        hidden = gated_activation_ref(gate_up.to(x_TH.dtype), activation)
         y = hidden.float() @ down_weight_EHF[expert].float().T
+        if down_bias_EH is not None:
+            y += down_bias_EH[expert].float()
         out_TH.index_add_(0, tokens, y * weights_TC[tokens, choices, None])
     return out_TH.to(x_TH.dtype)
 
@@ -117,7 +133,10 @@ def _moe_mlp_triton(
     down_weight_EHF: torch.Tensor,
     weights_TC: torch.Tensor,
     experts_TC: torch.Tensor,
-    activation: str,
+    activation: Activation,
+    *,
+    gate_up_bias_EU: torch.Tensor | None = None,
+    down_bias_EH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (num_experts, hidden, intermediate), (num_tokens, num_choices) = down_weight_EHF.shape, experts_TC.shape
     if x_TH.numel() == 0:
@@ -125,10 +144,18 @@ def _moe_mlp_triton(
     sizes = MoeSizes(
         num_tokens=num_tokens, num_choices=num_choices, num_experts=num_experts, hidden=hidden, intermediate=intermediate
     )
-    gate_up = choose_config("moe_gate_up", sizes, x_TH, gate_up_weight_EUH)
-    down = choose_config("moe_down", sizes, x_TH, down_weight_EHF)
+    plain = is_plain(activation, gate_up_bias_EU)
     return run_experts(
-        x_TH, gate_up_weight_EUH, down_weight_EHF, weights_TC, experts_TC, activation, gate_up=gate_up, down=down
+        x_TH,
+        gate_up_weight_EUH,
+        down_weight_EHF,
+        weights_TC,
+        experts_TC,
+        activation,
+        gate_up=choose_config("moe_gate_up", sizes, x_TH, gate_up_weight_EUH, plain=plain),
+        down=choose_config("moe_down", sizes, x_TH, down_weight_EHF, plain=is_plain(None, down_bias_EH)),
+        gate_up_bias_EU=gate_up_bias_EU,
+        down_bias_EH=down_bias_EH,
     )
 
 
@@ -138,16 +165,27 @@ def run_experts(
     down_weight_EHF: torch.Tensor,
     weights_TC: torch.Tensor,
     experts_TC: torch.Tensor,
-    activation: str,
+    activation: Activation,
     *,
     gate_up: MoeConfig,
     down: MoeConfig,
+    gate_up_bias_EU: torch.Tensor | None = None,
+    down_bias_EH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out [T, H]. Nothing may come between the two products, see `after_gate_up` of run_down."""
     first_is_gemv, second_is_gemv = isinstance(gate_up, GemvConfig), isinstance(down, GemvConfig)
     order = None if first_is_gemv and second_is_gemv else sort_pairs(experts_TC, down_weight_EHF.shape[0])
     sorted_rows = not first_is_gemv and not second_is_gemv
-    h_PF = run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, activation, config=gate_up, sorted_rows=sorted_rows)
+    h_PF = run_gate_up(
+        x_TH,
+        gate_up_weight_EUH,
+        experts_TC,
+        order,
+        activation,
+        config=gate_up,
+        sorted_rows=sorted_rows,
+        bias_EU=gate_up_bias_EU,
+    )
     return run_down(
         h_PF,
         down_weight_EHF,
@@ -157,6 +195,7 @@ def run_experts(
         config=down,
         sorted_rows=sorted_rows,
         after_gate_up=not first_is_gemv,  # the others' kernels wait before they let the next start
+        bias_EH=down_bias_EH,
     )
 
 
@@ -165,17 +204,22 @@ def run_gate_up(
     gate_up_weight_EUH: torch.Tensor,
     experts_TC: torch.Tensor,
     order: Order | None,
-    activation: str,
+    activation: Activation,
     *,
     config: MoeConfig,
     sorted_rows: bool,
+    bias_EU: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h [P, F], its rows in the order of `order`'s pairs where `sorted_rows`. A matrix-vector kernel knows neither."""
     if isinstance(config, GemvConfig):
-        return gated_gemv(x_TH, gate_up_weight_EUH, experts_TC, activation, config=config)
+        return gated_gemv(x_TH, gate_up_weight_EUH, experts_TC, activation, config=config, bias_EU=bias_EU)
     assert order is not None
     if isinstance(config, GroupedConfig):
-        return gated_grouped_gemm(x_TH, gate_up_weight_EUH, *order, activation, config=config, sorted_rows=sorted_rows)
+        return gated_grouped_gemm(
+            x_TH, gate_up_weight_EUH, *order, activation, config=config, sorted_rows=sorted_rows, bias_EU=bias_EU
+        )
+    assert isinstance(activation, str), "choose_config has seen to it"
+    assert bias_EU is None
     h_PF = x_TH.new_empty(experts_TC.numel(), gate_up_weight_EUH.shape[1] // 2)
     if isinstance(config, TallConfig):
         tall_experts(
@@ -207,6 +251,7 @@ def run_down(
     config: MoeConfig,
     sorted_rows: bool,
     after_gate_up: bool,
+    bias_EH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out [T, H]. `order` and `sorted_rows` as in run_gate_up.
 
@@ -214,13 +259,21 @@ def run_down(
     waited since `experts` and `order` were written. The kernels then read these, and weights, while that one ends.
     """
     if isinstance(config, GemvConfig):
-        return down_gemv(h_PF, down_weight_EHF, weights_TC, experts_TC, config=config)
+        return down_gemv(h_PF, down_weight_EHF, weights_TC, experts_TC, config=config, bias_EH=bias_EH)
     assert order is not None
     if isinstance(config, GroupedConfig):
         y_PH = weighted_grouped_gemm(
-            h_PF, down_weight_EHF, weights_TC, *order, config=config, sorted_rows=sorted_rows, after_gate_up=after_gate_up
+            h_PF,
+            down_weight_EHF,
+            weights_TC,
+            *order,
+            config=config,
+            sorted_rows=sorted_rows,
+            after_gate_up=after_gate_up,
+            bias_EH=bias_EH,
         )
         return _combine(y_PH, experts_TC)
+    assert bias_EH is None, "choose_config has seen to it"
     y_PH = h_PF.new_empty(h_PF.shape[0], down_weight_EHF.shape[1])
     if isinstance(config, TallConfig):
         tall_experts(h_PF, down_weight_EHF, weights_TC, y_PH, *order, activation=None, config=config, sorted_rows=sorted_rows)
@@ -262,3 +315,20 @@ def _check(
         raise ValueError("moe_mlp: weights and experts must be contiguous")
     if weights_TC.dtype != torch.float32 or experts_TC.dtype != torch.int32:
         raise ValueError(f"moe_mlp: weights must be float32, experts int32: {weights_TC.dtype}, {experts_TC.dtype}")
+
+
+def _check_biases(
+    gate_up_weight_EUH: torch.Tensor,
+    down_weight_EHF: torch.Tensor,
+    gate_up_bias_EU: torch.Tensor | None,
+    down_bias_EH: torch.Tensor | None,
+) -> None:
+    for name, bias, weight in (("gate_up", gate_up_bias_EU, gate_up_weight_EUH), ("down", down_bias_EH, down_weight_EHF)):
+        if bias is None:
+            continue
+        if bias.shape != weight.shape[:2] or not bias.is_contiguous():
+            raise ValueError(f"moe_mlp: {name}_bias {tuple(bias.shape)} must be {tuple(weight.shape[:2])}, contiguous")
+        if bias.device != weight.device or bias.dtype != weight.dtype:
+            raise ValueError(
+                f"moe_mlp: {name}_bias {bias.dtype} on {bias.device} must be as its weight, {weight.dtype} on {weight.device}"
+            )

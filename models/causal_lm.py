@@ -13,7 +13,6 @@ from ..common.errors import ModelLoadError
 from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
 from .layers.attention import Attention
-from .layers.biased_moe import BiasedSparseMlp
 from .layers.decoder import DecoderLayer
 from .layers.embedding import Embedding
 from .layers.latent_attention import LatentAttention
@@ -112,7 +111,7 @@ def _build_layer(
     checkpoint_names: Set[str],
     placement: Placement,
 ) -> DecoderLayer:
-    mlp: Mlp | SparseMlp | BiasedSparseMlp
+    mlp: Mlp | SparseMlp
     if spec.moe is not None and shape.moe is not None and layer in shape.moe.layers:
         mlp = _build_sparse(shape, shape.moe, spec.moe, layer, checkpoint_names=checkpoint_names, placement=placement)
     else:
@@ -131,9 +130,7 @@ def _build_layer(
 
 def _build_sparse(
     shape: ModelShape, moe: MoeShape, spec: MoeSpec, layer: int, *, checkpoint_names: Set[str], placement: Placement
-) -> SparseMlp | BiasedSparseMlp:
-    if moe.clamped_gate is not None:
-        return BiasedSparseMlp(shape, moe, moe.clamped_gate, names=spec.layouts[0], placement=placement)
+) -> SparseMlp:
     shared = None
     if spec.shared is not None:
         name, gate = spec.shared.name, spec.shared.gate

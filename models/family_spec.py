@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..kernels.expert_scoring import ExpertScoring
+from ..kernels.gated_activation import ClampedGate
 from .config_reader import ConfigReader
-from .layers.moe import ExpertNames
-from .model_shape import ClampedGate
+from .layers.expert_weights import ExpertNames
 
 # From the config and the number of layers: one entry a layer, None for a layer that sees everything.
 WindowRule = Callable[[ConfigReader, int], tuple[int | None, ...]]
@@ -46,7 +46,8 @@ class MoeSpec:
         scoring: how experts are chosen; None is by softmax alone.
         correction: the checkpoint's name of the correction of scores, below the decoder layer.
         shared: beside the chosen experts; None where the family has none.
-        clamped_gate: of experts with biases, which also means another layout, see layers.biased_moe; None is without.
+        bias: the router and the experts have biases.
+        clamped_gate: of the experts; None is the model's activation.
     """
 
     num_experts: Field
@@ -57,6 +58,7 @@ class MoeSpec:
     scoring: Callable[[ConfigReader], ExpertScoring] | None = None
     correction: str | None = None
     shared: SharedExpertsSpec | None = None
+    bias: bool = False
     clamped_gate: Callable[[ConfigReader], ClampedGate] | None = None
 
 

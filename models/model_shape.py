@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..kernels.expert_scoring import ExpertScoring
+from ..kernels.gated_activation import ClampedGate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,14 +20,6 @@ class RotaryShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClampedGate:
-    """The numbers of kernels.biased_moe_mlp."""
-
-    alpha: float
-    limit: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class MoeShape:
     """The mixture-of-experts layers.
 
@@ -35,7 +28,8 @@ class MoeShape:
         renormalize: the chosen experts' weights are divided by their sum.
         scoring: how experts are chosen; None is by softmax alone.
         shared_size: intermediate size of the MLP that every token goes through besides; 0 where there is none.
-        clamped_gate: of experts with biases; None for experts without.
+        bias: the router and the experts have biases.
+        clamped_gate: of the experts, instead of the model's activation.
     """
 
     layers: frozenset[int]
@@ -45,6 +39,7 @@ class MoeShape:
     renormalize: bool
     scoring: ExpertScoring | None = None
     shared_size: int = 0
+    bias: bool = False
     clamped_gate: ClampedGate | None = None
 
 

@@ -86,6 +86,7 @@ def _read_moe(reader: ConfigReader, spec: MoeSpec | None, num_layers: int) -> Mo
         renormalize=bool(_value(reader, spec.renormalize)),
         scoring=spec.scoring(reader) if spec.scoring else None,
         shared_size=spec.shared.intermediate_size(reader) if spec.shared else 0,
+        bias=spec.bias,
         clamped_gate=spec.clamped_gate(reader) if spec.clamped_gate else None,
     )
     if moe.top_k > moe.num_experts:

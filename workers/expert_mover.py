@@ -39,7 +39,7 @@ class ExpertMover:
         self._maps = [_movable(layer) for layer in self._layers]
         self.num_layers, self.num_experts = len(self._layers), self._maps[0].num_experts
         self._slots_per_rank, self._rank = self._layers[0].slots.size, group.place.number
-        expert_bytes = sum(weight[0].nbytes for weight in self._layers[0].slot_weights)
+        expert_bytes = sum(weight[0].nbytes for weight in self._layers[0].experts.of_slots)
         self.writes_per_step = max(MIN_LIMIT, min(_STEP_BYTES // expert_bytes, self._slots_per_rank))
         self._outgoing, self._incoming = (
             torch.empty((self.writes_per_step, expert_bytes), dtype=torch.uint8, device=model.device) for _ in range(2)
@@ -61,7 +61,7 @@ class ExpertMover:
             self._group.sum_over_all(loads_LE)
             self.forget_loads()
         if orders.writes:
-            self._write(self._layers[orders.layer].slot_weights, orders.writes)
+            self._write(self._layers[orders.layer].experts.of_slots, orders.writes)
             layer_map = self._maps[orders.layer]
             # On a GPU the table is copied from the host: a kernel that starts early (dependent_launch.py) does not pass a copy,
             # so none reads weights before they are written.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...kernels.gated_activation import ClampedGate
 from ..config_reader import ConfigReader
 from ..family_spec import Field, MoeSpec, window_by_layer_type
-from ..layers.moe import ExpertNames
-from ..model_shape import ClampedGate
+from ..layers.expert_weights import ExpertNames
 from . import llama
 
 _GATE_UP = "mlp.experts.gate_up_proj"
@@ -27,7 +27,8 @@ SPEC = replace(
         num_experts=Field("num_local_experts"),
         intermediate_size=Field("intermediate_size"),
         renormalize=True,  # softmax over the chosen ones
-        layouts=(ExpertNames(router="mlp.router", gate=_GATE_UP, up=_GATE_UP, down="mlp.experts.down_proj"),),
+        layouts=(ExpertNames(router="mlp.router", gate=_GATE_UP, up=_GATE_UP, down="mlp.experts.down_proj", by_columns=True),),
+        bias=True,
         clamped_gate=clamped_gate,
     ),
 )

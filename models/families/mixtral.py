@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..family_spec import Field, MoeSpec
-from ..layers.moe import ExpertNames
+from ..layers.expert_weights import ExpertNames
 from . import llama, qwen3_moe
 
 PER_EXPERT = ExpertNames(

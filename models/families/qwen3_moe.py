@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..config_reader import ConfigReader
 from ..family_spec import Field, MoeSpec, same_window
-from ..layers.moe import ExpertNames
+from ..layers.expert_weights import ExpertNames
 from . import qwen3
 
 ROUTER = "mlp.gate"

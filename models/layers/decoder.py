@@ -15,7 +15,6 @@ from ..forward_batch import ForwardBatch
 from ..parallel import Addend
 from ..weight_source import WeightSource
 from .attention import Attention
-from .biased_moe import BiasedSparseMlp
 from .latent_attention import LatentAttention
 from .mlp import Mlp
 from .moe import SparseMlp
@@ -29,7 +28,7 @@ class DecoderLayer(torch.nn.Module):
         input_norm: RmsNorm,
         attention: Attention | LatentAttention,
         post_attention_norm: RmsNorm,
-        mlp: Mlp | SparseMlp | BiasedSparseMlp,
+        mlp: Mlp | SparseMlp,
     ) -> None:
         super().__init__()
         self.input_norm = input_norm

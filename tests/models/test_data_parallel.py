@@ -15,11 +15,12 @@ from rank_group_run import run_on_ranks
 from transformers import PreTrainedModel
 
 SaveCheckpoint = Callable[..., PreTrainedModel]
-# Latent attention, groups and shared experts; a shared expert behind a gate; a dense layer among sparse ones.
+# Latent attention, groups and shared experts; a shared expert behind a gate; a dense layer among sparse ones; biases and sinks.
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("DeepseekV3ForCausalLM", {}),
     ("Qwen2MoeForCausalLM", {}),
     ("Qwen3MoeForCausalLM", {"moe_intermediate_size": 44, "mlp_only_layers": [1]}),
+    ("GptOssForCausalLM", {}),
 ]
 
 

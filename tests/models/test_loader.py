@@ -12,14 +12,9 @@ from pilotfish.common.errors import ConfigError, ModelLoadError
 from pilotfish.models.build import load_model
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.checkpoint import SINGLE_FILE, Checkpoint
-from pilotfish.models.dummy_shapes import dummy_shape
-from pilotfish.models.families import gpt_oss
-from pilotfish.models.layers.biased_moe import BiasedSparseMlp
 from pilotfish.models.loader import load_weights
-from pilotfish.models.model_shape import ClampedGate
 from pilotfish.models.parallel import Parallel
 from pilotfish.models.registry import ARCHITECTURES
-from pilotfish.models.weight_source import Placement
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -68,15 +63,6 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, save_ch
     change(tmp_path, {"model.layers.30.eh_proj.weight": torch.zeros(4), "model.layers.4.eh_proj.weight": torch.zeros(4)})
     with pytest.raises(ModelLoadError, match=r"layers\.30\.eh_proj\.weight .* has no place.*layers\.4\.eh_proj\.weight"):
         load_model(tmp_path, device="cpu")
-
-
-def test_experts_without_a_kernel_are_refused_on_cuda() -> None:
-    gpu = Placement(device=torch.device("cuda"), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, parallel=Parallel())
-    gate = ClampedGate(alpha=1.702, limit=7.0)
-    shape = dummy_shape("dummy:tiny-moe")
-    assert shape.moe is not None
-    with pytest.raises(ModelLoadError, match="runs on a CPU only"):
-        BiasedSparseMlp(shape, shape.moe, gate, names=gpt_oss.SPEC.moe.layouts[0], placement=gpu)
 
 
 def test_truncated_checkpoint(llama: Path) -> None:
@@ -135,8 +121,9 @@ def only_loaded(x: torch.Tensor) -> torch.Tensor:
     raise AssertionError("loading needs no collective")
 
 
-def load_ranks(path: Path, size: int) -> list[CausalLM]:
-    ranks = [Parallel(rank=rank, size=size, all_reduce=only_loaded, all_gather=only_loaded) for rank in range(size)]
+def load_ranks(path: Path, size: int, *, whole_experts: bool = False) -> list[CausalLM]:
+    shared = {"size": size, "whole_experts": whole_experts, "all_reduce": only_loaded, "all_gather": only_loaded}
+    ranks = [Parallel(rank=rank, **shared) for rank in range(size)]
     return [load_model(path, device="cpu", parallel=parallel) for parallel in ranks]
 
 
@@ -168,6 +155,23 @@ def test_ranks_read_every_byte_once(
     assert sum(report.num_bytes for report in reports) == sum(
         int(count.sum()) * stored[name].itemsize for name, count in num_reads.items()
     )
+
+
+@pytest.mark.parametrize("whole_experts", [False, True])
+def test_ranks_read_experts_stored_by_columns_once(
+    whole_experts: bool, tmp_path: Path, save_checkpoint: SaveCheckpoint
+) -> None:
+    save_checkpoint(tmp_path, "GptOssForCausalLM")
+    experts = {name: tensor for name, tensor in load_file(tmp_path / SINGLE_FILE).items() if ".experts." in name}
+    assert len(experts) == 4 * 3  # gate and up, down, and their biases
+    num_reads = {name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in experts.items()}
+    for model in load_ranks(tmp_path, 3, whole_experts=whole_experts):
+        for source in model.weight_sources():
+            if source.name in experts:
+                num_reads[source.name][source.region] += 1
+                torch.testing.assert_close(source.target, experts[source.name][source.region], rtol=0, atol=0)
+    for name, count in num_reads.items():
+        assert bool((count == (3 if name.endswith("down_proj_bias") and not whole_experts else 1)).all()), name
 
 
 def test_columns_cost_their_rows(llama: Path) -> None:

@@ -64,6 +64,7 @@ SPARSE: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3MoeForCausalLM", {"moe_intermediate_size": 44, "mlp_only_layers": [1]}),
     ("MixtralForCausalLM", {"intermediate_size": 52, "save": {"save_original_format": False}}),
     ("Qwen2MoeForCausalLM", {}),
+    ("GptOssForCausalLM", {"intermediate_size": 44}),
 ]
 
 
@@ -74,11 +75,16 @@ def sparse_checkpoints(tmp_path_factory: pytest.TempPathFactory, save_checkpoint
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_with_whole_experts_equal_transformers(size: int, sparse_checkpoints: list[tuple[str, str]]) -> None:
-    """Per-expert and fused checkpoints, experts that do not divide, a shared expert that ranks share by slices."""
+    """Tensors per expert or for all, by rows or columns, with biases; experts that do not divide; a shared expert in slices."""
     work = rank_work.compare_all_with_whole_experts
     for models in run_ranks(size, work, sparse_checkpoints, timeout_s=TIMEOUT_S):
         for (architecture, _), rows in zip(SPARSE, models, strict=True):
             assert all(ok for _, ok, _ in rows), (architecture, rows)
+
+
+def test_ranks_that_share_every_expert_add_its_biases_once(sparse_checkpoints: list[tuple[str, str]]) -> None:
+    for (rows,) in run_ranks(2, rank_work.compare_all, sparse_checkpoints[-1:], timeout_s=TIMEOUT_S):
+        assert all(ok for _, ok, _ in rows), rows
 
 
 def test_ranks_with_copies_of_experts_equal_transformers(sparse_checkpoints: list[tuple[str, str]]) -> None:

@@ -79,7 +79,7 @@ def check_copies(parallel: Parallel, path: str, num_redundant: int) -> list[list
     for layer, whole_layer in layers:
         if isinstance(layer, SparseMlp):
             kept.append(list(layer.map.experts_in(layer.slots)))
-            for weights, of_all in zip(layer.slot_weights, whole_layer.slot_weights, strict=True):
+            for weights, of_all in zip(layer.experts.of_slots, whole_layer.experts.of_slots, strict=True):
                 assert torch.equal(weights, of_all[kept[-1]])
     return kept
 

@@ -41,8 +41,8 @@ def check_weights(layer: SparseMlp, number: int, stored: dict[str, torch.Tensor]
     for slot, expert in enumerate(layer.map.experts_in(layer.slots)):
         names = (f"model.layers.{number}.block_sparse_moe.experts.{expert}.w{part}.weight" for part in (1, 2, 3))
         gate, down, up = (stored[name] for name in names)
-        assert torch.equal(layer.gate_up_weight[slot], torch.cat([gate, up]))
-        assert torch.equal(layer.down_weight[slot], down)
+        assert torch.equal(layer.experts.gate_up_weight[slot], torch.cat([gate, up]))
+        assert torch.equal(layer.experts.down_weight[slot], down)
 
 
 @torch.inference_mode()
