@@ -6,14 +6,12 @@ config's class declares with what was read while the model's shape was made.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from ..common.errors import ModelLoadError
+from .config_fields import read_fields, transformers_version
 
 # Declared by the config classes, without effect on what inference computes.
 _WITHOUT_EFFECT = frozenset(
@@ -60,24 +58,22 @@ class ConfigReader:
     def __init__(self, path: Path) -> None:
         self.file = path / "config.json"
         try:
-            self.config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            self._fields = read_fields(self.file)
         # transformers raises classes of its own and of its libraries.
         except Exception as error:
-            raise ModelLoadError(f"{self.file}: transformers {transformers.__version__} refuses it: {error}") from error
+            raise ModelLoadError(f"{self.file}: transformers {transformers_version()} refuses it: {error}") from error
         self._read: set[str] = set()
-        quantization = getattr(self.config, "quantization_config", None)
+        quantization = self.get("quantization_config")
         if quantization is not None:
-            method = (
-                quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else type(quantization).__name__
-            )
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
             raise self.error(f"quantized checkpoints ({method}) are not supported: use the unquantized one")
-        if getattr(self.config, "is_heterogeneous", False):
+        if self.get("is_heterogeneous"):
             raise self.error("per_layer_config is not supported")
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field's value; `default` where it is absent or null."""
         self._read.add(name)
-        value = getattr(self.config, name, None)
+        value = self._fields.values.get(name)
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -92,10 +88,7 @@ class ConfigReader:
 
     def check_all_read(self) -> None:
         """ModelLoadError that names declared fields which were not read and do not have their default value."""
-        inherited = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
-        for field in dataclasses.fields(self.config):
-            if field.name in inherited | _WITHOUT_EFFECT | self._read:
-                continue
-            value = getattr(self.config, field.name)
-            if value is not None and value != field.default:
-                raise self.error(f"{field.name} = {value!r} is not supported by this architecture's family file")
+        for name in self._fields.changed:
+            if name not in _WITHOUT_EFFECT | self._read:
+                value = self._fields.values[name]
+                raise self.error(f"{name} = {value!r} is not supported by this architecture's family file")

@@ -2,8 +2,8 @@
 
 run_ranks(): start a process a rank, join them by gloo over the loopback, work, end. Serving has its own groups (workers).
 
-The processes are forks of Python's fork server, which has imported torch and transformers, seconds for each of them, once. It
-starts at the first call, keeps the environment variables of that moment, and ends with this process.
+The processes are forks of Python's fork server, which has imported torch, seconds for each of them, once. It starts at the
+first call, keeps the environment variables of that moment, and ends with this process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from .parallel import Parallel
 # work(parallel, *args) on each rank; what it returns becomes JSON.
 Work = Callable[..., Any]
 _GRACE_S = 5
-# The last imports most of what reading any config.json needs.
-_PRELOADED = ["torch.distributed", "transformers.models.llama.configuration_llama"]
+_PRELOADED = ["torch.distributed", f"{__package__}.build"]
 _FIRST_ERROR = "first_error"
 
 

@@ -19,8 +19,8 @@ def read_shape(reader: ConfigReader, spec: FamilySpec, *, architecture: str) -> 
     Raises:
         ModelLoadError: a field is missing, contradicts another, or has an effect that is not supported.
     """
-    if reader.config.model_type != spec.model_type:
-        raise reader.error(f"{architecture} goes with model_type {spec.model_type!r}, not {reader.config.model_type!r}")
+    if (model_type := reader.get("model_type")) != spec.model_type:
+        raise reader.error(f"{architecture} goes with model_type {spec.model_type!r}, not {model_type!r}")
     num_layers, hidden_size = reader.size("num_hidden_layers"), reader.size("hidden_size")
     num_heads = reader.size("num_attention_heads")
     num_kv_heads = reader.size("num_key_value_heads", num_heads)

@@ -23,6 +23,7 @@ from pilotfish.client import AsyncClient
 from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.config import EngineConfig, FleetConfig
 from pilotfish.common.errors import PoisonousRequest
+from pilotfish.models.config_fields import read_fields
 from pilotfish.models.store import resolve
 from pilotfish.workers.timed_runner import TimingModel
 from process_size import ProcessSize
@@ -62,6 +63,7 @@ def timed_settings(model_path: Path) -> Settings:
 
 def real_settings() -> Settings:
     model_path = resolve("smollm2-135m", allow_download=False).path
+    read_fields(model_path / "config.json")  # once here, so that no worker needs transformers
     engine = EngineConfig(device="cpu", max_num_seqs=32, num_kv_blocks=600, num_threads=1)
     return Settings(model_path=str(model_path), engine=engine, fleet=REAL_FLEET)
 

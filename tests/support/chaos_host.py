@@ -23,8 +23,7 @@ from pilotfish.controller.worker_process import WorkerDied
 from tcp_proxy import TcpProxy
 from zygote import Child, Zygote
 
-# Transformers is most of what a worker with a model imports.
-PRELOADED = ("chaos_processes", "pilotfish.workers.model_runner", "transformers.models.llama.configuration_llama")
+PRELOADED = ("chaos_processes", "pilotfish.workers.model_runner")
 _START_S = 240.0
 
 

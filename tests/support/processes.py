@@ -8,7 +8,6 @@ from multiprocessing.context import ForkServerContext
 
 _PRELOADED = [
     "torch.distributed",
-    "transformers.models.llama.configuration_llama",
     "pilotfish.workers.engine",
     "pilotfish.workers.ranks",
 ]

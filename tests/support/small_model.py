@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
+from pilotfish.models.config_fields import read_fields
 from tokenizers import decoders, models, pre_tokenizers
 
 TEMPLATE = (
@@ -48,8 +50,7 @@ def save_tiny_llama(path: Path, *, seed: int = 0) -> Path:
         eos_token_id=256,
         bos_token_id=None,
     )
-    transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
-    return path
+    return save_for_workers(transformers.LlamaForCausalLM(config).to(torch.float32), path)
 
 
 def save_tiny_mixtral(path: Path) -> Path:
@@ -78,5 +79,11 @@ def save_tiny_mixtral(path: Path) -> Path:
     model = transformers.MixtralForCausalLM(config).to(torch.float32)
     for layer in model.model.layers:
         layer.mlp.gate.weight.data[::2] *= 3.0
+    return save_for_workers(model, path)
+
+
+def save_for_workers(model: Any, path: Path) -> Path:
+    """A transformers model. Its config is read here, which keeps it, so that the processes that run it need no transformers."""
     model.save_pretrained(path)
+    read_fields(path / "config.json")
     return path

@@ -15,7 +15,7 @@ from pilotfish.scheduler.scheduler_config import SchedulerConfig
 from pilotfish.scheduler.step_scheduler import StepScheduler
 from pilotfish.workers.runner_setup import set_up_runner
 from pilotfish.workers.step_loop import StepLoop
-from small_model import save_tiny_mixtral
+from small_model import save_for_workers, save_tiny_mixtral
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +54,7 @@ def tiny_llama(tmp_path_factory) -> Path:
         eos_token_id=257,
         pad_token_id=None,
     )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
+    save_for_workers(LlamaForCausalLM(config).to(torch.float32), path)
     _write_tokenizer(path)
     return path
 

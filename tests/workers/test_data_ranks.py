@@ -23,6 +23,7 @@ from pilotfish.workers.model_runner import ModelRunner
 from processes import children_end
 from rank_group_run import run_on_ranks
 from rank_process import ENGINE
+from small_model import save_for_workers
 from transformers import MixtralConfig, MixtralForCausalLM
 from upcycled import upcycle
 
@@ -51,8 +52,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=None,
         pad_token_id=None,
     )
-    MixtralForCausalLM(config).to(torch.float32).save_pretrained(path)
-    return path
+    return save_for_workers(MixtralForCausalLM(config).to(torch.float32), path)
 
 
 def requests(rank: int, number: int, *, max_tokens: int = 12) -> list[EngineRequest]:
