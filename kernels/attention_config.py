@@ -83,12 +83,16 @@ def decode_config(
 def fused_decode_config(*, num_rows: int, num_kv_heads: int) -> FusedDecodeConfig:
     """Up to one CTA of many warps a multiprocessor, which all read from the start; of more rows, small ones that take turns.
 
-    Measured on an H200 with 640 to 8192 keys a row (benchmarks/gpu/bench_fused_decode.py).
+    Clusters of four or eight fill half of the GPU at most: where multiprocessors of a cluster's neighbourhood are taken by a
+    kernel that starts or ends beside this one, a cluster would wait for a second turn. Measured on an H200 with 640 to 8192 keys
+    a row (benchmarks/gpu/bench_fused_decode.py).
     """
     num_results = num_rows * num_kv_heads
     if num_results > NUM_MULTIPROCESSORS:
         return FusedDecodeConfig(num_splits=1, num_warps=4, num_stages=3)
-    num_splits = next(splits for splits in (8, 4, 2, 1) if splits * num_results <= NUM_MULTIPROCESSORS)
+    num_splits = 2 if 2 * num_results <= NUM_MULTIPROCESSORS else 1
+    while num_splits < 8 and 4 * num_splits * num_results <= NUM_MULTIPROCESSORS:
+        num_splits *= 2
     return FusedDecodeConfig(num_splits=num_splits, num_warps=8, num_stages=2)
 
 

@@ -64,7 +64,7 @@ class Shape:
 class Inputs:
     """Random tensors of one shape: enough copies of the caches to leave the L2 between two calls on one of them."""
 
-    def __init__(self, shape: Shape, *, table_width: int) -> None:
+    def __init__(self, shape: Shape, *, table_width: int, in_order: bool = False) -> None:
         num_heads, num_kv_heads = HEADS[shape.model]
         self.shape = shape
         self.pages_a_row = -(-shape.context_len // PAGE_LEN)
@@ -77,7 +77,7 @@ class Inputs:
         self.q = qkv[:, :num_heads]
         width = max(table_width, self.pages_a_row)
         self.tables = torch.zeros(shape.num_rows, width, dtype=torch.int32, device="cuda")
-        pages = torch.randperm(num_pages, device="cuda").int()
+        pages = (torch.arange if in_order else torch.randperm)(num_pages, device="cuda").int()
         self.tables[:, : self.pages_a_row] = pages.view(shape.num_rows, self.pages_a_row)
         self.starts = torch.arange(shape.num_rows + 1, dtype=torch.int32, device="cuda") * shape.query_len
         self.lens = torch.full((shape.num_rows,), shape.context_len, dtype=torch.int32, device="cuda")
