@@ -109,6 +109,9 @@ class _HostedWorker:
         await asyncio.Event().wait()
         raise AssertionError("nothing ends this wait")
 
+    async def has_lost_machine(self) -> bool:
+        return False
+
     async def wait_notice(self) -> float:
         """Nobody takes the machine away."""
         await asyncio.Event().wait()

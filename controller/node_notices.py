@@ -33,6 +33,10 @@ class NodeNotices:
             await asyncio.sleep(_INTERVAL_S)
         return min(deadline_ms / 1000 - time.time() if deadline_ms else math.inf for deadline_ms in found)
 
+    async def is_any_about_to_go(self, nodes: Collection[str]) -> bool:
+        known = await self._ask()
+        return any(node in known for node in nodes)
+
     async def _ask(self) -> Mapping[str, int]:
         """Deadlines in milliseconds of Unix time by node id, 0 where there is none; as known a second ago at most."""
         async with self._lock:

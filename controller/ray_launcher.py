@@ -33,7 +33,7 @@ from .authority import Authority
 from .node_links import NodeLinks
 from .node_notices import NodeNotices
 from .ray_actors import cause_of_death, until_dead
-from .ray_placement import find_group, place, reachable_only
+from .ray_placement import find_group, is_any_gone, place, reachable_only
 from .worker_process import NoRoom, WorkerDied, worker_name
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ _NUM_THREADS = 4
 _ROOM_TIMEOUT_S = 60.0
 _NOTICE_PAUSE_S = 5.0
 _DESCRIBE_TIMEOUT_S = 5.0
+_LOOK_TIMEOUT_S = 2.0
 _CPU_BUNDLE = {"CPU": 0.001}  # Ray places no bundle of nothing
 _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # the kernels have threads of their own, which OpenMP's idle ones would slow down
@@ -60,6 +61,7 @@ class RayWorker:
         self._handles = handles
         self._group = group
         self._notices = notices
+        self._nodes: list[str] = []  # Ray's ids, once known
         self.places = places
 
     async def wait_dead(self) -> str:
@@ -74,10 +76,18 @@ class RayWorker:
     async def wait_notice(self) -> float:
         while True:
             try:
-                nodes = await asyncio.gather(*(handle.node_id.remote() for handle in self._handles))
-                return await self._notices.wait_for(nodes)
+                self._nodes = await asyncio.gather(*(handle.node_id.remote() for handle in self._handles))
+                return await self._notices.wait_for(self._nodes)
             except RayError:  # it dies, which is heard elsewhere, or Ray has lost sight of it for a moment
                 await asyncio.sleep(_NOTICE_PAUSE_S)
+
+    async def has_lost_machine(self) -> bool:
+        try:
+            async with asyncio.timeout(_LOOK_TIMEOUT_S):
+                return await self._notices.is_any_about_to_go(self._nodes) or await is_any_gone(self._nodes)
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises while its head is away
+            logger.warning("Ray cannot be asked whether the nodes of a lost replica are there: %s", error)
+            return False
 
     async def end(self) -> None:
         _end(self._handles, self._group)

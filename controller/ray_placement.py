@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -78,9 +79,18 @@ async def place(
 async def reachable_only(without: Sequence[str] = ()) -> dict[str, str]:
     """A label selector that leaves out nodes `without` and those that Ray calls alive and that do not answer; {} if all do."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    answers = await asyncio.gather(*(_answers(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes))
+    answers = await asyncio.gather(*map(_answers, nodes))
     left_out = [*without, *(node["NodeID"] for node, is_here in zip(nodes, answers, strict=True) if not is_here)]
     return {"ray.io/node-id": f"!in({','.join(left_out)})"} if left_out else {}
+
+
+async def is_any_gone(node_ids: Collection[str]) -> bool:
+    """Whether one of the nodes does not answer, or Ray calls it dead. It takes a second where it was cut off."""
+    nodes = {node["NodeID"]: node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
+    if not all(node_id in nodes for node_id in node_ids):
+        return True
+    wanted = [nodes[node_id] for node_id in node_ids]
+    return not all(await asyncio.gather(*map(_answers, wanted)))
 
 
 def find_group(name: str) -> PlacementGroup | None:
@@ -91,7 +101,8 @@ def find_group(name: str) -> PlacementGroup | None:
         return None
 
 
-async def _answers(host: str, port: int) -> bool:
+async def _answers(node: Mapping[str, Any]) -> bool:
+    host, port = node["NodeManagerAddress"], node["NodeManagerPort"]
     try:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             _, writer = await asyncio.open_connection(host, port)

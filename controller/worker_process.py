@@ -40,6 +40,9 @@ class WorkerProcess(Protocol):
     async def wait_notice(self) -> float:
         """Returns when it is known that a machine of the replica will go away, with the seconds until then."""
 
+    async def has_lost_machine(self) -> bool:
+        """Whether a machine of the replica has gone or is about to: then its end says nothing of the requests there."""
+
     async def end(self) -> None:
         """Kill the process if it lives."""
 

@@ -65,6 +65,8 @@ class WorkerWatch:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if has_failed and await worker.has_lost_machine():
+                reason, has_failed = f"its machine goes or has gone ({reason})", False
             for place in replica.places:
                 if self._dispatcher.remove_replica(place.name, reason, has_failed=has_failed):
                     replica.failures = 0  # a request's fault, which is not tried again

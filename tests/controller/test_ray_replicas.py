@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pilotfish import Pipeline, SamplingParams
 from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.errors import ModelLoadError
 from pilotfish.controller.deployment import deploy
+from pilotfish.controller.ray_placement import is_any_gone
 from pilotfish.workers.actor import WorkerActor
 from ray_nodes import RayNodes
 from ray_serving import PROMPT, Reader, Served, all_ready, config, wait_until
@@ -163,6 +165,7 @@ def test_a_node_with_a_drain_notice_loses_its_replica_and_no_token(local_ray: No
             expected = Reader(served, max_tokens=300).finish().token_ids
             reader = Reader(served, max_tokens=300)
             reader.wait_for(20)
+            assert not asyncio.run(is_any_gone([doomed, ray.get_runtime_context().get_node_id()]))
             with stopped(deployment.status().replicas[0].info.pid):
                 nodes.notify(doomed, within_s=200)
                 wait_until(lambda: "its node is about to go" in deployment.status().replicas[0].message, "the notice", 20)
@@ -171,5 +174,6 @@ def test_a_node_with_a_drain_notice_loses_its_replica_and_no_token(local_ray: No
             wait_until(lambda: [r.name for r in deployment.status().replicas] == ["replica-1"], "the replica to leave")
             assert all_ready(deployment, restarts=0)
             wait_until(lambda: not nodes.is_alive(doomed), "the node's end")  # Ray ends it once nothing is on it
+            assert asyncio.run(is_any_gone([doomed]))
         finally:
             deployment.shutdown()

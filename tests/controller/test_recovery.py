@@ -93,6 +93,17 @@ async def test_a_request_that_is_there_when_replica_after_replica_dies_ends(star
         await read(handle, into=answer)
 
 
+async def test_replicas_whose_machines_go_are_no_evidence_against_a_request(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(step_s=0.03, fleet={"max_attempts": 2, "max_restarts": 10})
+    handle, launched = await generate(cluster, max_tokens=20), cluster.launcher.launched
+    for num in (1, 2, 3):  # with too few tokens in between to clear it
+        await eventually(lambda: len(launched[-1].engine.submitted) == 1)
+        launched[-1].machine_is_lost = True
+        await launched[-1].kill()
+        await eventually(lambda n=num: len(launched) == n + 1)
+    check(await read(handle), 20)
+
+
 async def test_a_request_that_no_worker_takes_ends(start_cluster: StartCluster) -> None:
     cluster = await start_cluster(refuse=InvalidRequest("token 300 is outside the vocabulary"))
     with pytest.raises(InternalError, match="refused by workers 3 times, the last time because token 300"):

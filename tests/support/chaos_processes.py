@@ -135,6 +135,9 @@ class HostWorker:
     async def wait_dead(self) -> str:
         return await ask(self.host, "wait_dead", self.number)
 
+    async def has_lost_machine(self) -> bool:
+        return False
+
     async def wait_notice(self) -> float:
         await asyncio.Event().wait()  # nobody takes this machine away
         raise AssertionError("nothing ends this wait")

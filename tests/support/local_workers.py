@@ -45,6 +45,7 @@ class LocalWorker:
             server.start(engine, self.info, host="127.0.0.1") for server, engine in zip(self.servers, self.engines, strict=True)
         ]
         self.address, self._others = addresses[0], addresses[1:]
+        self.machine_is_lost = False
         self._dead = asyncio.Event()
         self.notice: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
@@ -65,6 +66,9 @@ class LocalWorker:
 
     async def wait_notice(self) -> float:
         return await asyncio.shield(self.notice)
+
+    async def has_lost_machine(self) -> bool:
+        return self.machine_is_lost
 
     async def end(self) -> None:
         if not self._dead.is_set():
