@@ -84,8 +84,8 @@ def fused_decode_config(*, num_rows: int, num_kv_heads: int) -> FusedDecodeConfi
     """Up to one CTA of many warps a multiprocessor, which all read from the start; of more rows, small ones that take turns.
 
     Clusters of four or eight fill half of the GPU at most: where multiprocessors of a cluster's neighbourhood are taken by a
-    kernel that starts or ends beside this one, a cluster would wait for a second turn. Measured on an H200 with 640 to 8192 keys
-    a row (benchmarks/gpu/bench_fused_decode.py).
+    kernel that starts or ends beside this one, a cluster would wait for a second turn. Measured on an H200 with 640 to 8192
+    keys a row (benchmarks/gpu/bench_fused_decode.py).
     """
     num_results = num_rows * num_kv_heads
     if num_results > NUM_MULTIPROCESSORS:

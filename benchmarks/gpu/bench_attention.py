@@ -38,7 +38,7 @@ PREFILL_SHAPES = [(16, 512), (1, 8192)]
 # (rows, keys) of the sweeps
 SWEPT_DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (512, 640)]
 SWEPT_PREFILL_SHAPES = [(16, 512), (4, 4096), (1, 16384)]
-ROTATED_BYTES = 256 * 2**20
+ROTATED_BYTES = 2**31
 OPTIONS = {"scale": HEAD_DIM**-0.5, "window": None, "soft_cap": None, "sinks_N": None}
 
 
@@ -64,20 +64,23 @@ class Shape:
 class Inputs:
     """Random tensors of one shape: enough copies of the caches to leave the L2 between two calls on one of them."""
 
-    def __init__(self, shape: Shape, *, table_width: int, in_order: bool = False) -> None:
+    def __init__(self, shape: Shape, *, table_width: int, by_head: bool = False) -> None:
         num_heads, num_kv_heads = HEADS[shape.model]
         self.shape = shape
         self.pages_a_row = -(-shape.context_len // PAGE_LEN)
         num_pages = shape.num_rows * self.pages_a_row
-        cache_shape = (2, num_pages, PAGE_LEN, num_kv_heads, HEAD_DIM)
+        cache_shape = (
+            (2, num_pages, num_kv_heads, PAGE_LEN, HEAD_DIM) if by_head else (2, num_pages, PAGE_LEN, num_kv_heads, HEAD_DIM)
+        )
         num_copies = -(-ROTATED_BYTES // shape.cache_bytes)
-        self.caches = [torch.randn(cache_shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_copies)]
+        caches = [torch.randn(cache_shape, device="cuda", dtype=torch.bfloat16) for _ in range(num_copies)]
+        self.caches = [cache.transpose(2, 3) if by_head else cache for cache in caches]
         num_tokens = shape.num_rows * shape.query_len
         qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         self.q = qkv[:, :num_heads]
         width = max(table_width, self.pages_a_row)
         self.tables = torch.zeros(shape.num_rows, width, dtype=torch.int32, device="cuda")
-        pages = (torch.arange if in_order else torch.randperm)(num_pages, device="cuda").int()
+        pages = torch.randperm(num_pages, device="cuda").int()
         self.tables[:, : self.pages_a_row] = pages.view(shape.num_rows, self.pages_a_row)
         self.starts = torch.arange(shape.num_rows + 1, dtype=torch.int32, device="cuda") * shape.query_len
         self.lens = torch.full((shape.num_rows,), shape.context_len, dtype=torch.int32, device="cuda")

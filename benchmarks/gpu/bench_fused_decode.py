@@ -30,8 +30,8 @@ CONFIGS = [
 class DecodeInputs(Inputs):
     """With the new token's k and v, which replace the last key."""
 
-    def __init__(self, shape: Shape, *, table_width: int, in_order: bool) -> None:
-        super().__init__(shape, table_width=table_width, in_order=in_order)
+    def __init__(self, shape: Shape, *, table_width: int, by_head: bool) -> None:
+        super().__init__(shape, table_width=table_width, by_head=by_head)
         num_heads, num_kv_heads = HEADS[shape.model]
         qkv = torch.randn(shape.num_rows, num_heads + 2 * num_kv_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         self.qkv = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
@@ -58,7 +58,7 @@ class DecodeInputs(Inputs):
 
 
 def measure(shape: Shape, limits: argparse.Namespace) -> list[dict[str, object]]:
-    inputs = DecodeInputs(shape, table_width=limits.table_width, in_order=limits.in_order)
+    inputs = DecodeInputs(shape, table_width=limits.table_width, by_head=limits.by_head)
     num_kv_heads = HEADS[shape.model][1]
     default = fused_decode_config(num_rows=shape.num_rows, num_kv_heads=num_kv_heads)
     q_before = inputs.qkv[0].clone()  # the two ops turn q in place
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, action="append", help="only shapes of so many rows")
     parser.add_argument("--context", type=int, action="append", help="only shapes of so many keys a row")
     parser.add_argument("--table-width", type=int, default=2560, help="columns of the block tables, as in a CUDA graph")
-    parser.add_argument("--in-order", action="store_true", help="a row's pages follow one another, as those of a prompt do")
+    parser.add_argument("--by-head", action="store_true", help="a head's keys of a page follow one another")
     parser.add_argument("--bandwidth", type=float, default=4.28, help="the machine's measured read bandwidth, TB/s")
     parser.add_argument("--best", type=int, default=1000, help="print so many rows a shape, and the default and `two ops`")
     arguments = parser.parse_args()
