@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 
 from ..common.errors import ModelLoadError
 from .build import load_model
@@ -24,6 +24,9 @@ from .causal_lm import CausalLM
 from .local_ranks import RanksFailedError, run_ranks
 from .paged_sequences import PagedSequences
 from .parallel import Parallel
+
+if TYPE_CHECKING:
+    import transformers
 
 # Largest |logit - reference|, relative to the largest reference logit (or to 1 where that is less).
 TOLERANCE = 1e-4
@@ -56,6 +59,8 @@ def check_model(path: str | Path, *, device: str = "cpu", seed: int = 0, tensor_
 
     Needs memory for the model twice, once of them in float32, and once more with tensor_parallel.
     """
+    import transformers  # not above: seconds, and ranks import this module too
+
     try:
         model = load_model(path, device=device, dtype="float32")
     except ModelLoadError as error:
