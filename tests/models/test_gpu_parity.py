@@ -33,6 +33,7 @@ SaveCheckpoint = Callable[..., PreTrainedModel]
         ("Glm4MoeForCausalLM", {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
         ("DeepseekV2ForCausalLM", LATENT | {"q_lora_rank": None}),
         ("DeepseekV3ForCausalLM", LATENT | {"num_attention_heads": 32, "num_key_value_heads": 32}),
+        ("GptOssForCausalLM", {}),
     ],
 )
 def test_float32_equals_transformers(

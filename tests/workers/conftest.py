@@ -139,6 +139,7 @@ def make_loop(tiny_llama):
         on_step,
         *,
         model=tiny_llama,
+        dtype: str = "float32",
         max_in_flight: int = 1,
         wrap=lambda model: model,
         prepare=lambda runner: None,
@@ -146,7 +147,7 @@ def make_loop(tiny_llama):
         **options,
     ) -> StepLoop:
         config = EngineConfig(**{"device": "cpu", "num_threads": 1, "num_kv_blocks": 256, "max_num_seqs": 32, **options})
-        runner, info = set_up_runner(ModelConfig(model=str(model), dtype="float32"), config)
+        runner, info = set_up_runner(ModelConfig(model=str(model), dtype=dtype), config)
         runner.model = wrap(runner.model)
         prepare(runner)
         scheduler = StepScheduler(
