@@ -18,8 +18,8 @@ from pilotfish.models.check import run_reference
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 DEVICE = "cuda"
 VOCAB = 512
-# In standard deviations of the logits. transformers' own bfloat16 has 0.008 to 0.026; without one kind of gpt-oss's biases, or with
-# sinks of zero, it would be 0.1 to 0.17.
+# In standard deviations of the logits. transformers' own bfloat16 has 0.008 to 0.026; without one kind of gpt-oss's biases, or
+# with sinks of zero, it would be 0.1 to 0.17.
 MEDIAN_ERROR = 0.06
 PROMPT_LENS = (1, 5, 17, 40, 90, 150)
 OPTIONS = {"device": DEVICE, "max_in_flight": 2, "max_num_seqs": len(PROMPT_LENS), "max_num_batched_tokens": 64}
