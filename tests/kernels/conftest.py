@@ -8,11 +8,14 @@ in the interpreter, which tests/conftest.py chooses.
 
 import itertools
 
+import interpreter_patches
 import pytest
 import torch
 from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.rms_norm import _rms_norm_kernel
 from triton.runtime.interpreter import InterpretedFunction
+
+interpreter_patches.install()
 
 DTYPES = {
     "cpu": (torch.float32, torch.float16),

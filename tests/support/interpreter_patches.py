@@ -1,0 +1,38 @@
+"""Triton's interpreter as it is, but for half of its time: it replaces the language's functions by its own once a launch and
+module, not again whenever a kernel calls another function."""
+
+from __future__ import annotations
+
+import functools
+from types import FunctionType, ModuleType
+from typing import Any
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+_patch_lang = interpreter._patch_lang
+_call_grid = interpreter.GridExecutor.__call__
+_patched: set[ModuleType] = set()
+
+
+@functools.cache
+def _languages(fn: FunctionType) -> frozenset[ModuleType]:
+    return frozenset(value for value in fn.__globals__.values() if isinstance(value, ModuleType) and value in (tl, tl.core))
+
+
+def _patch_once(fn: FunctionType) -> Any:
+    if _languages(fn) <= _patched:
+        return interpreter._LangPatchScope()  # nothing to take back
+    _patched.update(_languages(fn))
+    return _patch_lang(fn)
+
+
+def _launch(self: interpreter.GridExecutor, *args: Any, **kwargs: Any) -> None:
+    _patched.clear()  # the launch before has taken its own back
+    _call_grid(self, *args, **kwargs)
+    _patched.clear()
+
+
+def install() -> None:
+    interpreter._patch_lang = _patch_once
+    interpreter.GridExecutor.__call__ = _launch
