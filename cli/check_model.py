@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensor-parallel", type=int, default=1, metavar="N", help="prove it over N ranks too: processes on this machine's CPU"
     )
+    parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="N times as many ranks, which share experts")
+    parser.add_argument("--expert-parallel", action="store_true", help="ranks keep whole experts of sparse layers")
     parser.epilog = (
         "Loads the weights strictly, then compares logits and greedy tokens with untouched transformers in float32: prefill, "
         "16 decode steps, and a chunked prefill, mixed lengths in one batch, through the paged cache. Exits 1 if a row fails."
@@ -27,7 +29,14 @@ def run(args: argparse.Namespace) -> int:
     with terminal_progress() as progress:
         model = resolve(args.model, pull_missing=True, progress=progress)
     print(f"Checking {model.path}", file=sys.stderr)
-    rows = check_model(model.path, device=args.device, seed=args.seed, tensor_parallel=args.tensor_parallel)
+    rows = check_model(
+        model.path,
+        device=args.device,
+        seed=args.seed,
+        tensor_parallel=args.tensor_parallel,
+        data_parallel=args.data_parallel,
+        expert_parallel=args.expert_parallel,
+    )
     print(_table(rows))
     return 0 if all(row.ok for row in rows) else 1
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..common.config import ParallelConfig
 from ..common.errors import ModelLoadError
 from .build import load_model
 from .causal_lm import CausalLM
@@ -54,11 +55,24 @@ class Reference:
     logits_PV: torch.Tensor
 
 
-def check_model(path: str | Path, *, device: str = "cpu", seed: int = 0, tensor_parallel: int = 1) -> list[CheckRow]:
+def check_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    tensor_parallel: int = 1,
+    data_parallel: int = 1,
+    expert_parallel: bool = False,
+) -> list[CheckRow]:
     """The proof of the checkpoint directory, a row a claim; what fails to load ends it early with a row that is not ok.
 
-    Needs memory for the model twice, once of them in float32, and once more with tensor_parallel.
+    Needs memory for the model twice, once of them in float32, and once more over ranks, each data rank with what its own
+    attention and dense layers need. The last three are as of ParallelConfig.
+
+    Raises:
+        ConfigError: they do not go together.
     """
+    ranks = ParallelConfig(tensor_parallel=tensor_parallel, data_parallel=data_parallel, expert_parallel=expert_parallel)
     import transformers  # not above: seconds, and ranks import this module too
 
     try:
@@ -70,10 +84,13 @@ def check_model(path: str | Path, *, device: str = "cpu", seed: int = 0, tensor_
         untouched = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         return [*rows, CheckRow("reference", False, f"transformers {transformers.__version__} cannot load it: {error}")]
-    prompts = choose_prompts(model, seed=seed)
-    references = [run_reference(untouched.eval(), prompt) for prompt in prompts]
-    rows += compare(model, references)
-    return rows if tensor_parallel == 1 else rows + compare_ranks(path, references, size=tensor_parallel)
+    # Data ranks have prompts of their own, of the same lengths.
+    references = [
+        [run_reference(untouched.eval(), prompt) for prompt in choose_prompts(model, seed=seed + rank)]
+        for rank in range(data_parallel)
+    ]
+    rows += compare(model, references[0])
+    return rows if ranks.num_ranks == 1 else rows + compare_ranks(path, references, ranks)
 
 
 def choose_prompts(model: CausalLM, *, seed: int) -> list[list[int]]:
@@ -118,21 +135,37 @@ def compare(model: CausalLM, references: Sequence[Reference]) -> list[CheckRow]:
     ]
 
 
-def compare_ranks(path: str | Path, references: Sequence[Reference], *, size: int) -> list[CheckRow]:
-    """The rows of `compare` over `size` ranks of this machine's CPU; a row is ok when every rank says so."""
+def compare_ranks(path: str | Path, references: Sequence[Sequence[Reference]], ranks: ParallelConfig) -> list[CheckRow]:
+    """The rows of `compare` over ranks of this machine's CPU; a row is ok when every rank says so.
+
+    `references` of each data rank.
+    """
+    name = f"{ranks.num_ranks} ranks"
     with tempfile.TemporaryDirectory(prefix="pilotfish-check-") as directory:
-        file = Path(directory) / "references.pt"
-        save_references(references, file)
+        files = [str(Path(directory) / f"references-{number}.pt") for number in range(len(references))]
+        for file, of_rank in zip(files, references, strict=True):
+            save_references(of_rank, Path(file))
         try:
-            ranks: list[RankRows] = run_ranks(size, compare_on_rank, str(path), str(file))
+            rows: list[RankRows] = run_ranks(
+                ranks.tensor_parallel,
+                _compare_own,
+                str(path),
+                files,
+                data_size=ranks.data_parallel,
+                whole_experts=ranks.expert_parallel,
+            )
         except RanksFailedError as error:
-            return [CheckRow(f"{size} ranks", False, str(error))]
-    return [_merge(size, rows) for rows in zip(*ranks, strict=False)]  # what cannot be loaded has one row only
+            return [CheckRow(name, False, str(error))]
+    return [_merge(name, claim) for claim in zip(*rows, strict=False)]  # what cannot be loaded has one row only
 
 
 def save_references(references: Sequence[Reference], file: Path) -> None:
     """For compare_on_rank."""
     torch.save([asdict(reference) for reference in references], file)
+
+
+def _compare_own(parallel: Parallel, path: str, references_files: Sequence[str]) -> RankRows:
+    return compare_on_rank(parallel, path, references_files[0 if parallel.data is None else parallel.data.rank])
 
 
 def compare_on_rank(parallel: Parallel, path: str, references_file: str) -> RankRows:
@@ -146,12 +179,12 @@ def compare_on_rank(parallel: Parallel, path: str, references_file: str) -> Rank
     return [(row.name, row.ok, row.detail) for row in rows]
 
 
-def _merge(size: int, ranks: Sequence[tuple[str, bool, str]]) -> CheckRow:
+def _merge(name: str, ranks: Sequence[tuple[str, bool, str]]) -> CheckRow:
     """Every rank's row of one claim: what the first has against it, else what all say."""
     wrong = [f"rank {rank}: {detail}" for rank, (_, ok, detail) in enumerate(ranks) if not ok]
     details = [detail for _, _, detail in ranks]
     detail = " + ".join(details) if len(set(details)) > 1 else details[0]
-    return CheckRow(f"{size} ranks: {ranks[0][0]}", not wrong, wrong[0] if wrong else detail)
+    return CheckRow(f"{name}: {ranks[0][0]}", not wrong, wrong[0] if wrong else detail)
 
 
 def _run_in_chunks(model: CausalLM, references: Sequence[Reference], max_len: int) -> list[torch.Tensor]:

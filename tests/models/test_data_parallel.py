@@ -8,9 +8,9 @@ from typing import Any
 
 import data_rank_work
 import pytest
-from pilotfish.common.errors import ModelLoadError
+from pilotfish.common.errors import ConfigError, ModelLoadError
 from pilotfish.models.build import check_ranks, load_model
-from pilotfish.models.check import choose_prompts, run_reference, save_references
+from pilotfish.models.check import check_model, choose_prompts, run_reference, save_references
 from rank_group_run import run_on_ranks
 from transformers import PreTrainedModel
 
@@ -48,6 +48,15 @@ def test_tiny_models_equal_transformers_on_every_rank(checkpoints: list[tuple[st
         for (architecture, _), rows in zip(MODELS, models, strict=True):
             assert len(rows) == 5
             assert all(ok for _, ok, _ in rows), (number, architecture, rows)
+
+
+def test_check_model_proves_data_ranks_too(checkpoints: list[tuple[str, list[str]]]) -> None:
+    path, _ = checkpoints[-1]
+    rows = check_model(path, data_parallel=2, expert_parallel=True)
+    assert [row.name for row in rows[5:]] == [f"2 ranks: {row.name}" for row in rows[:5]]
+    assert all(row.ok for row in rows), rows
+    with pytest.raises(ConfigError, match="data_parallel needs expert_parallel"):
+        check_model(path, data_parallel=2)
 
 
 def test_what_data_ranks_cannot_share_is_said_before_anything_starts(
