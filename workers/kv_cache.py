@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -51,16 +52,11 @@ class KvCache:
 
 
 def allocate_kv_cache(layout: KvLayout, *, num_blocks: int, device: torch.device) -> KvCache:
-    """A zeroed cache. On a CPU a page takes memory when it is first written; on a GPU a head's keys of a page lie together."""
-    pages, tokens, heads, size = num_blocks + 1, layout.block_size, layout.num_kv_heads, layout.head_dim
-
-    def zeros() -> torch.Tensor:
-        if device.type == "cpu":
-            return _untouched_zeros((pages, tokens, heads, size), dtype=layout.dtype)
-        return torch.zeros((pages, heads, tokens, size), dtype=layout.dtype, device=device).transpose(1, 2)
-
-    keys = [zeros() for _ in range(layout.num_layers)]
-    layers = tuple((layer, layer if layout.values_in_keys else zeros()) for layer in keys)
+    """A zeroed cache. On a CPU a page takes memory when it is first written."""
+    shape = (num_blocks + 1, layout.block_size, layout.num_kv_heads, layout.head_dim)
+    zeros = _untouched_zeros if device.type == "cpu" else partial(torch.zeros, device=device)
+    keys = [zeros(shape, dtype=layout.dtype) for _ in range(layout.num_layers)]
+    layers = tuple((layer, layer if layout.values_in_keys else zeros(shape, dtype=layout.dtype)) for layer in keys)
     return KvCache(layers, num_blocks, layout.block_size)
 
 
