@@ -24,15 +24,11 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedDecodeConfig:
-    """num_splits: CTAs (a cluster) that share the keys of a row and kv head: 1, 2, 4 or 8. num_stages: of a warp, 16 keys each.
-
-    max_clusters: where there are more rows and kv heads, clusters of one CTA do several.
-    """
+    """num_splits: CTAs that share the keys of a row and kv head, 1, 2, 4 or 8. num_stages: tiles of 16 keys that a warp has."""
 
     num_splits: int
     num_warps: int
     num_stages: int
-    max_clusters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +89,11 @@ def fused_decode_config(*, num_rows: int, num_kv_heads: int) -> FusedDecodeConfi
     """
     num_results = num_rows * num_kv_heads
     if num_results > NUM_MULTIPROCESSORS:
-        return FusedDecodeConfig(num_splits=1, num_warps=4, num_stages=3, max_clusters=2 * NUM_MULTIPROCESSORS)
+        return FusedDecodeConfig(num_splits=1, num_warps=4, num_stages=3)
     num_splits = 2 if 2 * num_results <= NUM_MULTIPROCESSORS else 1
     while num_splits < 8 and 4 * num_splits * num_results <= NUM_MULTIPROCESSORS:
         num_splits *= 2
-    return FusedDecodeConfig(num_splits=num_splits, num_warps=8, num_stages=2, max_clusters=NUM_MULTIPROCESSORS)
+    return FusedDecodeConfig(num_splits=num_splits, num_warps=8, num_stages=2)
 
 
 def prefill_config(*, group: int, head_dim: int, element_bytes: int) -> PrefillConfig:

@@ -22,7 +22,7 @@ from .cuda import loader
 SOURCE = "decode_attention"
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 8  # query heads of a kv head
-MAX_ITEMS = 65535  # rows times kv heads: a dimension of the grid
+MAX_RESULTS = 65535  # rows times kv heads: a dimension of the grid
 TILE_KEYS, ROWS = 16, 8  # as in the source
 
 
@@ -70,14 +70,13 @@ def fused_decode(
             ctypes.c_int(k_cache_BLKD.stride(1)),
             ctypes.c_int(k_cache_BLKD.stride(2)),
             ctypes.c_int(block_tables_TM.stride(0)),
-            ctypes.c_int(num_rows * num_kv_heads),
             ctypes.c_int(num_kv_heads),
             ctypes.c_int((page_len // TILE_KEYS).bit_length() - 1),
             ctypes.c_int(window or 0),
             ctypes.c_float(scale),
             ctypes.c_float(norm_eps),
         ),
-        grid=(config.num_splits, min(num_rows * num_kv_heads, config.max_clusters)),
+        grid=(config.num_splits, num_rows * num_kv_heads),
         num_threads=32 * config.num_warps,
         shared_bytes=shared_bytes(config, head_dim=head_dim, group=group),
         cluster_size=config.num_splits,
@@ -104,7 +103,7 @@ def unfit_reason(
         (head_dim in HEAD_DIMS and cos_PC.shape[1] * 2 == head_dim, f"heads of {head_dim}, {cos_PC.shape[1]} pairs turn"),
         (v_TKD.shape[2] == head_dim, f"values of {v_TKD.shape[2]} numbers, keys of {head_dim}"),
         (group <= MAX_GROUP, f"{group} query heads a kv head, it takes {MAX_GROUP}"),
-        (0 < num_rows * num_kv_heads <= MAX_ITEMS, f"{num_rows} rows of {num_kv_heads} kv heads"),
+        (0 < num_rows * num_kv_heads <= MAX_RESULTS, f"{num_rows} rows of {num_kv_heads} kv heads"),
         (all(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in numbers), f"{q_TND.dtype} and {k_cache_BLKD.dtype}"),
         (len({tensor.dtype for tensor in numbers}) == 1, "more than one dtype"),
         (cos_PC.dtype == torch.float32, f"cosines of {cos_PC.dtype}"),

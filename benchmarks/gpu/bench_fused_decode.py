@@ -15,16 +15,15 @@ import sys
 
 import torch
 from bench_attention import HEAD_DIM, HEADS, PAGE_LEN, Inputs, Shape, describe, graph_microseconds
-from pilotfish.kernels.attention_config import NUM_MULTIPROCESSORS, FusedDecodeConfig, fused_decode_config
+from pilotfish.kernels.attention_config import FusedDecodeConfig, fused_decode_config
 from pilotfish.kernels.fused_decode import fused_decode
 from pilotfish.kernels.paged_attention import TOLERANCE, paged_attention
 from pilotfish.kernels.qkv_prepare import prepare_qkv
 
 SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (512, 640), (1, 8192), (8, 8192)]
 CONFIGS = [
-    FusedDecodeConfig(num_splits=splits, num_warps=warps, num_stages=stages, max_clusters=clusters)
-    for splits, (warps, stages, several) in itertools.product((1, 2, 4, 8), ((4, 2, 3), (4, 3, 2), (8, 2, 1), (8, 3, 1)))
-    for clusters in ((10**6, several * NUM_MULTIPROCESSORS) if splits == 1 else (10**6,))
+    FusedDecodeConfig(num_splits=splits, num_warps=warps, num_stages=stages)
+    for splits, (warps, stages) in itertools.product((1, 2, 4, 8), ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3), (2, 4)))
 ]
 
 
