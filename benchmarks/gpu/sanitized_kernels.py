@@ -1,6 +1,6 @@
 """What sanitize.sh watches: each CUDA C++ kernel named, on small ragged shapes, against its reference.
 
-    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts norm_and_route
+    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts norm_and_route decode_attention
 
 Every way through a kernel once: sums split and not, beside the stages and in their place, gated and not, rows in order and not.
 """
@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
+from pilotfish.kernels.attention_config import FusedDecodeConfig
+from pilotfish.kernels.fused_decode import fused_decode
 from pilotfish.kernels.gated_linear import gated_linear_ref
 from pilotfish.kernels.linear import linear_ref
 from pilotfish.kernels.moe_mlp import moe_mlp_ref, run_experts
 from pilotfish.kernels.norm_and_route import fused_norm_and_route, separate_norm_and_route
+from pilotfish.kernels.paged_attention import paged_attention_ref
+from pilotfish.kernels.qkv_prepare import prepare_qkv_ref
 from pilotfish.kernels.skinny_linear import skinny_linear
 from pilotfish.kernels.streaming_experts import StreamingConfig
 from pilotfish.kernels.tall_experts import TallConfig
@@ -60,6 +64,31 @@ def norm_and_route() -> Iterator[Pair]:
             yield f"{name} before {num_experts} experts", fused, separate
 
 
+def decode_attention() -> Iterator[Pair]:
+    """Rows of one key, of some tiles and of a tile begun, with norms and a window; clusters of one and of several CTAs."""
+    lengths, (num_heads, num_kv_heads, head_dim, page_len) = (1, 40, 300), (8, 2, 128, 16)
+    pages = -(-max(lengths) // page_len)
+    tables = torch.arange(len(lengths) * pages, dtype=torch.int32, device="cuda").view(len(lengths), pages)
+    positions = torch.tensor(lengths, device="cuda") - 1
+    slots = tables.long().gather(1, positions[:, None] // page_len)[:, 0] * page_len + positions % page_len
+    angles = torch.rand(max(lengths), head_dim // 2, device="cuda")
+    qkv = random(len(lengths), num_heads + 2 * num_kv_heads, head_dim, scale=1.0)
+    k_cache, v_cache = random(2, tables.numel(), page_len, num_kv_heads, head_dim, scale=1.0)
+    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    norms = {"q_norm_D": random(head_dim, scale=1.0), "k_norm_D": random(head_dim, scale=1.0), "norm_eps": 1e-6}
+    starts, lens = torch.arange(len(lengths) + 1, device="cuda").int(), positions.int() + 1
+    for window, num_splits, num_warps in ((None, 1, 4), (None, 4, 8), (50, 2, 8)):
+        config = FusedDecodeConfig(num_splits=num_splits, num_warps=num_warps, num_stages=2)
+        options = {"scale": head_dim**-0.5, "window": window, "sinks_N": None}
+        out = fused_decode(
+            q, k, v, angles.cos(), angles.sin(), k_cache, v_cache, slots, tables, lens, config=config, **norms, **options
+        )
+        turned_q, turned_k = q.clone(), k.clone()
+        prepare_qkv_ref(turned_q, turned_k, v, angles.cos(), angles.sin(), positions, k_cache, v_cache, slots, **norms)
+        expected = paged_attention_ref(turned_q, k_cache, v_cache, tables, starts, lens, max_query_len=1, **options)
+        yield f"window {window}, {config}", out, expected
+
+
 def expert_layer(num_tokens: int, config: StreamingConfig | TallConfig) -> Pair:
     """Six experts, of which one token's choice belongs to another rank."""
     x, gate_up, down = random(num_tokens, 256, scale=1.0), random(6, 384, 256, scale=0.06), random(6, 256, 192, scale=0.07)
@@ -79,6 +108,7 @@ KERNELS: dict[str, Callable[[], Iterator[Pair]]] = {
     "streaming_experts": streaming_experts,
     "tall_experts": tall_experts,
     "norm_and_route": norm_and_route,
+    "decode_attention": decode_attention,
 }
 
 
