@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from local_gateways import LocalGatewayLauncher
 from local_workers import Cluster, LocalLauncher, StartCluster
 from pilotfish.common.config import EngineConfig, FleetConfig, GatewayConfig, ModelConfig, ServeConfig, TenantConfig
 from pilotfish.controller.controller import Controller
+from ray_nodes import own_ray
 from reading import eventually
 from small_model import save_tiny_llama, save_tokenizer
 
@@ -75,24 +72,10 @@ async def start_cluster(tokenizer_path: Path) -> AsyncIterator[StartCluster]:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of this test module's own: two modules may have theirs at the same time."""
-    directory = tempfile.mkdtemp(prefix="pf-ray-", dir="/tmp")  # short: Ray puts sockets there
-    options: dict[str, Any] = {
-        "include_dashboard": False,
-        "namespace": "pilotfish-test",
-        "num_cpus": 2,
-        "object_store_memory": 100 * 1024 * 1024,
-        "log_to_driver": False,
-        "_temp_dir": directory,
-        "_node_ip_address": "127.0.0.1",
-    }
-    try:
-        ray.init(**options)
-    except Exception as error:  # noqa: BLE001 - Ray gives its own processes 30 s, which a machine that stood still can use up
-        warnings.warn(f"Ray is started a second time: {error}", stacklevel=1)
-        ray.init(**options)
-    yield
-    ray.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # as the commands set it: workers would have to wait for everything else
+        with own_ray(num_cpus=2, namespace="pilotfish-test"):
+            yield
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ async def ask(cluster: Cluster) -> None:
     """A request of an honest client at each door."""
     async with AsyncClient(cluster.service.addresses.grpc) as client:
         assert len((await client.generate([1, 2], max_tokens=3, timeout_s=10)).token_ids) == 3
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert (await post(cluster, "/v1/completions", json.loads(BODY)))[0] == 200
 
 
@@ -269,7 +269,7 @@ async def test_a_client_that_shuts_its_side_ends_its_request(cluster: Cluster) -
         writer.write(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await reader.readuntil(b"data: ")
         writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await reader.read()
     engine.step_s = 0.0
     await eventually(lambda: len(engine.aborted) == 1)
@@ -436,13 +436,13 @@ async def test_watchers_of_health_are_bounded_and_hold_up_nobody(start_cluster: 
         watch = channel.stream_stream("/grpc.health.v1.Health/Watch")
         calls = [watch(iter([b""])) for _ in range(256)]
         for call in calls:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 assert await call.read() == b"\x08\x01"
         code, _ = await end_of(channel, "/grpc.health.v1.Health/Watch", b"")
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await end_of(channel, "/grpc.health.v1.Health/Check", b""))[0] is grpc.StatusCode.OK
         cluster.controller._entrance.doors._grpc.set_serving(False)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await calls[-1].read() == b"\x08\x02"
         cluster.controller._entrance.doors._grpc.set_serving(True)
         for call in calls:
@@ -454,6 +454,6 @@ async def test_the_door_has_places_for_so_many_connections(start_cluster: StartC
     async with contextlib.AsyncExitStack() as stack:
         held = [await stack.enter_async_context(connection(cluster.service.addresses.grpc)) for _ in range(4)]
         for reader, _ in held:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await reader.readexactly(9)  # the server's settings
         assert await until_closed(cluster.service.addresses.grpc, b"") == b""

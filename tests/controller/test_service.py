@@ -414,7 +414,7 @@ async def test_a_deadline_ends_a_request_that_is_being_prepared(start_cluster: S
     busy = [front_end._pool.submit(done.wait, 30) for _ in range(2)]  # long prompts of others, say
     try:
         with pytest.raises(DeadlineExceeded):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await cluster.service.start_request(prompt="x" * 2000, sampling={}, timeout_s=0.2)
         assert cluster.controller._intake.streams.in_flight() == []
         assert not any(future.done() for future in busy)

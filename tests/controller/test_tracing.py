@@ -249,6 +249,6 @@ def test_tracing_that_is_off_imports_nothing() -> None:
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)

@@ -88,7 +88,7 @@ class Reader(threading.Thread):
     def finish(self) -> Reader:
         self.join(60)
         self._channel.close()
-        assert self.error is None
+        assert self.error is None, self.error
         assert self.usage is not None
         return self
 

@@ -54,7 +54,7 @@ class Answer:
 async def read(handle: RequestHandle, *, into: Answer | None = None) -> Answer:
     """All events to the end; what came before an error stays in `into`."""
     answer = into if into is not None else Answer()
-    async with asyncio.timeout(20), handle:
+    async with asyncio.timeout(60), handle:
         async for event in handle:
             answer.add(event)
     assert answer.usage is not None
@@ -63,12 +63,12 @@ async def read(handle: RequestHandle, *, into: Answer | None = None) -> Answer:
 
 
 async def read_until(handle: RequestHandle, answer: Answer, done: Callable[[Answer], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not done(answer):
             answer.add(await anext(handle))
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)

@@ -52,7 +52,7 @@ class Session:
         await self.send(submits=[request_to_proto(request)])
 
     async def receive_until(self, done: Callable[[Session], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not done(self):
                 message = await self.call.read()
                 assert message is not grpc.aio.EOF, "the worker ended the stream"
@@ -92,7 +92,7 @@ async def session(address: str, *, acked_step_id: int = 0, epoch: int = 3, contr
         call = worker_pb2_grpc.WorkerStub(channel).Connect()
         made = Session(call)
         await made.send(attach=worker_pb2.Attach(epoch=epoch, acked_step_id=acked_step_id, controller_id=controller_id))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             hello = await call.read()
         assert hello.HasField("hello")
         assert hello.hello.info.epoch == epoch
