@@ -91,7 +91,7 @@ def compile_all(noted: NotedKernels, *, device: torch.device, num_threads: int) 
     """Compiles and loads what was noted. Of several processes on this machine one compiles, the others find it done."""
     start_s = time.perf_counter()
     for function, _ in noted.triton.values():
-        function.device_caches[device.index]  # noqa: B018 - made here, for threads would each make one
+        function.device_caches[device.index]  # made here, for threads would each make one
     jobs = [partial(loader.compile_into_cache, *kernel) for kernel in noted.cuda]  # first, for some take the longest
     jobs += [partial(_load_triton, device, *kernel) for kernel in noted.triton.values()]
     with _alone_on_this_machine(), ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:

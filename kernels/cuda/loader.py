@@ -91,6 +91,7 @@ Argument = TensorMap | ctypes.c_int | ctypes.c_uint32 | ctypes.c_uint64 | ctypes
 
 _lock = threading.Lock()
 _failure: str | None = None  # why nothing can be compiled in this process, once that was tried in vain
+_NOTED = 0  # no function
 _noted: ContextVar[dict[tuple[str, Macros], None] | None] = ContextVar("noted_cuda_kernels", default=None)
 
 
@@ -126,14 +127,17 @@ def warn_unserved(source: str, reason: str, instead: str) -> None:
 
 
 def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
-    """The function of the name of `source`.cu, compiled with `macros`; None where it cannot be had."""
+    """The function of the name of `source`.cu, compiled with `macros`; None where it cannot be had.
+
+    Quick from the second time on; a caller does not keep it, for within `only_noted` it is none that can be launched.
+    """
     noted = _noted.get()
     if noted is None:
         return load_once(source, macros, device_index)
     if _failure is not None and not cubin_path(source, macros).exists():
         return None
     noted[source, macros] = None
-    return Kernel(0, device_index)  # `launch` does not look at it
+    return Kernel(_NOTED, device_index)
 
 
 @contextmanager
@@ -264,6 +268,7 @@ def launch(
     """
     if _noted.get() is not None:
         return
+    assert kernel.function != _NOTED, "a kernel was kept from a rehearsal"
     ensure_context(kernel.device_index)
     addresses = [argument.address if isinstance(argument, TensorMap) else ctypes.addressof(argument) for argument in arguments]
     attributes, num_attributes = _attributes(cluster_size, early_start)
