@@ -90,10 +90,11 @@ def noted_kernels() -> Iterator[NotedKernels]:
 def compile_all(noted: NotedKernels, *, device: torch.device, num_threads: int) -> None:
     """Compiles and loads what was noted. Of several processes on this machine one compiles, the others find it done."""
     start_s = time.perf_counter()
-    for function, _ in noted.triton.values():
-        function.device_caches[device.index]  # made here, for threads would each make one
     jobs = [partial(loader.compile_into_cache, *kernel) for kernel in noted.cuda]  # first, for some take the longest
-    jobs += [partial(_load_triton, device, *kernel) for kernel in noted.triton.values()]
+    for (_, key), (function, specialization) in noted.triton.items():
+        loaded, *_ = function.device_caches[device.index]  # looked up here: threads would each make one
+        if key not in loaded:
+            jobs.append(partial(_load_triton, device, function, specialization))
     with _alone_on_this_machine(), ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
         futures = [pool.submit(job) for job in jobs]
         try:

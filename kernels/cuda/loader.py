@@ -168,6 +168,7 @@ def load_once(source: str, macros: Macros, device_index: int) -> Kernel | None:
         if not path.exists():
             if _failure is not None:
                 return None
+            logger.info("compiling the CUDA C++ kernel %s into %s", source, path)
             try:
                 build(source, macros, path)
             except BuildError as error:
@@ -186,7 +187,6 @@ def cubin_path(source: str, macros: Macros) -> Path:
 
 def build(source: str, macros: Macros, path: Path) -> None:
     """Compiles into `path`, which appears complete or not at all. BuildError where that is impossible."""
-    logger.info("compiling the CUDA C++ kernel %s into %s", source, path)
     cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
