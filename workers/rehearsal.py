@@ -1,8 +1,8 @@
 """Has the kernels of a model compiled before its first step: all the steps that a start runs are rehearsed.
 
 They go through the real runner, over a cache of a single page, and nothing is launched (kernels/compile_ahead.py): the largest
-step, and a step of every size that a CUDA graph is recorded of. One layer of each kind is enough, since layers that are
-alike launch the same kernels.
+step, a step of every size that a CUDA graph is recorded of, and larger ones by powers of two, by which tuned tables choose
+kernels (kernels/tuning.py). One layer of each kind is enough, since layers that are alike launch the same kernels.
 """
 
 from __future__ import annotations
@@ -56,13 +56,19 @@ def compile_kernels(
         try:
             runner.launch(plan, isolate_failures=False).result()
             if uses_graphs(config, model.device):
-                chunks = chunk_sizes(num_tokens, of_data_ranks=model.data is not None)
-                runner.rehearse(graph_sizes(config.max_num_seqs), chunks)
+                runner.rehearse(graph_sizes(config.max_num_seqs), _chunk_sizes(model, num_tokens))
         except Exception:
             if group is not None:  # the others are in the middle of it
                 raise
             logger.warning("steps cannot be rehearsed: kernels are compiled as they are launched", exc_info=True)
     compile_all(kernels, device=model.device, num_threads=usable_cores())
+
+
+def _chunk_sizes(model: CausalLM, num_tokens: int) -> list[int]:
+    sizes = set(chunk_sizes(num_tokens, of_data_ranks=model.data is not None))
+    if model.data is None:
+        sizes |= {1 << exponent for exponent in range(num_tokens.bit_length()) if 1 << exponent >= min(sizes)}
+    return sorted(sizes)
 
 
 def _with_each_kind_of_layer(model: CausalLM) -> CausalLM:

@@ -1,11 +1,10 @@
 """The first start of an engine on a machine: what is compiled when, and how long it takes until the first token.
 
 Each start is a process of its own. A cold one has caches of its own and empty, a warm one those of the cold one before it.
-`one-by-one` starts without the rehearsal (workers/rehearsal.py): kernels are compiled as they are launched. A JSON row a start,
-then its time line in seconds since the process began, with a line for each compilation (kernel, seconds, thread); those that
-run at the same time overlap.
+`one-by-one` starts without the rehearsal (workers/rehearsal.py): kernels are compiled as they are launched. A JSON row a start.
+Its time line, in seconds since the process began, has a line for each compilation (kernel, seconds, thread).
 
-    python benchmarks/gpu/cold_start.py --shape qwen3-8b [--ways one-by-one,ahead] [--quiet]
+    python benchmarks/gpu/cold_start.py [--shapes qwen3-8b,...] [--ways one-by-one,ahead] [--timelines FILE]
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ import threading
 import time
 from collections.abc import Callable
 from functools import wraps
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 TIMEOUT_S = 120.0  # of a start
 WAYS = ("one-by-one", "ahead")
@@ -30,29 +30,30 @@ WAYS = ("one-by-one", "ahead")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", default="qwen3-8b")
+    parser.add_argument("--shapes", default="qwen3-8b", type=lambda text: text.split(","))
     parser.add_argument("--ways", default=",".join(WAYS), type=lambda text: text.split(","), help="each starts cold, then warm")
-    parser.add_argument("--quiet", action="store_true", help="no time lines")
+    parser.add_argument("--timelines", type=Path, default=Path(os.devnull), metavar="FILE", help="where to write them")
     parser.add_argument("--start", choices=WAYS, help=argparse.SUPPRESS)  # in the process of one start
     args = parser.parse_args()
     if args.start is not None:
-        print(json.dumps(start_engine(args.shape, args.start)))
+        print(json.dumps(start_engine(args.shapes[0], args.start)))
         return
-    for way in args.ways:
-        with tempfile.TemporaryDirectory(prefix="cold-start-") as caches:
-            for state in ("cold", "warm"):
-                report(args, way, state, Path(caches))
+    with args.timelines.open("w") as timelines:
+        for shape, way in product(args.shapes, args.ways):
+            with tempfile.TemporaryDirectory(prefix="cold-start-") as caches:
+                for state in ("cold", "warm"):
+                    start_in_process(shape, way, state, Path(caches), timelines)
 
 
-def report(args: argparse.Namespace, way: str, state: str, caches: Path) -> None:
+def start_in_process(shape: str, way: str, state: str, caches: Path, timelines: IO[str]) -> None:
     places = {"TRITON_CACHE_DIR": str(caches / "triton"), "PILOTFISH_CACHE": str(caches / "pilotfish")}
-    command = [sys.executable, __file__, "--shape", args.shape, "--start", way]
+    command = [sys.executable, __file__, "--shapes", shape, "--start", way]
     done = subprocess.run(command, env=os.environ | places, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     events = result.pop("events")
-    print(json.dumps({"shape": args.shape, "way": way, "state": state, **result}), flush=True)
-    if not args.quiet:
-        print("\n".join(f"    {event}" for event in events), flush=True)
+    row = json.dumps({"shape": shape, "way": way, "state": state, **result})
+    print(row, flush=True)
+    print(row, *events, sep="\n", file=timelines, flush=True)
 
 
 def start_engine(shape: str, way: str) -> dict[str, Any]:
