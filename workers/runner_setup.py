@@ -92,7 +92,7 @@ def set_up_runner(
         weight_bytes=model.weight_bytes,
         kv_cache_bytes=kv_cache.num_bytes,
         load_seconds=time.perf_counter() - start_s,
-        kernels=backend_report(),
+        kernels=backend_report([device.type]),  # of no other: its kernels would be compiled for nothing
         pid=os.getpid(),
     )
     logger.info(

@@ -37,6 +37,7 @@ pages = (1, 2, 3, 4, 5)
 runner.run(StepPlan(0, (sequence,), (PlannedRow("r", 0, 0, 70, True, pages, 0),), ()))
 runner.run(StepPlan(1, (), (PlannedRow("r", 0, 70, 1, True, (), 1),), ()))
 assert len(compiled) > 20, compiled
+assert list(info.kernels) == ["cuda"], info.kernels
 late = [kernel for kernel in compiled if not kernel[1].startswith("compile")]
 assert not late, late
 """
