@@ -62,7 +62,8 @@ def gather_decode_inputs_ref(
     )
 
 
-@triton.jit
+# Read a number at a time: a second compilation for another alignment would gain nothing.
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def _gather_kernel(
     slots,
     positions,

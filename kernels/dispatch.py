@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -68,17 +69,23 @@ def _choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Backend:
     return "reference"
 
 
-def backend_report() -> dict[str, str]:
-    """What serves each kind of device on this machine, and why: `{"cpu": ..., "cuda": ...}`."""
+def backend_report(device_types: Sequence[str] = ("cpu", "cuda")) -> dict[str, str]:
+    """What serves each of these kinds of device on this machine, and why. For "cpu" the C++ kernels are compiled if need be."""
+    reports = {"cpu": _cpu_report, "cuda": _cuda_report}
     if kernel_mode() == "ref":
-        return dict.fromkeys(("cpu", "cuda"), "torch references (PILOTFISH_KERNELS=ref)")
+        return dict.fromkeys(device_types, "torch references (PILOTFISH_KERNELS=ref)")
+    return {device_type: reports[device_type]() for device_type in device_types}
+
+
+def _cpu_report() -> str:
     reason = library.unavailable_reason()
-    cpu = (
-        "C++ kernels (torch references for activations other than float32)"
-        if reason is None
-        else f"torch references, slower: {reason}"
-    )
+    if reason is None:
+        return "C++ kernels (torch references for activations other than float32)"
+    return f"torch references, slower: {reason}"
+
+
+def _cuda_report() -> str:
     if not torch.cuda.is_available():
-        return {"cpu": cpu, "cuda": "no CUDA device"}
+        return "no CUDA device"
     cut = ", one cut for every batch (PILOTFISH_KERNELS=invariant)" if kernel_mode() == "invariant" else ""
-    return {"cpu": cpu, "cuda": f"Triton {triton.__version__} on {torch.cuda.get_device_name()}{cut}"}
+    return f"Triton {triton.__version__} on {torch.cuda.get_device_name()}{cut}"

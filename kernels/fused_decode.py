@@ -12,7 +12,6 @@ T tokens, a row each; N query heads, K kv heads, D head_dim, and the letters of 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 
@@ -134,7 +133,6 @@ def shared_bytes(config: FusedDecodeConfig, *, head_dim: int, group: int) -> int
     return 128 + stages + (ROWS + 2) * row + received
 
 
-@cache
 def _load(
     head_dim: int, group: int, num_warps: int, num_stages: int, dtype: torch.dtype, device: torch.device
 ) -> loader.Kernel | None:

@@ -68,7 +68,8 @@ def apply_penalties_ref(
     logits_SV[penalized] = torch.where(counts > 0, logits - presence - frequency * counts, logits)
 
 
-@triton.jit
+# Read a number at a time: a second compilation for another alignment would gain nothing.
+@triton.jit(do_not_specialize_on_alignment=["table_rows", "repetitions", "presences", "frequencies"])
 def _apply_penalties_kernel(
     logits,
     prompt_mask,

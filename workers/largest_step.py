@@ -47,9 +47,7 @@ def measure_largest_step(
     """
     cache = KvCache(one_page.layers, -(-max_model_len // config.block_size), config.block_size)
     runner = ModelRunner(model, config=config, kv_cache=cache, max_model_len=max_model_len, device=model.device, group=group)
-    plan = _largest_plan(num_tokens, num_rows=config.max_num_seqs, max_model_len=max_model_len, block_size=config.block_size)
-    if model.data is not None:
-        plan = replace(plan, rank_tokens=(plan.num_tokens,) * model.data.size)
+    plan = largest_plan(model, config=config, num_tokens=num_tokens, max_model_len=max_model_len)
     try:
         with measure_peak(model.device) as peak:
             runner.launch(plan, isolate_failures=False).result()
@@ -76,13 +74,15 @@ def _measure_graphs(runner: ModelRunner, config: EngineConfig, num_tokens: int) 
     return largest + max(len(decodes), len(chunks)) * max(0, with_next - largest)
 
 
-def _largest_plan(num_tokens: int, *, num_rows: int, max_model_len: int, block_size: int) -> StepPlan:
-    shared, rest = divmod(num_tokens, num_rows)
+def largest_plan(model: CausalLM, *, config: EngineConfig, num_tokens: int, max_model_len: int) -> StepPlan:
+    """`num_tokens` tokens over max_num_seqs sequences, all in the scratch page; as many on every data rank."""
+    shared, rest = divmod(num_tokens, config.max_num_seqs)
     admitted, rows = [], []
-    for slot in range(num_rows):
+    for slot in range(config.max_num_seqs):
         row_tokens = min(shared + (slot < rest), max_model_len)
         request = EngineRequest(request_id=f"largest-step-{slot}", prompt_token_ids=(0,) * row_tokens, sampling=_EVERYTHING)
-        page_ids = (0,) * -(-row_tokens // block_size)
+        page_ids = (0,) * -(-row_tokens // config.block_size)
         admitted.append(AdmittedSequence(request, slot, request.prompt_token_ids, (), 0, 0))
         rows.append(PlannedRow(request.request_id, slot, 0, row_tokens, True, page_ids, 0))
-    return StepPlan(0, tuple(admitted), tuple(rows), ())
+    plan = StepPlan(0, tuple(admitted), tuple(rows), ())
+    return plan if model.data is None else replace(plan, rank_tokens=(plan.num_tokens,) * model.data.size)

@@ -148,15 +148,27 @@ class ModelRunner:
     @torch.inference_mode()
     def use_graphs(self, decode_sizes: Sequence[int], chunk_sizes: Sequence[int], *, recorder: GraphRecorder) -> None:
         """Decode steps of up to the largest size, and steps of about one of `chunk_sizes` tokens, replay what is recorded."""
-        model, state, cache = self.model, self._batch_state, self._kv_cache
-        chunks = [
-            ChunkStep(size, model=model, batch_state=state, kv_cache=cache) for size in chunk_sizes if size <= state.most_tokens
-        ]
-        self._chunk_graphs = record_chunk_graphs(chunks, recorder)
-        decodes = [
-            DecodeStep(size, model=model, batch_state=state, sampler=self._sampler, kv_cache=cache) for size in decode_sizes
-        ]
-        self._decode_graphs = record_decode_graphs(decodes, recorder)
+        self._chunk_graphs = record_chunk_graphs([self._chunk_step(size) for size in self._that_fit(chunk_sizes)], recorder)
+        self._decode_graphs = record_decode_graphs([self._decode_step(size) for size in decode_sizes], recorder)
+
+    @torch.inference_mode()
+    def rehearse(self, decode_sizes: Sequence[int], chunk_sizes: Sequence[int]) -> None:
+        """Runs once what `use_graphs` would record."""
+        for size in self._that_fit(chunk_sizes):
+            self._chunk_step(size).forward()
+        for size in decode_sizes:
+            step = self._decode_step(size)
+            step.draw(*step.forward())
+
+    def _that_fit(self, chunk_sizes: Sequence[int]) -> list[int]:
+        return [size for size in chunk_sizes if size <= self._batch_state.most_tokens]
+
+    def _chunk_step(self, size: int) -> ChunkStep:
+        return ChunkStep(size, model=self.model, batch_state=self._batch_state, kv_cache=self._kv_cache)
+
+    def _decode_step(self, size: int) -> DecodeStep:
+        state, cache = self._batch_state, self._kv_cache
+        return DecodeStep(size, model=self.model, batch_state=state, sampler=self._sampler, kv_cache=cache)
 
     def close(self) -> None:
         """Frees the graphs. A group that is aborted waits for those that hold its collectives."""

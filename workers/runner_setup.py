@@ -30,6 +30,7 @@ from .kv_cache import KvCache, KvLayout, allocate_kv_cache
 from .largest_step import measure_largest_step, uses_graphs
 from .memory import available_bytes, num_kv_blocks
 from .model_runner import ModelRunner
+from .rehearsal import compile_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def set_up_runner(
         weight_bytes=model.weight_bytes,
         kv_cache_bytes=kv_cache.num_bytes,
         load_seconds=time.perf_counter() - start_s,
-        kernels=backend_report(),
+        kernels=backend_report([device.type]),  # of no other: its kernels would be compiled for nothing
         pid=os.getpid(),
     )
     logger.info(
@@ -145,8 +146,11 @@ def _allocate_measured(
         values_in_keys=model.config.latent is not None,
     )
     temporary_bytes = available = 0
+    one_page = allocate_kv_cache(layout, num_blocks=0, device=model.device)
+    compile_kernels(
+        model, config=config, num_tokens=max_num_batched_tokens, one_page=one_page, max_model_len=max_model_len, group=group
+    )
     if config.num_kv_blocks is None:
-        one_page = allocate_kv_cache(layout, num_blocks=0, device=model.device)
         temporary_bytes = measure_largest_step(
             model, config=config, num_tokens=max_num_batched_tokens, one_page=one_page, max_model_len=max_model_len, group=group
         )

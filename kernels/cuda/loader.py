@@ -3,7 +3,8 @@
 Life cycle: the first `load` of a source with some macros compiles it with NVRTC into the cache of the C++ kernels
 (cpu/library.py), under a name that hashes source and flags, and loads it for the life of the process; later processes only
 load it. Where there is no NVRTC or it fails, `load` logs one warning with the reason and returns None, then and from then
-on, for what is not in the cache; whoever asked uses another kernel.
+on, for what is not in the cache; whoever asked uses another kernel. What is going to be asked for can be compiled ahead, by
+`compile_into_cache` on many threads (compile_ahead.py).
 
 NVRTC is called through `cuda.bindings`, which finds it, the driver through ctypes: a CUtensorMap must lie at a multiple of
 64 bytes, and the bindings' own does not; besides, building their launch configurations takes longer than a short kernel.
@@ -18,7 +19,9 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +91,8 @@ Argument = TensorMap | ctypes.c_int | ctypes.c_uint32 | ctypes.c_uint64 | ctypes
 
 _lock = threading.Lock()
 _failure: str | None = None  # why nothing can be compiled in this process, once that was tried in vain
+_NOTED = 0  # no function
+_noted: ContextVar[dict[tuple[str, Macros], None] | None] = ContextVar("noted_cuda_kernels", default=None)
 
 
 def unavailable_reason() -> str | None:
@@ -121,15 +126,49 @@ def warn_unserved(source: str, reason: str, instead: str) -> None:
     logger.warning("%s does not serve a layer that the tuned table gives it, %s: %s", source, instead, reason)
 
 
-@functools.cache
 def load(source: str, macros: Macros, device_index: int) -> Kernel | None:
-    """The function of the name of `source`.cu, compiled with `macros`; None where it cannot be had."""
+    """The function of the name of `source`.cu, compiled with `macros`; None where it cannot be had.
+
+    Quick from the second time on; a caller does not keep it, for within `only_noted` it is none that can be launched.
+    """
+    noted = _noted.get()
+    if noted is None:
+        return load_once(source, macros, device_index)
+    if _failure is not None and not cubin_path(source, macros).exists():
+        return None
+    noted[source, macros] = None
+    return Kernel(_NOTED, device_index)
+
+
+@contextmanager
+def only_noted() -> Iterator[dict[tuple[str, Macros], None]]:
+    """In the body, on this thread, `load` notes here what it is asked for and compiles nothing, and `launch` does nothing."""
+    noted: dict[tuple[str, Macros], None] = {}
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def compile_into_cache(source: str, macros: Macros) -> None:
+    """Compiles what is not in the cache yet; any thread may. Where that is impossible `load` will meet it and say why."""
+    path = cubin_path(source, macros)
+    if not path.exists():
+        with suppress(BuildError):
+            build(source, macros, path)
+
+
+@functools.cache
+def load_once(source: str, macros: Macros, device_index: int) -> Kernel | None:
+    """`load` of what has not been loaded yet."""
     global _failure  # noqa: PLW0603 - one compiler a process, so one failure
     with _lock:
         path = cubin_path(source, macros)
         if not path.exists():
             if _failure is not None:
                 return None
+            logger.info("compiling the CUDA C++ kernel %s into %s", source, path)
             try:
                 build(source, macros, path)
             except BuildError as error:
@@ -148,7 +187,6 @@ def cubin_path(source: str, macros: Macros) -> Path:
 
 def build(source: str, macros: Macros, path: Path) -> None:
     """Compiles into `path`, which appears complete or not at all. BuildError where that is impossible."""
-    logger.info("compiling the CUDA C++ kernel %s into %s", source, path)
     cubin = compile_source((SOURCE_DIR / f"{source}.cu").read_bytes(), f"{source}.cu", _compile_options(macros))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +266,9 @@ def launch(
 
     With `early_start` it starts while the kernel before it ends, by the rules of dependent_launch.py.
     """
+    if _noted.get() is not None:
+        return
+    assert kernel.function != _NOTED, "a kernel was kept from a rehearsal"
     ensure_context(kernel.device_index)
     addresses = [argument.address if isinstance(argument, TensorMap) else ctypes.addressof(argument) for argument in arguments]
     attributes, num_attributes = _attributes(cluster_size, early_start)

@@ -82,6 +82,6 @@ def fresh_loader(monkeypatch, tmp_path):
     monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path))
     monkeypatch.setattr(loader, "_failure", None)
     monkeypatch.setattr(loader, "_load_function", lambda path, name, index: (path.read_bytes(), name, index))
-    loader.load.cache_clear()
+    loader.load_once.cache_clear()
     yield tmp_path / "kernels"
-    loader.load.cache_clear()
+    loader.load_once.cache_clear()

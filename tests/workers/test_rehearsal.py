@@ -1,0 +1,80 @@
+"""Kernels are at hand before the first step: what is rehearsed is what runs."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from pilotfish.models.build import load_model
+from pilotfish.workers.rehearsal import _with_each_kind_of_layer
+
+# In a process of its own, with empty caches: prints each kernel that Triton compiles elsewhere than on compile_ahead's threads.
+START = """
+import threading
+from pilotfish.common.config import EngineConfig, ModelConfig
+from pilotfish.common.requests import EngineRequest, TokenSampling
+from pilotfish.scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan
+from pilotfish.kernels.cuda import loader
+from pilotfish.workers.runner_setup import set_up_runner
+from triton import knobs
+
+compiled = []
+def note(kernel):
+    compiled.append((kernel, threading.current_thread().name))
+knobs.compilation.listener = lambda *, src, **_: note(src.fn.__name__)
+build = loader.build
+loader.build = lambda source, *rest: note(source) or build(source, *rest)
+
+model = ModelConfig(model="dummy:qwen3-0.6b", max_model_len=256)
+runner, info = set_up_runner(model, EngineConfig(max_num_seqs=8, num_kv_blocks=64))
+sampling = TokenSampling(temperature=0.0, max_tokens=3, seed=0)
+request = EngineRequest(request_id="r", prompt_token_ids=(5,) * 70, sampling=sampling)
+sequence = AdmittedSequence(request, 0, request.prompt_token_ids, (), 0, 0)
+pages = (1, 2, 3, 4, 5)
+runner.run(StepPlan(0, (sequence,), (PlannedRow("r", 0, 0, 70, True, pages, 0),), ()))
+runner.run(StepPlan(1, (), (PlannedRow("r", 0, 70, 1, True, (), 1),), ()))
+assert len(compiled) > 20, compiled
+assert list(info.kernels) == ["cuda"], info.kernels
+late = [kernel for kernel in compiled if not kernel[1].startswith("compile")]
+assert not late, late
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_start_with_empty_caches_compiles_nothing_one_by_one(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "PILOTFISH_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_rehearsing_changes_nothing_of_what_follows(run_requests, make_request):
+    requests = [make_request(f"r{i}", [i + 1] * length, max_tokens=5) for i, length in enumerate((1, 20, 40))]
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
+    sizes: list[int] = []
+
+    def rehearse(runner) -> None:
+        forward: Callable = runner.model.forward
+        runner.model.forward = lambda batch: sizes.append(len(batch.token_ids_T)) or forward(batch)
+        runner.rehearse([1, 2, 4], [16, 64, 1 << 20])
+        runner.model.forward = forward
+
+    result = run_requests(*requests, **options, prepare=rehearse)
+    assert sizes == [16, 64, 1, 2, 4]  # no step has more tokens than all sequences together
+    assert result.tokens == run_requests(*requests, **options).tokens
+
+
+def test_layers_that_are_alike_are_rehearsed_once(tiny_llama):
+    model = load_model(tiny_llama, device="cpu")
+    first, second = model.decoder_layers
+    windowed = copy.deepcopy(second)
+    windowed.attention.window = 16
+    model.decoder_layers = [first, second, second, windowed, first, windowed]
+    assert _with_each_kind_of_layer(model).decoder_layers == [first, second, windowed]
+    assert len(model.decoder_layers) == 6
