@@ -2,8 +2,9 @@
 
 The name `dummy:<shape>` (dummy_shapes.py) stands where a model's path would. A dummy has no tokenizer: it runs on token ids.
 
-Weights are normal with standard deviation 1 / sqrt(inputs), so that activations keep their size through the layers; norms are
-one. An embedding that is not the head too has standard deviation 1, like what the layers add to it: different tokens then stay
+Weights are normal with standard deviation 1 / sqrt(inputs), so that activations keep their size through the layers (where a
+checkpoint has inputs x outputs, as gpt-oss's experts, of the outputs, which are of that order); norms and sinks are one. An
+embedding that is not the head too has standard deviation 1, like what the layers add to it: different tokens then stay
 different in every layer and, each router being drawn on its own, spread over the experts.
 
 Each tensor is drawn whole, from the seed and its name, whatever part of it a rank keeps: over ranks it is the same model.

@@ -1,8 +1,8 @@
-"""The shapes that benchmarks run by name: those of the Qwen3 checkpoints on the Hugging Face Hub, and two tiny ones.
+"""The shapes that benchmarks run by name: those of some checkpoints on the Hugging Face Hub, and two tiny ones.
 
 `dummy:<shape>` stands where a model's name would; dummy.py makes the weights.
 
-Sources: config.json of Qwen/Qwen3-0.6B, Qwen/Qwen3-8B and Qwen/Qwen3-30B-A3B.
+Sources: config.json of Qwen/Qwen3-0.6B, Qwen/Qwen3-8B, Qwen/Qwen3-30B-A3B and openai/gpt-oss-20b (here in 16 bits).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..common.errors import ModelNotFound
+from ..kernels.gated_activation import ClampedGate
 from .model_shape import ModelShape, MoeShape, RotaryShape
 
 DUMMY_PREFIX = "dummy:"
@@ -62,6 +63,49 @@ _QWEN3_30B_A3B = replace(
     moe=MoeShape(layers=frozenset(range(48)), num_experts=128, top_k=8, intermediate_size=768, renormalize=True),
 )
 
+_GPT_OSS_20B = ModelShape(
+    architecture="GptOssForCausalLM",
+    num_layers=24,
+    hidden_size=2880,
+    intermediate_size=2880,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=64,
+    vocab_size=201088,
+    max_position=131072,
+    norm_eps=1e-5,
+    activation="silu",
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=False,
+    qk_norm=False,
+    attention_soft_cap=None,
+    tied_embeddings=False,
+    rotary=RotaryShape(
+        theta=150000.0,
+        rotary_dim=64,
+        scaling="yarn",
+        parameters={
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+    ),
+    windows=(128, None) * 12,
+    moe=MoeShape(
+        layers=frozenset(range(24)),
+        num_experts=32,
+        top_k=4,
+        intermediate_size=2880,
+        renormalize=True,
+        bias=True,
+        clamped_gate=ClampedGate(alpha=1.702, limit=7.0),
+    ),
+    sinks=True,
+)
+
 # For tests and for trying a command on a CPU.
 _TINY = replace(
     _QWEN3_06B,
@@ -88,6 +132,7 @@ SHAPES: Mapping[str, ModelShape] = {
     "qwen3-0.6b": _QWEN3_06B,
     "qwen3-8b": _QWEN3_8B,
     "qwen3-30b-a3b": _QWEN3_30B_A3B,
+    "gpt-oss-20b": _GPT_OSS_20B,
     "tiny": _TINY,
     "tiny-moe": _TINY_MOE,
 }

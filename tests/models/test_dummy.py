@@ -16,7 +16,8 @@ from pilotfish.models.store import resolve
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("qwen3-0.6b", 596.05), ("qwen3-8b", 8190.74), ("qwen3-30b-a3b", 30532.12)],  # as their model cards count
+    # as their model cards count
+    [("qwen3-0.6b", 596.05), ("qwen3-8b", 8190.74), ("qwen3-30b-a3b", 30532.12), ("gpt-oss-20b", 20914.76)],
 )
 def test_a_named_shape_has_the_published_number_of_parameters(name: str, millions: float, monkeypatch) -> None:
     from pilotfish.models.causal_lm import CausalLM

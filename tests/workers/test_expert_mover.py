@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_checkpoints import save_checkpoint
 from pilotfish.models.build import load_model
 from pilotfish.models.layers.moe import SparseMlp
 from pilotfish.models.parallel import whole
@@ -18,7 +19,6 @@ from pilotfish.scheduler.step_plan import ExpertOrders
 from pilotfish.workers.comm import RankGroup, Rendezvous
 from pilotfish.workers.expert_mover import ExpertMover
 from rank_process import places
-from safetensors.torch import load_file
 
 NUM_EXPERTS, NUM_STEPS, NUM_TOKENS, TOP_K = 8, 40, 5, 2
 
@@ -37,18 +37,17 @@ def random_slots(rng: random.Random, num_slots: int) -> list[int]:
     return slots
 
 
-def check_weights(layer: SparseMlp, number: int, stored: dict[str, torch.Tensor]) -> None:
+def check_weights(layer: SparseMlp, still: SparseMlp) -> None:
+    """`still` has expert e in slot e."""
     for slot, expert in enumerate(layer.map.experts_in(layer.slots)):
-        names = (f"model.layers.{number}.block_sparse_moe.experts.{expert}.w{part}.weight" for part in (1, 2, 3))
-        gate, down, up = (stored[name] for name in names)
-        assert torch.equal(layer.experts.gate_up_weight[slot], torch.cat([gate, up]))
-        assert torch.equal(layer.experts.down_weight[slot], down)
+        for weights, of_all in zip(layer.experts.of_slots, still.experts.of_slots, strict=True):
+            assert torch.equal(weights[slot], of_all[expert])
 
 
 @torch.inference_mode()
 def move_about(path: Path, group: RankGroup) -> int:
     """Random orders, a layer a step, each on its way to a target of its own. How many experts were moved."""
-    rng, num_moved, num_counted, stored = random.Random(5), 0, 0, load_file(path / "model.safetensors")
+    rng, num_moved, num_counted = random.Random(5), 0, 0
     model, still = load_model(path, device="cpu", parallel=group.parallel), load_model(path, device="cpu")
     mover = ExpertMover(model, group)
     layers = [layer.mlp for layer in model.decoder_layers]
@@ -64,7 +63,7 @@ def move_about(path: Path, group: RankGroup) -> int:
             num_counted += int(loads.sum())
             assert num_counted == step * NUM_TOKENS * TOP_K * group.place.size
         num_moved += len(writes)
-        check_weights(layer, number, stored)
+        check_weights(layer, still.decoder_layers[number].mlp)
         x_TH = torch.randn(NUM_TOKENS, 64, generator=torch.Generator().manual_seed(step))
         expected = still.decoder_layers[number].mlp.forward(x_TH)
         found = group.parallel.sum(layer.forward(x_TH.clone()))
@@ -78,3 +77,9 @@ def test_weights_are_where_the_maps_say(tiny_mixtral: Path, size: int, num_redun
     ranks = on_ranks(size, num_redundant, partial(move_about, tiny_mixtral))
     assert ranks[0] > 2 * NUM_STEPS
     assert set(ranks) == {ranks[0]}
+
+
+def test_biases_move_with_the_weights(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
+    save_checkpoint(tmp_path, "GptOssForCausalLM", **sizes)
+    assert on_ranks(2, 4, partial(move_about, tmp_path))[0] > 2 * NUM_STEPS
