@@ -78,11 +78,13 @@ def _gated_gemv_kernel(
         up_NK += up.to(tl.float32) * x_K[None, :]
     dtype = h.dtype.element_ty
     gate_sum_N = tl.sum(gate_NK, axis=1)
-    up_sum_N = tl.sum(up_NK, axis=1)
     if HAS_BIAS:
         gate_sum_N += gate_bias_N.to(tl.float32)
+    gate_sum_N = gate_sum_N.to(dtype).to(tl.float32)
+    up_sum_N = tl.sum(up_NK, axis=1)
+    if HAS_BIAS:
         up_sum_N += up_bias_N.to(tl.float32)
-    gate_sum_N, up_sum_N = gate_sum_N.to(dtype).to(tl.float32), up_sum_N.to(dtype).to(tl.float32)
+    up_sum_N = up_sum_N.to(dtype).to(tl.float32)
     h_N = h + pair.to(tl.int64) * num_outputs + n
     tl.store(h_N, activate(gate_sum_N, up_sum_N, ACTIVATION, ALPHA, LIMIT).to(dtype), n < num_outputs)
 
