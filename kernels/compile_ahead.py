@@ -87,8 +87,11 @@ def noted_kernels() -> Iterator[NotedKernels]:
             driver.set_active(actual_driver)
 
 
-def compile_all(noted: NotedKernels, *, device: torch.device, num_threads: int) -> None:
-    """Compiles and loads what was noted. Of several processes on this machine one compiles, the others find it done."""
+def compile_all(noted: NotedKernels, *, device: torch.device, num_threads: int) -> bool:
+    """Compiles and loads what was noted. Of several processes on this machine one compiles, the others find it done.
+
+    Whether all of it is at hand; what is not has been logged.
+    """
     start_s = time.perf_counter()
     jobs = [partial(loader.compile_into_cache, *kernel) for kernel in noted.cuda]  # first, for some take the longest
     for (_, key), (function, specialization) in noted.triton.items():
@@ -104,10 +107,15 @@ def compile_all(noted: NotedKernels, *, device: torch.device, num_threads: int) 
                 _, waiting = wait(futures, timeout=TIMEOUT_S)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    for future in futures:
-        if not future.cancelled() and (error := future.exception()) is not None:
+    errors = [future.exception() for future in futures if future.done() and not future.cancelled()]
+    for error in errors:
+        if error is not None:
             logger.warning("a kernel could not be compiled ahead, its first launch compiles it: %s", error)
-    logger.info("%d kernels are at hand after %.1f s", len(noted), time.perf_counter() - start_s)
+    num_missing = len(futures) - errors.count(None)
+    logger.info(
+        "%d of %d kernels are at hand after %.1f s", len(noted) - num_missing, len(noted), time.perf_counter() - start_s
+    )
+    return num_missing == 0
 
 
 def _load_triton(device: torch.device, function: Any, specialization: str) -> None:

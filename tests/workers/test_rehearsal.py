@@ -2,32 +2,38 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from pilotfish.common.config import EngineConfig
 from pilotfish.models.build import load_model
-from pilotfish.workers.rehearsal import _with_each_kind_of_layer
+from pilotfish.workers.rehearsal import KERNELS, _with_each_kind_of_layer, stamp_path
 
-# In a process of its own, with empty caches: prints each kernel that Triton compiles elsewhere than on compile_ahead's threads.
+# In a process of its own, with empty caches the first time: fails with each kernel that Triton compiles elsewhere than on compile_ahead's threads.
 START = """
-import threading
+import os, threading
 from pilotfish.common.config import EngineConfig, ModelConfig
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan
 from pilotfish.kernels.cuda import loader
+from pilotfish.workers.model_runner import ModelRunner
 from pilotfish.workers.runner_setup import set_up_runner
 from triton import knobs
 
 compiled = []
 def note(kernel):
     compiled.append((kernel, threading.current_thread().name))
-knobs.compilation.listener = lambda *, src, **_: note(src.fn.__name__)
+knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or note(src.fn.__name__)
 build = loader.build
 loader.build = lambda source, *rest: note(source) or build(source, *rest)
 
+rehearsed = []
+rehearse = ModelRunner.rehearse
+ModelRunner.rehearse = lambda *arguments: rehearsed.append(1) or rehearse(*arguments)
 model = ModelConfig(model="dummy:qwen3-0.6b", max_model_len=256)
 runner, info = set_up_runner(model, EngineConfig(max_num_seqs=8, num_kv_blocks=64))
 sampling = TokenSampling(temperature=0.0, max_tokens=3, seed=0)
@@ -36,7 +42,10 @@ sequence = AdmittedSequence(request, 0, request.prompt_token_ids, (), 0, 0)
 pages = (1, 2, 3, 4, 5)
 runner.run(StepPlan(0, (sequence,), (PlannedRow("r", 0, 0, 70, True, pages, 0),), ()))
 runner.run(StepPlan(1, (), (PlannedRow("r", 0, 70, 1, True, (), 1),), ()))
-assert len(compiled) > 20, compiled
+if os.environ["FIRST"]:
+    assert len(compiled) > 20, compiled
+else:  # the stamp says that there is nothing to rehearse
+    assert not rehearsed and not compiled, compiled
 assert list(info.kernels) == ["cuda"], info.kernels
 late = [kernel for kernel in compiled if not kernel[1].startswith("compile")]
 assert not late, late
@@ -48,10 +57,29 @@ assert not late, late
 def test_a_start_with_empty_caches_compiles_nothing_one_by_one(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "PILOTFISH_CACHE": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    for is_first in (True, False):
+        environment["FIRST"] = "1" if is_first else ""
+        done = subprocess.run(
+            [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_stamp_stands_for_all_that_decides_about_kernels(tiny_llama, monkeypatch, tmp_path):
+    monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path))
+    model, config = load_model(tiny_llama, device="cpu"), EngineConfig(max_num_seqs=8)
+    facts = {"model": model, "config": config, "num_tokens": 64, "max_model_len": 128, "gpu_name": "H200"}
+    stamp = stamp_path(**facts)
+    assert stamp == stamp_path(**facts)
+    assert stamp.parent.is_relative_to(tmp_path)
+    edited = tmp_path / "kernels"
+    shutil.copytree(KERNELS, edited, ignore=shutil.ignore_patterns("__pycache__"))
+    (edited / "cuda" / "device.cuh").open("a").write("// other")
+    changes = ({"config": EngineConfig(max_num_seqs=9)}, {"num_tokens": 65}, {"max_model_len": 129}, {"gpu_name": "H100"})
+    others = [stamp_path(**facts | change) for change in changes]
+    monkeypatch.setattr("pilotfish.workers.rehearsal.KERNELS", edited)
+    others.append(stamp_path(**facts))
+    assert len({stamp, *others}) == 6
 
 
 def test_rehearsing_changes_nothing_of_what_follows(run_requests, make_request):
