@@ -10,7 +10,8 @@ interpreter, EARLY_START is False and nothing changes. A kernel takes part by th
    model runs (weights, tables of cosines) may be read before.
 
 A kernel that does not call `let_next_start` lets the next one start at its own end. So does any kernel of torch. What such a
-kernel has written may be read before the wait by all that come after it: block tables and context lengths (decode_inputs.py).
+kernel has written may be read before the wait by all that come after it: block tables and context lengths (decode_inputs.py),
+and so may what steps before it have stored in the cache (fused_decode.py).
 
 The wait lasts until the kernel before has finished, which waited for its own predecessor; so the stream keeps its order.
 

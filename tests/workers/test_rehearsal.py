@@ -13,7 +13,8 @@ from pilotfish.common.config import EngineConfig
 from pilotfish.models.build import load_model
 from pilotfish.workers.rehearsal import KERNELS, _with_each_kind_of_layer, stamp_path
 
-# In a process of its own, with empty caches the first time: fails with each kernel that Triton compiles elsewhere than on compile_ahead's threads.
+# In a process of its own, with empty caches the first time: fails where a kernel is compiled elsewhere than on compile_ahead's
+# threads, and the second time where one is compiled at all.
 START = """
 import os, threading
 from pilotfish.common.config import EngineConfig, ModelConfig
