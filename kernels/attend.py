@@ -9,6 +9,9 @@ T tokens, N query heads, K kv heads, D head_dim, and the letters of both ops.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 
 from .attention_config import fused_decode_config
@@ -16,6 +19,8 @@ from .dispatch import choose_backend, kernel_mode
 from .fused_decode import fused_decode, unfit_reason
 from .paged_attention import check_paged_attention, paged_attention
 from .qkv_prepare import check_prepare_qkv, prepare_qkv
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_and_attend(
@@ -64,7 +69,8 @@ def prepare_and_attend(
             window=window,
             soft_cap=None,
         )
-        if unfit_reason(q_TND, k_TKD, v_TKD, cos_PC, k_cache_BLKD, sinks_N) is None:
+        reason = unfit_reason(q_TND, k_TKD, v_TKD, cos_PC, k_cache_BLKD, sinks_N)
+        if reason is None:
             config = fused_decode_config(num_rows=q_TND.shape[0], num_kv_heads=k_cache_BLKD.shape[2])
             return fused_decode(
                 q_TND,
@@ -85,6 +91,7 @@ def prepare_and_attend(
                 sinks_N=sinks_N,
                 config=config,
             )
+        _say_once(reason)
     prepare_qkv(
         q_TND,
         k_TKD,
@@ -113,3 +120,9 @@ def prepare_and_attend(
         soft_cap=soft_cap,
         sinks_N=sinks_N,
     )
+
+
+@cache
+def _say_once(reason: str) -> None:
+    """Once a reason."""
+    logger.info("decode steps take two kernels and more instead of decode_attention.cu: %s", reason)
