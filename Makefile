@@ -10,6 +10,7 @@ PYTHON ?= python3
 MODEL ?= smollm2-135m
 JOBS ?= 2
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE # what is imported is compiled once: the packages are installed without
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak test-cluster serve lint format bench model
@@ -21,7 +22,7 @@ help:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pilotfish needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@echo "Setting up .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[server,dev]'
 	@touch $@
 
 model: .venv/.ready
@@ -37,7 +38,7 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .venv/lint && ln -sfn ../.. .venv/lint/pilotfish  # the repository root is the package, whatever its folder is called
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(JOBS)
 	$(BIN)/lint-imports --no-cache
 	PYTHON=$(BIN)/python proto/generate.sh --check
 
@@ -45,7 +46,8 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: model lint
+test: .venv/.ready
+	@$(MAKE) --no-print-directory --jobs=2 model lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: model

@@ -1,4 +1,7 @@
-"""Set before any test imports a kernel: Triton reads TRITON_INTERPRET when it is imported."""
+"""Set before any test imports a kernel: Triton reads TRITON_INTERPRET when it is imported.
+
+Tests have small tensors and run beside each other: torch has one thread, since more would spin while they wait for each other.
+"""
 
 import os
 import signal
@@ -6,6 +9,7 @@ import signal
 import pytest
 import torch
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: tests interrupt this process and others

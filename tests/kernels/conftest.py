@@ -7,10 +7,12 @@ in the interpreter, which tests/conftest.py chooses.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import interpreter_patches
 import pytest
 import torch
+from pilotfish.kernels.cpu.threads import use_threads
 from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.rms_norm import _rms_norm_kernel
 from triton.runtime.interpreter import InterpretedFunction
@@ -62,6 +64,14 @@ def _interpreter(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Of the C++ kernels, so that they share their work; torch keeps one (tests/conftest.py)."""
+    use_threads(2)
+    yield
+    use_threads(torch.get_num_threads())
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from pilotfish.kernels.rms_norm import rms_norm, rms_norm_ref
 from pilotfish.kernels.rotary import apply_rotary, apply_rotary_ref
 from pilotfish.kernels.store_kv import store_kv, store_kv_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 WEIGHT_DTYPES = [torch.float32, torch.bfloat16]
 
 

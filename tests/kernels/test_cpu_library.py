@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from pilotfish.kernels.cpu import library
+from pilotfish.kernels.cpu.threads import use_threads
 from pilotfish.kernels.linear import linear
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) void pilotfish_nothing() {}\n'
@@ -113,7 +114,7 @@ print(backend_report()["cpu"])
 def test_threads_of_a_process_may_call_at_the_same_time():
     x, weight = torch.randn(5, 300), torch.randn(700, 300)
     expected = linear(x, weight)
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4, initializer=use_threads, initargs=(3,)) as pool:
         assert all(torch.equal(y, expected) for y in pool.map(lambda _: linear(x, weight), range(400)))
 
 

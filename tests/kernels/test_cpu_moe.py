@@ -9,6 +9,8 @@ from pilotfish.kernels.moe_mlp import TOLERANCE, moe_mlp, moe_mlp_ref
 from pilotfish.kernels.moe_routing import TOLERANCE as ROUTING_TOLERANCE
 from pilotfish.kernels.moe_routing import route_tokens, route_tokens_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(0, 4, 2), (1, 1, 1), (9, 8, 2), (300, 60, 8), (5, 6, 6)])

@@ -9,6 +9,8 @@ from pilotfish.kernels.penalties import apply_penalties, apply_penalties_ref
 from pilotfish.kernels.philox import philox_uniform_ref
 from pilotfish.kernels.sampling import sample, sample_ref
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 INFINITY = float("inf")
 
 

@@ -1,8 +1,12 @@
-"""Triton's interpreter as it is, but for half of its time: it replaces the language's functions by its own once a launch and
-module, not again whenever a kernel calls another function."""
+"""Triton's interpreter as it is, but for two thirds of its time.
+
+It replaces the language's functions by its own once a launch and module, not again whenever a kernel calls another function.
+It computes no overflow conditions of integers, which it does not look at where `debug` is off.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import FunctionType, ModuleType
 from typing import Any
@@ -36,3 +40,6 @@ def _launch(self: interpreter.GridExecutor, *args: Any, **kwargs: Any) -> None:
 def install() -> None:
     interpreter._patch_lang = _patch_once
     interpreter.GridExecutor.__call__ = _launch
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
