@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -14,8 +14,9 @@ from .bench_roofline import Machine
 _TRYING_S = 0.15
 
 
+@cache
 def measure_machine(device: torch.device, *, dtype: torch.dtype) -> Machine:
-    """The best of a few tries of each."""
+    """The best of a few tries of each, once a process."""
     machine = Machine(read_bytes_per_s=_read_bytes_per_s(device), flop_per_s=_flop_per_s(device, dtype))
     if device.type == "cuda":
         torch.cuda.empty_cache()

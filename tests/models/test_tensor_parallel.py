@@ -45,12 +45,16 @@ def _save(path: Path, save_checkpoint: SaveCheckpoint, architecture: str, config
     return str(path), str(path / "references.pt")
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_tiny_models_equal_transformers_on_every_rank(size: int, checkpoints: list[tuple[str, str]]) -> None:
-    for models in run_ranks(size, rank_work.compare_all, checkpoints, timeout_s=TIMEOUT_S):
-        for (architecture, _), rows in zip(MODELS, models, strict=True):
+@pytest.mark.parametrize(("size", "numbers"), [(2, (0, 3)), (3, (0, 2)), (4, (0, 1))])
+def test_tiny_models_equal_transformers_on_every_rank(
+    size: int, numbers: tuple[int, ...], checkpoints: list[tuple[str, str]]
+) -> None:
+    """Heads that ranks do not divide, that they divide, and fewer kv heads than ranks; every model below runs on two, too."""
+    for models in run_ranks(size, rank_work.compare_all, [checkpoints[n] for n in numbers], timeout_s=TIMEOUT_S):
+        assert len(models) == len(numbers)
+        for number, rows in zip(numbers, models, strict=True):
             assert len(rows) == 5
-            assert all(ok for _, ok, _ in rows), (architecture, rows)
+            assert all(ok for _, ok, _ in rows), (MODELS[number], rows)
 
 
 def test_halves_that_hide_their_sums_equal_transformers(checkpoints: list[tuple[str, str]]) -> None:
@@ -126,8 +130,7 @@ def smollm2_path() -> Path:
         pytest.skip(f"{MODEL} is not set up: run `pilotfish pull {MODEL}`")
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_smollm2_says_the_same_over_ranks(size: int, smollm2_path: Path) -> None:
+def test_smollm2_says_the_same_over_ranks(smollm2_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     question = "What is the capital of France? Explain gravity in one sentence."
     prompt = tokenizer.apply_chat_template(
@@ -135,8 +138,8 @@ def test_smollm2_says_the_same_over_ranks(size: int, smollm2_path: Path) -> None
     )["input_ids"]
     alone = rank_work.decode_greedily(load_model(smollm2_path, device="cpu"), prompt, 9)
     assert tokenizer.decode(alone).startswith("The capital of France is Paris.<|im_end|>")
-    ranks = run_ranks(size, rank_work.load_and_decode, str(smollm2_path), prompt, 9, timeout_s=TIMEOUT_S)
-    assert ranks == [alone] * size
+    ranks = run_ranks(2, rank_work.load_and_decode, str(smollm2_path), prompt, 9, timeout_s=TIMEOUT_S)
+    assert ranks == [alone] * 2
 
 
 def test_check_model_proves_ranks_too(llama: Path) -> None:
