@@ -50,14 +50,11 @@ __device__ __forceinline__ Unit add_parts_in_two_shots(Call& call, u32 unit, con
 // The sum over the CTA's threads, on each. `parity` is the other one in the next call.
 __device__ __forceinline__ float add_over_threads(float value, u32 parity) {
   __shared__ float sums[2][32];
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+  value = add_lanes(value);
   if (threadIdx.x % 32 == 0) sums[parity][threadIdx.x / 32] = value;
   __syncthreads();
   value = threadIdx.x % 32 < blockDim.x / 32 ? sums[parity][threadIdx.x % 32] : 0.0f;
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
-  return value;
+  return add_lanes(value);
 }
 
 // x and y are total_units long. NORM: a chunk is a row. y may be x, new_residual may be residual.

@@ -12,7 +12,6 @@
 
 #include "hopper.cuh"
 
-constexpr u32 ALL = 0xffffffff;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TILE_KEYS = 16, ROWS = 8;  // of a tile; of queries, filled up
 constexpr int ROW_BYTES = 2 * HEAD_DIM, CHUNKS = ROW_BYTES / 16;
@@ -96,12 +95,6 @@ __device__ __forceinline__ float weight_of(float part, float largest) {
 
 __device__ __forceinline__ float rounded(float value) { return widen_input(round_input(value)); }
 
-__device__ __forceinline__ float add_lanes(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL, value, distance);
-  return value;
-}
-
 // Grid: the CTAs of a cluster (1, 2, 4 or 8), kv heads of all rows. Strides in numbers; q, k and v are parts of one row of
 // stride_token, the caches have equal strides. A page has 16 << page_shift keys. window is 0 where all keys are seen; the gains
 // (both or none) and sinks may be null. A slot below zero is not written.
@@ -142,7 +135,7 @@ decode_attention(const u16* q, const u16* k, const u16* v, const float* cosines,
     if (i > 0 && i % 32 == 0) pages = find_pages(i);
     if (i < num_tiles) {
       const int tile = tile_of(i), first_key = (tile & ((1 << page_shift) - 1)) * TILE_KEYS;
-      const long long page = __shfl_sync(ALL, pages, i % 32);
+      const long long page = __shfl_sync(ALL_LANES, pages, i % 32);
       const long long source = page * stride_page + static_cast<long long>(first_key + lane / CHUNKS) * stride_key +
                                static_cast<long long>(head) * stride_head + lane % CHUNKS * 8;
       const u16 *key_source = k_cache + source, *value_source = v_cache + source;
@@ -278,8 +271,8 @@ decode_attention(const u16* q, const u16* k, const u16* v, const float* cosines,
       if (key > position || key < oldest) scores[n / 2][n % 2] = MINUS_INFINITY;
       best = fmaxf(best, scores[n / 2][n % 2]);
     }
-    best = fmaxf(best, __shfl_xor_sync(ALL, best, 1));
-    best = fmaxf(best, __shfl_xor_sync(ALL, best, 2));
+    best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, 1));
+    best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, 2));
     const float new_largest = fmaxf(largest, best * unit);
     const float rescale = power_of_two(largest - new_largest);
     total *= rescale;
@@ -302,8 +295,8 @@ decode_attention(const u16* q, const u16* k, const u16* v, const float* cosines,
   }
   wait_for_copies<0>();
   __syncwarp();
-  total += __shfl_xor_sync(ALL, total, 1);
-  total += __shfl_xor_sync(ALL, total, 2);
+  total += __shfl_xor_sync(ALL_LANES, total, 1);
+  total += __shfl_xor_sync(ALL_LANES, total, 2);
   if (own_head < GROUP) {  // the sums take the place of this warp's stages
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; ++n) keep_two(stages + 4 * (own_head * PITCH + 8 * n + lane % 4 * 2), sums[n][0], sums[n][1]);

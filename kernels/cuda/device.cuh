@@ -1,4 +1,4 @@
-// What all kernels share: names of types, 16-bit inputs, the early start of dependent_launch.py.
+// What all kernels share: names of types, 16-bit inputs, sums over lanes, the early start of dependent_launch.py.
 //
 // Set by the compiler's command line: FLOAT16 (inputs are float16, else bfloat16).
 
@@ -30,4 +30,15 @@ __device__ __forceinline__ float widen_input(u16 bits) {
 #else
   return __uint_as_float(static_cast<u32>(bits) << 16);
 #endif
+}
+
+// --- the lanes of a warp
+
+constexpr u32 ALL_LANES = 0xffffffff;
+
+// The sum over all lanes, on each of them.
+__device__ __forceinline__ float add_lanes(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+  return value;
 }

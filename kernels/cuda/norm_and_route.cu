@@ -9,7 +9,6 @@
 
 #include "hopper.cuh"
 
-constexpr u32 ALL = 0xffffffff;
 constexpr int RANKS = 8, WARPS = 8, THREADS = 32 * WARPS;
 constexpr int OWN = EXPERTS / (RANKS * WARPS);   // experts of a warp
 constexpr int CHUNKS = HIDDEN / 256;             // of 8 inputs, of a lane, in a row of the router
@@ -35,12 +34,6 @@ __device__ __forceinline__ float low(u32 pair) { return widen_input(static_cast<
 
 __device__ __forceinline__ float high(u32 pair) { return widen_input(static_cast<u16>(pair >> 16)); }
 
-__device__ __forceinline__ float add_lanes(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL, value, distance);
-  return value;
-}
-
 // An integer that orders experts as they are chosen. Logits of 16 bits leave 13 bits of a float32 for the id.
 __device__ __forceinline__ int key_of(float logit, int expert) {
   const int bits = logit == 0.0f ? 0 : __float_as_int(logit);  // -0 equals 0
@@ -59,12 +52,12 @@ __device__ __forceinline__ void choose(const float* logits, float* weights, int*
     int best = NO_KEY;
 #pragma unroll
     for (int i = 0; i < KEYS; ++i) best = max(best, keys[i]);
-    best = __reduce_max_sync(ALL, best);
+    best = __reduce_max_sync(ALL_LANES, best);
 #pragma unroll
     for (int i = 0; i < KEYS; ++i) keys[i] = keys[i] == best ? NO_KEY : keys[i];
     if (lane == c) chosen = best;
   }
-  const float largest = __shfl_sync(ALL, logit_of(chosen), 0);
+  const float largest = __shfl_sync(ALL_LANES, logit_of(chosen), 0);
   const float weight = lane < top_k ? expf(logit_of(chosen) - largest) : 0.0f;
   float part = weight;  // of the sum over all experts: it cancels when the chosen ones' weights are divided by theirs
   if (!renormalize) {

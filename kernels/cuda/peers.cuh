@@ -24,7 +24,6 @@
 #include "device.cuh"
 
 constexpr u32 MINUS_ZEROS = 0x80008000;
-constexpr u32 ALL_LANES = 0xffffffff;
 constexpr u32 POLLS_BETWEEN_LOOKS = 4096;  // at the clock and at what the host says: some milliseconds
 
 // What is sent and polled at once: 8 numbers, each of which arrives whole, or 2 words with marks, each pair of which does.

@@ -25,14 +25,13 @@ __device__ __forceinline__ void synchronize_consumers() { asm volatile("bar.sync
 // wgmma leaves a thread 2 rows of x (2 c and 2 c + 1, c = lane % 4) by 2 rows of the weight (r and r + 8, r = lane / 4). Four
 // lanes trade theirs, so that each has 4 consecutive rows of the weight, of one row of x.
 __device__ __forceinline__ Four gather_four(const float* sums, int lane) {
-  constexpr u32 ALL = 0xffffffff;
   const bool is_odd = lane & 4, is_high = lane & 8;
-  const float low = __shfl_xor_sync(ALL, is_odd ? sums[0] : sums[1], 4);
-  const float high = __shfl_xor_sync(ALL, is_odd ? sums[2] : sums[3], 4);
+  const float low = __shfl_xor_sync(ALL_LANES, is_odd ? sums[0] : sums[1], 4);
+  const float high = __shfl_xor_sync(ALL_LANES, is_odd ? sums[2] : sums[3], 4);
   const float low_0 = is_odd ? low : sums[0], low_1 = is_odd ? sums[1] : low;
   const float high_0 = is_odd ? high : sums[2], high_1 = is_odd ? sums[3] : high;
-  const float other_0 = __shfl_xor_sync(ALL, is_high ? low_0 : high_0, 8);
-  const float other_1 = __shfl_xor_sync(ALL, is_high ? low_1 : high_1, 8);
+  const float other_0 = __shfl_xor_sync(ALL_LANES, is_high ? low_0 : high_0, 8);
+  const float other_1 = __shfl_xor_sync(ALL_LANES, is_high ? low_1 : high_1, 8);
   Four four;
   four.value[0] = is_high ? other_0 : low_0;
   four.value[1] = is_high ? other_1 : low_1;
