@@ -12,7 +12,6 @@ Sources: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 
 release.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +19,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .clamped_gate import ClampedGate
 from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClampedGate:
-    """y = g * sigmoid(alpha * g) * (u + 1), where g = min(gate, limit) and u = up, kept from -limit to limit."""
-
-    alpha: float
-    limit: float
-
 
 Activation = str | ClampedGate
 # Largest |y - reference| for inputs of order one: (relative, absolute). In float32 the reference's 1 + tanh cancels for gates

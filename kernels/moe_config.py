@@ -11,8 +11,9 @@ import torch
 import triton
 
 from . import tuning
+from .clamped_gate import ClampedGate
 from .dispatch import kernel_mode
-from .gated_activation import Activation, ClampedGate
+from .gated_activation import Activation
 from .grouped_tiles import GroupedConfig
 from .moe_gemv import GemvConfig
 from .streaming_experts import StreamingConfig

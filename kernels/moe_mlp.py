@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .clamped_gate import ClampedGate
 from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, load_settled, wait_for_previous
 from .dispatch import choose_backend
-from .gated_activation import Activation, ClampedGate, check_activation, gated_activation_ref
+from .gated_activation import Activation, check_activation, gated_activation_ref
 from .grouped_gemm import gated_grouped_gemm, weighted_grouped_gemm
 from .grouped_tiles import GroupedConfig
 from .moe_config import MoeConfig, MoeSizes, choose_config, is_plain

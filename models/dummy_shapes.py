@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..common.errors import ModelNotFound
-from ..kernels.gated_activation import ClampedGate
+from ..kernels.clamped_gate import ClampedGate
 from .model_shape import ModelShape, MoeShape, RotaryShape
 
 DUMMY_PREFIX = "dummy:"

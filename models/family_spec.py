@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..kernels.clamped_gate import ClampedGate
 from ..kernels.expert_scoring import ExpertScoring
-from ..kernels.gated_activation import ClampedGate
 from .config_reader import ConfigReader
 from .layers.expert_weights import ExpertNames
 

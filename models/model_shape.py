@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..kernels.clamped_gate import ClampedGate
 from ..kernels.expert_scoring import ExpertScoring
-from ..kernels.gated_activation import ClampedGate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,9 @@ The library has helper threads of its own (parallel.h says why not OpenMP); call
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -21,6 +23,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,7 +105,7 @@ def cache_dir() -> Path:
 def build(directory: Path) -> Path:
     """The library's path in `directory`, compiled if it is not there. BuildError where that is impossible.
 
-    Processes may race: each compiles into a folder of its own and the last to rename wins, all with the same content.
+    One process compiles at a time, into a folder of its own; those that waited find the library there.
     """
     sources, flags = sorted(SOURCE_DIR.glob("*.cpp")), (*_FLAGS, _processor_flag())
     target = directory / f"{_key(flags)}.so"
@@ -111,7 +115,9 @@ def build(directory: Path) -> Path:
     logger.info("compiling the C++ kernels into %s", target)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
+        with _alone(directory), tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
+            if target.exists():
+                return target
             objects = [f"{scratch}/{source.stem}.o" for source in sources]
             commands = [
                 [*compiler, *flags, "-c", str(source), "-o", target_object]
@@ -124,6 +130,22 @@ def build(directory: Path) -> Path:
     except OSError as error:
         raise BuildError(f"cannot write the compiled kernels to {directory}: {error}; set PILOTFISH_CACHE") from error
     return target
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Until no other process builds there. One that takes too long is not waited for: two builds have the same content."""
+    deadline_s = time.monotonic() + BUILD_TIMEOUT_S
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(lock)
 
 
 def find_compiler() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...kernels.gated_activation import ClampedGate
+from ...kernels.clamped_gate import ClampedGate
 from ..config_reader import ConfigReader
 from ..family_spec import Field, MoeSpec, window_by_layer_type
 from ..layers.expert_weights import ExpertNames

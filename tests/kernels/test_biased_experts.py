@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pilotfish.kernels.gated_activation import ClampedGate
+from pilotfish.kernels.clamped_gate import ClampedGate
 from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.moe_config import MoeSizes, _serves, choose_config, gemv_block_k, rule, table_config
 from pilotfish.kernels.moe_gemv import GemvConfig

@@ -51,11 +51,14 @@ def test_a_changed_source_or_header_is_built_anew(sources, tmp_path):
     assert len({first, second, library.build(tmp_path)}) == 3
 
 
-def test_builders_may_race(sources, tmp_path):
+def test_builders_may_race_and_one_compiles(sources, tmp_path, monkeypatch):
+    run, commands = library._run, []
+    monkeypatch.setattr(library, "_run", lambda command: (commands.append(command), run(command)))
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: library.build(tmp_path / "cache"), range(4)))
     assert set(paths) == set((tmp_path / "cache").iterdir())
     assert len(set(paths)) == 1
+    assert len(commands) == len(list(sources.glob("*.cpp"))) + 1
 
 
 def test_a_compiler_error_is_told_and_leaves_nothing(sources, tmp_path):
