@@ -5,7 +5,8 @@
 The schedulers, caches, queue and router are the real ones; steps take what those of Qwen3-8B on an H200 do (timed_runner.py).
 Goodput is the share of requests that had their first token within 200 ms and each further one within 25 ms on average.
 `busiest` is balance in time: what a request would have to wait at the busiest replica (the prompts there that are not computed
-yet, and one step of what decodes there), the mean of moments while requests arrive. `busy` is the busiest replica's time over
+yet, and one step of what decodes there), the mean of moments while requests arrive. `makespan` is the time that the busiest
+replica computed, `busy` the same over the mean, `in flight` the requests at the fullest replica over the mean of moments, again
 the mean. `copies` is how often a prompt that came new and many times at once was computed, 1.0 at best. With several seeds a
 row is the mean of theirs. Everything but the last column follows from the seeds alone.
 """
@@ -50,12 +51,25 @@ class Outcome:
     ttft_p99_ms: float
     goodput: float
     busiest_ms: float
+    makespan_s: float
     busy: float
+    in_flight: float
     copies: float
     wall_s: float
 
 
-FIGURES = ("hit_rate", "ttft_p50_ms", "ttft_p99_ms", "goodput", "busiest_ms", "busy", "copies", "wall_s")
+FIGURES = (
+    "hit_rate",
+    "ttft_p50_ms",
+    "ttft_p99_ms",
+    "goodput",
+    "busiest_ms",
+    "makespan_s",
+    "busy",
+    "in_flight",
+    "copies",
+    "wall_s",
+)
 
 
 def simulate(
@@ -81,6 +95,7 @@ def simulate(
     simulation.check_invariants()
     requests, busy_ms = simulation.requests, simulation.busy_ms
     ttfts_ms = sorted(request.ttft_ms for request in requests)
+    busiest_ms, in_flight = balance(requests, num_replicas=num_replicas)
     num_good = sum(r.ttft_ms <= SLO_TTFT_MS and r.tpot_ms <= SLO_TPOT_MS for r in requests)
     return Outcome(
         workload=workload,
@@ -92,19 +107,22 @@ def simulate(
         ttft_p50_ms=ttfts_ms[len(ttfts_ms) // 2],
         ttft_p99_ms=ttfts_ms[int(len(ttfts_ms) * 0.99)],
         goodput=num_good / len(requests),
-        busiest_ms=busiest_ms(requests, num_replicas=num_replicas),
+        busiest_ms=busiest_ms,
+        makespan_s=max(busy_ms) / 1e3,
         busy=max(busy_ms) * num_replicas / sum(busy_ms),
+        in_flight=in_flight,
         copies=sum(num_computed.values()) / len(bursts) if bursts else 0.0,
         wall_s=wall_s,
     )
 
 
-def busiest_ms(requests: Sequence[SimulatedRequest], *, num_replicas: int) -> float:
-    """What a request would have waited at the busiest replica, mean of moments from a fifth of the arrivals' time on."""
+def balance(requests: Sequence[SimulatedRequest], *, num_replicas: int) -> tuple[float, float]:
+    """What a request would have waited at the busiest replica, and the requests at the fullest one over the mean: means of
+    moments from a fifth of the arrivals' time on."""
     end_ms = max(request.arrival_ms for request in requests if request.turn == 0)
     moments = [end_ms * (0.2 + 0.8 * number / NUM_MOMENTS) for number in range(NUM_MOMENTS)]
     names = [f"replica-{number}" for number in range(num_replicas)]
-    waits_ms = []
+    waits_ms, ratios = [], []
     for now_ms in moments:
         decoding, queued = Counter[str](), Counter[str]()
         for request in requests:
@@ -119,7 +137,8 @@ def busiest_ms(requests: Sequence[SimulatedRequest], *, num_replicas: int) -> fl
                 for name in names
             )
         )
-    return statistics.mean(waits_ms)
+        ratios.append(max(decoding.values()) * num_replicas / decoding.total() if decoding else 1.0)
+    return statistics.mean(waits_ms), statistics.mean(ratios)
 
 
 def means(outcomes: Sequence[Outcome]) -> Iterable[Outcome]:
@@ -135,13 +154,14 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """All runs, those that can be compared side by side."""
     lines = [
         f"{'workload':16} {'replicas':>8} {'policy':15} {'requests':>8} {'hits':>7} {'TTFT p50':>9} {'p99 ms':>8} "
-        f"{'goodput':>10} {'busiest ms':>10} {'busy':>6} {'copies':>7} {'wall s':>7}"
+        f"{'goodput':>10} {'busiest ms':>10} {'makespan':>8} {'busy':>6} {'in flight':>9} {'copies':>7} {'wall s':>7}"
     ]
     for row in means(outcomes):
         copies = f"{row.copies:7.2f}" if row.copies else f"{'-':>7}"
         lines.append(
             f"{row.workload:16} {row.num_replicas:8} {row.policy:15} {row.num_requests:8} {row.hit_rate:7.1%} "
-            f"{row.ttft_p50_ms:9.1f} {row.ttft_p99_ms:8.1f} {row.goodput:10.1%} {row.busiest_ms:10.1f} {row.busy:6.3f} "
+            f"{row.ttft_p50_ms:9.1f} {row.ttft_p99_ms:8.1f} {row.goodput:10.1%} {row.busiest_ms:10.1f} {row.makespan_s:8.3f} "
+            f"{row.busy:6.3f} {row.in_flight:9.2f} "
             f"{copies} {row.wall_s:7.1f}"
         )
     return "\n".join(lines)

@@ -3,14 +3,16 @@
 What a controller sees of them is real: the Worker service over encrypted gRPC with its outbox and acknowledgements, a message
 a step, cache events with true hashes. What is left out is the engine (threads, step scheduler), which in a cluster has machines
 of its own and here would take the cores from the controller. Every running sequence gets one token in each step, and all steps
-of a replica take the same time.
+of a replica take the same time. Replicas that begin together step at moments of their own, as engines on machines of their own
+do: in lockstep, which is how timers of one loop end, all tokens of the fleet would come at once and wait for each other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
-import time
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -81,6 +83,7 @@ class SteadyEngine:
         self._num_events = 0
         self._is_running = False
         self._is_paused = False
+        self._due_s = 0.0
 
     def submit(self, request: EngineRequest) -> None:
         self._running[request.request_id] = _Sequence(request, list(request.prompt_token_ids), root_hash(request.salt))
@@ -102,10 +105,12 @@ class SteadyEngine:
     def _run(self) -> None:
         if self._running and not (self._is_running or self._is_paused):
             self._is_running = True
-            asyncio.get_running_loop().call_later(self._step_s, self._step)
+            loop = asyncio.get_running_loop()
+            self._due_s = loop.time() + self._step_s * random.uniform(0.5, 1.5)
+            loop.call_at(self._due_s, self._step)
 
     def _step(self) -> None:
-        loop, began_s = asyncio.get_running_loop(), time.monotonic()
+        loop = asyncio.get_running_loop()
         self._step_id += 1
         events: list[KvEvent] = []
         num_prompt_tokens = 0
@@ -144,7 +149,8 @@ class SteadyEngine:
             )
         )
         if self._running and not self._is_paused:
-            loop.call_later(max(0.0, self._step_s - (time.monotonic() - began_s)), self._step)
+            self._due_s += self._step_s * max(1, math.ceil((loop.time() - self._due_s) / self._step_s))
+            loop.call_at(self._due_s, self._step)
         else:
             self._is_running = False
 

@@ -8,7 +8,9 @@ queued: uncached prompt tokens routed there that are not computed yet (the ledge
 wait: until the batch and the KV cache have room; uncached: this prompt less its cached prefix; tier_load: ms to bring cached
 blocks from a slower tier; num_active: requests there, of which half are left on average while this one decodes: hence
 decode_weight. Cached work is not charged: affinity and load are weighed in one unit, without a mode switch. Replicas within
-`tie_ms` of the best count as equal: the one chosen longest ago takes the request.
+`tie_ms` of the best count as equal: the one chosen longest ago takes the request. A prompt of which no replica has half goes to
+an idle one that costs up to `idle_ms` more, if there is one: else a new replica, which lacks even the prefix that all prompts
+share, would get none while others serve.
 
 Computing a prompt costs this request its time, and those that wait behind it and decode beside it the same again
 (`work_weight`), unless it serves others too. `new` is the part of the uncached tokens that does not: those outside of a prefix
@@ -50,6 +52,7 @@ class RouterConfig:
         work_weight: worth of a millisecond taken from other requests against one of this request.
         decode_weight: worth of a millisecond of decoding against one before the first token.
         tie_ms: costs this close are equal.
+        idle_ms: what an idle replica may cost more and still get a prompt that is new to all.
         speculative_ticks: how long a routed prompt counts as cached before the replica says so.
         hold_ticks: how long a request may be held for a replica while another has room.
         max_held: requests held for one replica; the next ones go elsewhere.
@@ -62,6 +65,7 @@ class RouterConfig:
     work_weight: float = 2.0
     decode_weight: float = 0.5
     tie_ms: float = 2.5
+    idle_ms: float = 10.0
     speculative_ticks: int = 10_000
     hold_ticks: int = 1_000
     max_held: int = 64
@@ -121,8 +125,10 @@ def choose(
     work_weight: float = 1.0,
     decode_weight: float = 1.0,
     tie_ms: float = 1.0,
+    idle_ms: float = 1.0,
 ) -> Choice:
-    """The cheapest candidate for a prompt of `num_tokens`; equal ones: with room, chosen longest ago, then first in order.
+    """The cheapest candidate for a prompt of `num_tokens`, or for a new one an idle candidate that costs little more; of equal
+    ones: with room, chosen longest ago, then first in order.
 
     One that has no room and no place to hold a request is passed over while there is another.
 
@@ -138,8 +144,10 @@ def choose(
     limit = min(compress(costs, is_open), default=None)
     if limit is None:
         is_open, limit = [True] * len(costs), min(costs)
-    limit += tie_ms
-    equal = [c for c, cost, open_ in zip(candidates, costs, is_open, strict=True) if cost <= limit and open_]
+    equal = [c for c, cost, open_ in zip(candidates, costs, is_open, strict=True) if cost <= limit + tie_ms and open_]
+    if 2 * max([c.matched_tokens for c in candidates]) < num_tokens:
+        idle = [c for c, cost in zip(candidates, costs, strict=True) if not c.num_active and cost <= limit + idle_ms]
+        equal = idle or equal
     chosen = min(equal, key=lambda c: (not c.has_room, c.last_chosen))
     return Choice(chosen.replica, scores, is_held=not chosen.has_room)
 
@@ -252,6 +260,7 @@ class Router:
             work_weight=config.work_weight,
             decode_weight=config.decode_weight,
             tie_ms=config.tie_ms,
+            idle_ms=config.idle_ms,
         )
         is_held = choice.is_held and may_hold
         decision = RouteDecision(

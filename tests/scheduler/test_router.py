@@ -103,9 +103,20 @@ def test_ties_go_to_the_one_chosen_longest_ago_then_to_the_first():
 
 
 def test_costs_within_the_tie_are_equal():
-    candidates = [candidate("a", queued_tokens=5, last_chosen=0), candidate("b", last_chosen=1)]
+    candidates = [candidate("a", queued_tokens=5, num_active=1), candidate("b", num_active=1, last_chosen=1)]
     assert choose(candidates, num_tokens=9, expected_output_tokens=1, tie_ms=1.0).replica == "a"
     assert choose(candidates, num_tokens=9, expected_output_tokens=1, tie_ms=0.1).replica == "b"
+
+
+def test_a_new_prompt_goes_to_an_idle_replica_that_costs_little_more():
+    def chosen(num_tokens: int, **weights: float) -> str:
+        """Two have the prefix that all prompts share; one, just started, has nothing."""
+        serving = [candidate(name, matched_tokens=40, num_active=9) for name in "ab"]
+        return choose([*serving, candidate("new")], num_tokens=num_tokens, expected_output_tokens=0, **weights).replica
+
+    assert chosen(100, idle_ms=10.0) == "new"
+    assert chosen(100, idle_ms=0.5, tie_ms=0.5) == "a"
+    assert chosen(60, idle_ms=10.0) == "a", "a conversation that goes on stays"
 
 
 def test_cold_prompts_alternate_over_idle_replicas():
