@@ -6,6 +6,7 @@ ids alone and exists because one id outside the vocabulary would take down a who
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from ..common.errors import InvalidRequest
@@ -17,6 +18,10 @@ def check_request(request: EngineRequest, *, vocab_size: int, max_model_len: int
     num_prompt, num_output, sampling = len(request.prompt_token_ids), len(request.output_token_ids), request.sampling
     if not num_prompt:
         raise InvalidRequest("the prompt is empty: it needs at least one token")
+    if request.deadline_ms is not None and math.isnan(request.deadline_ms):  # it could not be put in an order
+        raise InvalidRequest("deadline_ms is not a number")
+    if not 0 < request.tenant.weight < math.inf:
+        raise InvalidRequest(f"tenant_weight must be above 0 and finite, not {request.tenant.weight}")
     if num_prompt >= max_model_len:
         raise InvalidRequest(
             f"the prompt's {num_prompt} tokens leave no room for output: sequences of this model have at most {max_model_len}"

@@ -78,14 +78,13 @@ def _write_tokenizer(path: Path) -> None:
 def request(request_id: str, prompt: list[int], *, outputs: tuple[int, ...] = (), max_tokens: int = 16, **sampling):
     """An engine request; greedy unless told otherwise."""
     settings = {"temperature": 0.0, "seed": 7, **sampling}
-    priority, deadline_ms = settings.pop("priority", 0), settings.pop("deadline_ms", None)
+    beside = {name: settings.pop(name) for name in ("priority", "deadline_ms", "tenant") if name in settings}
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
         output_token_ids=outputs,
         sampling=TokenSampling(max_tokens=max_tokens, **settings),
-        priority=priority,
-        deadline_ms=deadline_ms,
+        **beside,
     )
 
 

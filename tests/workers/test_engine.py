@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from pilotfish.common.config import EngineConfig, ModelConfig
 from pilotfish.common.errors import ConfigError, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from pilotfish.common.requests import BlockStored, FinishReason
+from pilotfish.common.tenants import Tenant
 from pilotfish.workers import engine as engine_module
 from pilotfish.workers.engine import Engine, Phase
 
@@ -227,6 +229,9 @@ def test_too_many_requests_are_refused_at_once(start, outputs, make_request, mon
         ({"end_token_ids": (320,)}, "end_token_ids has the token id 320"),
         ({"bad_words_ids": ((1, 321),)}, "bad_words_ids has the token id 321"),
         ({"bad_words_ids": ((),)}, "empty word"),
+        ({"deadline_ms": math.nan}, "deadline_ms is not a number"),
+        ({"tenant": Tenant("x", math.nan)}, "tenant_weight must be above 0 and finite, not nan"),
+        ({"tenant": Tenant("x", -1.0)}, "tenant_weight must be above 0"),
     ],
 )
 def test_what_cannot_run_is_refused(running_engine, make_request, values, message):
