@@ -81,7 +81,9 @@ async def test_leaving_a_stream_cancels_the_call_on_the_server(client, server, h
 async def test_closing_from_another_task_wakes_the_reader(client):
     stream = client.stream_generate("forever")
     reader = asyncio.create_task(stream.read_all())
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(60):
+        while not stream.completion.token_ids:  # closed before, it would say that it was
+            await asyncio.sleep(0.01)
     await stream.aclose()
     with pytest.raises(Cancelled, match="ended by this client"):
         await reader
