@@ -28,7 +28,6 @@ from pilotfish.models.store import resolve
 from pilotfish.workers.timed_runner import TimingModel
 from process_size import ProcessSize
 from reading import eventually
-from small_model import save_tiny_llama
 from zygote import Child, Zygote
 
 SEED = int(os.environ.get("PILOTFISH_CHAOS_SEED", "5"))
@@ -108,14 +107,14 @@ async def test_200_faults_cost_no_token(
     check(record_property, happened, tally, num_faults=200)
 
 
-async def test_a_dozen_faults_cost_a_model_no_token(zygote: Zygote, tmp_path: Path, record_property: RecordProperty) -> None:
-    """What a replica computes again says the same. The model is a tiny one; `make soak` is this with a real one."""
-    engine = EngineConfig(device="cpu", max_num_seqs=32, num_kv_blocks=600, num_threads=1)
-    settings = Settings(model_path=str(save_tiny_llama(tmp_path / "model")), engine=engine, fleet=FLEET)
-    faults = schedule(SEED, num_faults=12, interval_tokens=80, longest_s=LONGEST_S)
-    async with ChaosHost(settings, tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
+async def test_a_dozen_faults_cost_a_real_model_no_token(
+    zygote: Zygote, tmp_path: Path, record_property: RecordProperty
+) -> None:
+    """What a replica computes again says the same."""
+    faults = schedule(SEED, num_faults=12, interval_tokens=40, longest_s=REAL_LONGEST_S)
+    async with ChaosHost(real_settings(), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
-        async with Load(host.doors, make_requests(stories(24), seed=SEED, max_tokens=(80, 160))) as load:
+        async with Load(host.doors, make_requests(stories(24), seed=SEED, max_tokens=(12, 20))) as load:
             await load.learn()
             happened, tally = await disturb(host, load, faults)
     check(record_property, happened, tally, num_faults=12)
