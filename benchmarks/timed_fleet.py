@@ -8,6 +8,7 @@ ends them; a process whose parent is gone ends too.
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import time
@@ -73,7 +74,7 @@ def _host(settings: FleetSettings, calls: Connection, answers: Connection) -> No
         replicas.append(replica)
         calls.send(await replica.start())
         if len(replicas) == settings.num_replicas:
-            garbage.settle()
+            gc.disable()  # looking through all emissions would hold up steps, which replicas of their own do not
 
     async def serve() -> None:
         starting: set[asyncio.Task[None]] = set()
