@@ -9,7 +9,8 @@ n // (N / K).
     out   = sum_j exp(score_j) v_j / (sum_j exp(score_j) + exp(sink_n))       the sink's term only with sinks
 
 Rows with one query (decode) go to decode_attention.py and the others (prefill) to prefill_attention.py: a decode row costs the
-same whatever stands beside it. (A model's steps of decode rows alone have a kernel of their own where it serves: attend.py.) float32 arithmetic, one rounding to the dtype of q at the end.
+same whatever stands beside it. Steps of decode rows alone have a kernel of their own, where it serves (attend.py). float32
+arithmetic, one rounding to the dtype of q at the end.
 
 T tokens of the batch, S sequences (rows), N query heads, K kv heads, D head_dim, P = S + 1, M blocks of the longest row (table
 width), B blocks in the cache, L page length (a power of two, at least 16). Sources: Kwon et al. 2023, "PagedAttention"; Dao et
