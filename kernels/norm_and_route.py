@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
+import triton
 
 from . import tuning
 from .cuda import loader
@@ -23,8 +24,8 @@ from .moe_routing import route_tokens
 from .rms_norm import rms_norm
 
 SOURCE = "norm_and_route"
-NUM_RANKS, NUM_THREADS = 8, 256  # of a token's cluster, of a CTA
-MAX_TOKENS, MAX_CHOICES = 128, 32
+NUM_RANKS, TOKENS = 8, 8  # of a cluster
+MAX_TOKENS, MAX_CHOICES = 512, 32
 HIDDENS, EXPERTS = (2048, 4096), (64, 128, 256)
 MAX_ROUTER_NUMBERS = 4096 * 128  # that a cluster keeps in registers
 
@@ -80,7 +81,7 @@ def fused_norm_and_route(
         raise ValueError(f"norm_and_route: {reason}")
     kernel = _load(router_EH)
     assert kernel is not None  # unfit_reason has loaded it
-    num_tokens = x_TH.shape[0]
+    num_tokens, hidden = x_TH.shape
     y_TH, sum_TH = (torch.empty_like(x_TH, memory_format=torch.contiguous_format) for _ in range(2))
     weights_TC = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x_TH.device)
     experts_TC = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x_TH.device)
@@ -89,14 +90,15 @@ def fused_norm_and_route(
         kernel,
         (
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+            ctypes.c_int(num_tokens),
             ctypes.c_int(x_TH.stride(0)),
             ctypes.c_int(residual_TH.stride(0)),
             ctypes.c_float(eps),
             ctypes.c_int(top_k),
             ctypes.c_int(renormalize),
         ),
-        grid=(NUM_RANKS, num_tokens),
-        num_threads=NUM_THREADS,
+        grid=(NUM_RANKS, triton.cdiv(num_tokens, TOKENS)),
+        num_threads=hidden // 8,
         shared_bytes=0,
         cluster_size=NUM_RANKS,
         early_start=True,

@@ -26,7 +26,7 @@ MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
 MAX_GEMV_ROWS = 16  # beyond, two tokens share an expert too often
-MAX_STREAMING_ROWS = 64
+MAX_STREAMING_ROWS = 128
 # Tall tiles (block_m, block_n, block_k, num_warps, num_stages, tma, persistent). A gated tile is twice as wide. Two tiles of 4
 # warps and at most 113 KB (stages of (block_m + width) * block_k) fit a multiprocessor: one computes while the other fills or
 # stores.
@@ -69,7 +69,14 @@ SHORT_TILES = {
     ],
 }
 # (tile, rows, num_stages, programs): as many programs as fit an H200 at once.
-STREAMING_TILES = [(64, 16, 6, 396), (128, 8, 6, 264), (256, 16, 6, 132)]
+STREAMING_TILES = [
+    (64, 8, 9, 264),
+    (64, 16, 6, 396),
+    (128, 8, 6, 264),
+    (128, 8, 12, 132),
+    (128, 16, 5, 264),
+    (256, 16, 6, 132),
+]
 MIN_TALL_PAIRS = 16  # of an expert on average, for the tall kernel
 GEMV_TILES = {
     "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
@@ -118,6 +125,9 @@ class MoeCase:
     @property
     def keeps_twin(self) -> bool:
         return False
+
+    def neighbour(self) -> None:
+        """Calls follow each other."""
 
     def candidates(self) -> list[Config]:
         return [table_config(config) for config in self._configs()]

@@ -14,7 +14,7 @@ from .norm_and_route import EXPERTS, HIDDENS, MAX_ROUTER_NUMBERS, MAX_TOKENS, fu
 from .tune_moe import MOE_SHAPES
 from .tuning import Config
 
-ROUTE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROUTE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 EPS = 1e-6
 
 
@@ -37,6 +37,9 @@ class RouteCase:
     @property
     def keeps_twin(self) -> bool:
         return False
+
+    def neighbour(self) -> None:
+        """Calls follow each other."""
 
     def candidates(self) -> list[Config]:
         num_experts, _, hidden = self.sizes
