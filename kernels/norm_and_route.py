@@ -24,7 +24,7 @@ from .moe_routing import route_tokens
 from .rms_norm import rms_norm
 
 SOURCE = "norm_and_route"
-NUM_RANKS, TOKENS = 8, 8  # of a cluster
+NUM_RANKS = 8  # of a cluster
 MAX_TOKENS, MAX_CHOICES = 512, 32
 HIDDENS, EXPERTS = (2048, 4096), (64, 128, 256)
 MAX_ROUTER_NUMBERS = 4096 * 128  # that a cluster keeps in registers
@@ -79,7 +79,8 @@ def fused_norm_and_route(
     reason = unfit_reason(x_TH, residual_TH, norm_weight_H, router_EH, top_k)
     if reason is not None:
         raise ValueError(f"norm_and_route: {reason}")
-    kernel = _load(router_EH)
+    tokens = _tokens_a_cluster(x_TH.shape[0])
+    kernel = _load(router_EH, tokens)
     assert kernel is not None  # unfit_reason has loaded it
     num_tokens, hidden = x_TH.shape
     y_TH, sum_TH = (torch.empty_like(x_TH, memory_format=torch.contiguous_format) for _ in range(2))
@@ -97,7 +98,7 @@ def fused_norm_and_route(
             ctypes.c_int(top_k),
             ctypes.c_int(renormalize),
         ),
-        grid=(NUM_RANKS, triton.cdiv(num_tokens, TOKENS)),
+        grid=(NUM_RANKS, triton.cdiv(num_tokens, tokens)),
         num_threads=hidden // 8,
         shared_bytes=0,
         cluster_size=NUM_RANKS,
@@ -130,7 +131,7 @@ def unfit_reason(
         reason = "rows must be contiguous and begin at multiples of 16 bytes"
     elif not loader.can_run_on(x_TH.device):
         reason = loader.misplaced_reason("x", x_TH.device)
-    elif _load(router_EH) is None:
+    elif _load(router_EH, _tokens_a_cluster(x_TH.shape[0])) is None:
         return f"it cannot be compiled: {loader.unavailable_reason()}"  # the loader has warned itself
     if reason is not None:
         loader.warn_unserved(SOURCE, reason, "three kernels do")
@@ -149,7 +150,13 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and (tensor.dim() == 1 or tensor.stride(0) % 8 == 0)
 
 
-def _load(router_EH: torch.Tensor) -> loader.Kernel | None:
+def _tokens_a_cluster(num_tokens: int) -> int:
+    """One while all clusters fit on the GPU at once."""
+    return 1 if num_tokens <= 16 else 8
+
+
+def _load(router_EH: torch.Tensor, tokens_a_cluster: int) -> loader.Kernel | None:
     num_experts, hidden = router_EH.shape
-    macros = (("HIDDEN", hidden), ("EXPERTS", num_experts), ("FLOAT16", int(router_EH.dtype == torch.float16)))
+    is_float16 = int(router_EH.dtype == torch.float16)
+    macros = (("HIDDEN", hidden), ("EXPERTS", num_experts), ("TOKENS", tokens_a_cluster), ("FLOAT16", is_float16))
     return loader.load(SOURCE, macros, router_EH.device.index)

@@ -1,23 +1,23 @@
 // The norm before a sparse layer, its router and the choice of experts in one kernel, for few tokens, on sm_90a.
 //
-// Eight tokens belong to a cluster of RANKS CTAs, each of which has OWN experts. A CTA loads its rows of the router before it waits
-// for the kernel before it in the stream: the router is on its way while that one ends. Then it computes the norms of all eight
-// tokens (r = x + residual, y = norm(r), rounded as in rms_norm.py; each stores a part of both) and its experts' logits, rounded
-// to the dtype of x. A warp has a slice of the inputs, and has them where the tensor cores want them: lane 4 g + q holds 16 bytes
-// of the rows of token g and of experts g and g + 8, which are the inputs that two products take from it, in the same order for
-// both operands. CTA t of the cluster gets token t's logits of all experts and chooses: the largest, of equals the lowest expert,
-// by keys as in moe_routing.py.
+// TOKENS tokens belong to a cluster of RANKS CTAs, each of which has OWN experts. A CTA loads its rows of the router before it
+// waits for the kernel before it in the stream: the router is on its way while that one ends. Then it computes the norms of the
+// cluster's tokens (r = x + residual, y = norm(r), rounded as in rms_norm.py; each stores a part of both) and its experts' logits,
+// rounded to the dtype of x. A warp has a slice of the inputs, and has it where the tensor cores want it: lane 4 g + q holds 16
+// bytes of the rows of token g and of experts g and g + 8, which are the inputs that two products take from it, in the same order
+// for both operands. CTA t of the cluster gets the logits of all experts of token t and chooses: the largest, of equals the lowest
+// expert, by keys as in moe_routing.py.
 //
-// Set by the compiler's command line: HIDDEN (2048 or 4096), EXPERTS (64, 128, 256), FLOAT16.
+// Set by the compiler's command line: HIDDEN (2048 or 4096), EXPERTS (64, 128, 256), TOKENS (1 or 8), FLOAT16.
 
 #include "hopper.cuh"
 
-constexpr int RANKS = 8, TOKENS = 8;           // of a cluster
+constexpr int RANKS = 8;
 constexpr int WARPS = HIDDEN / 256, THREADS = 32 * WARPS;
-constexpr int VECTORS = 8;                     // of 8 inputs, of a lane, in its warp's slice of a row
-constexpr int OWN = EXPERTS / RANKS;           // experts of a CTA
-constexpr int TILES = (OWN + 15) / 16;         // of 16 of them
-constexpr int KEYS = EXPERTS / 32;             // of a lane of the warp that chooses
+constexpr int VECTORS = 8;                // of 8 inputs, of a lane, in its warp's slice of a row
+constexpr int OWN = EXPERTS / RANKS;      // experts of a CTA
+constexpr int TILES = (OWN + 15) / 16;    // of 16 of them
+constexpr int KEYS = EXPERTS / 32;        // of a lane of the warp that chooses
 constexpr int NO_KEY = -2147483647 - 1;
 
 struct alignas(16) Eight {
@@ -76,6 +76,47 @@ __device__ __forceinline__ void choose(const float* logits, float* weights, int*
   }
 }
 
+// Sums and products of two numbers of 16 bits, rounded once: what float32 and its rounding give, for their operands are exact there.
+__device__ __forceinline__ u32 add_pairs(u32 first, u32 second) {
+  u32 result;
+#if FLOAT16
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
+#else
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
+#endif
+  return result;
+}
+
+__device__ __forceinline__ u32 multiply_pairs(u32 first, u32 second) {
+  u32 result;
+#if FLOAT16
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
+#else
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
+#endif
+  return result;
+}
+
+// r of 8 inputs; adds the sum of their squares.
+__device__ __forceinline__ Eight add_residual(const u16* x, const u16* residual, float& square) {
+  Eight values = *reinterpret_cast<const Eight*>(x);
+  const Eight added = *reinterpret_cast<const Eight*>(residual);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values.pairs[i] = add_pairs(values.pairs[i], added.pairs[i]);
+    square += low(values.pairs[i]) * low(values.pairs[i]) + high(values.pairs[i]) * high(values.pairs[i]);
+  }
+  return values;
+}
+
+// y of 8 inputs.
+__device__ __forceinline__ void norm(Eight& values, const Eight& gains, float scale) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values.pairs[i] = multiply_pairs(round_two(low(values.pairs[i]) * scale, high(values.pairs[i]) * scale), gains.pairs[i]);
+  }
+}
+
 // sums[i] of 16 experts by 8 tokens: those of experts g, g and g + 8, g + 8, tokens 2 q, 2 q + 1, 2 q and 2 q + 1.
 __device__ __forceinline__ void multiply(float* sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if FLOAT16
@@ -88,13 +129,14 @@ __device__ __forceinline__ void multiply(float* sums, u32 a0, u32 a1, u32 a2, u3
 }
 
 // Grid: the CTAs of a cluster, clusters.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, EXPERTS > 128 ? 1 : 512 / THREADS)
 norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* router, u16* y, u16* new_residual, float* weights,
                int* experts, int num_tokens, int stride_x, int stride_residual, float eps, int top_k, int renormalize) {
   __shared__ Eight gains[HIDDEN / 8];
+  __shared__ Eight normed[TOKENS == 1 ? HIDDEN / 8 : 1];
   __shared__ float squares[WARPS][TOKENS];
-  __shared__ float parts[WARPS][TILES * 16][TOKENS];  // of the logits
-  __shared__ float logits[EXPERTS];                   // of the token that this CTA chooses for, and that all have come
+  __shared__ float parts[WARPS][TILES * 16][8];  // of the logits
+  __shared__ float logits[EXPERTS];              // of the token that this CTA chooses for, and that all have come
   __shared__ u64 received;
   const int rank = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int first_token = blockIdx.y * TOKENS, first_expert = rank * OWN, column = warp * 256 + q * 8;
@@ -119,51 +161,61 @@ norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* ro
       }
     }
   }
-  gains[threadIdx.x] = load_constant(gain + threadIdx.x * 8);
+  const Eight own_gains = load_constant(gain + threadIdx.x * 8);
+  if (TOKENS > 1) gains[threadIdx.x] = own_gains;
   wait_for_previous();
 
-  const bool is_there = first_token + g < num_tokens;
-  const long long token = is_there ? first_token + g : 0;
-  Eight values[VECTORS];
-  float square = 0.0f;
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    values[v] = *reinterpret_cast<const Eight*>(x + token * stride_x + column + 32 * v);
-    const Eight added = *reinterpret_cast<const Eight*>(residual + token * stride_residual + column + 32 * v);
-    for (int i = 0; i < 4; ++i) {
-      const u32 pair = values[v].pairs[i], other = added.pairs[i];
-      values[v].pairs[i] = round_two(low(pair) + low(other), high(pair) + high(other));
-      square += low(values[v].pairs[i]) * low(values[v].pairs[i]) + high(values[v].pairs[i]) * high(values[v].pairs[i]);
-    }
-  }
+  const bool is_there = TOKENS == 1 || first_token + g < num_tokens;
+  const long long token = is_there && TOKENS > 1 ? first_token + g : first_token;
   const bool stores = is_there && warp % RANKS == rank;
-  if (stores) {
+  const u16 *own_x = x + token * stride_x, *own_residual = residual + token * stride_residual;
+  const auto add_warps = [&](int of_token) {
+    float total = 0.0f;
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<Eight*>(new_residual + token * HIDDEN + column + 32 * v) = values[v];
+    for (int w = 0; w < WARPS; ++w) total += squares[w][of_token];
+    return rsqrtf(total / HIDDEN + eps);
+  };
+  float scale = 0.0f, square = 0.0f;
+  if constexpr (TOKENS == 1) {  // a lane norms 8 inputs, and takes what others of its warp have normed
+    const int own_column = threadIdx.x * 8;
+    Eight values = add_residual(own_x + own_column, own_residual + own_column, square);
+    if (stores) *reinterpret_cast<Eight*>(new_residual + token * HIDDEN + own_column) = values;
+    square = add_lanes(square);
+    if (lane == 0) squares[warp][0] = square;
+    __syncthreads();
+    norm(values, own_gains, add_warps(0));
+    if (stores) *reinterpret_cast<Eight*>(y + token * HIDDEN + own_column) = values;
+    normed[threadIdx.x] = values;
+    __syncwarp();
+  } else {  // a lane norms what it multiplies; it is read twice, for there are no registers to keep it
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) add_residual(own_x + column + 32 * v, own_residual + column + 32 * v, square);
+    square += __shfl_xor_sync(ALL_LANES, square, 1);
+    square += __shfl_xor_sync(ALL_LANES, square, 2);
+    if (q == 0) squares[warp][g] = square;
+    __syncthreads();
+    scale = add_warps(g);
   }
-  square += __shfl_xor_sync(ALL_LANES, square, 1);
-  square += __shfl_xor_sync(ALL_LANES, square, 2);
-  if (q == 0) squares[warp][g] = square;
-  __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < WARPS; ++i) total += squares[i][g];
-  const float scale = rsqrtf(total / HIDDEN + eps);
+
   float sums[TILES][4] = {};
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    const Eight gained = gains[column / 8 + 4 * v];
-    for (int i = 0; i < 4; ++i) {
-      const u32 pair = round_two(low(values[v].pairs[i]) * scale, high(values[v].pairs[i]) * scale);
-      values[v].pairs[i] = round_two(low(pair) * low(gained.pairs[i]), high(pair) * high(gained.pairs[i]));
+    const int here = column + 32 * v;
+    Eight inputs;
+    if constexpr (TOKENS == 1) {
+      inputs = normed[here / 8];
+    } else {
+      inputs = add_residual(own_x + here, own_residual + here, square);
+      if (stores) *reinterpret_cast<Eight*>(new_residual + token * HIDDEN + here) = inputs;
+      norm(inputs, gains[here / 8], scale);
+      if (stores) *reinterpret_cast<Eight*>(y + token * HIDDEN + here) = inputs;
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-      const u32 *first = rows[tile][0][v].pairs, *second = rows[tile][1][v].pairs, *inputs = values[v].pairs;
-      multiply(sums[tile], first[0], second[0], first[1], second[1], inputs[0], inputs[1]);
-      multiply(sums[tile], first[2], second[2], first[3], second[3], inputs[2], inputs[3]);
+      const u32 *first = rows[tile][0][v].pairs, *second = rows[tile][1][v].pairs;
+      multiply(sums[tile], first[0], second[0], first[1], second[1], inputs.pairs[0], inputs.pairs[1]);
+      multiply(sums[tile], first[2], second[2], first[3], second[3], inputs.pairs[2], inputs.pairs[3]);
     }
-    if (stores) *reinterpret_cast<Eight*>(y + token * HIDDEN + column + 32 * v) = values[v];
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
@@ -184,9 +236,8 @@ norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* ro
                  "f"(low(round_two(sum, 0.0f))), "r"(address_in_rank(shared_address(&received), receiver))
                  : "memory");
   }
-  const int chosen_for = first_token + rank;
-  if (warp != 0 || chosen_for >= num_tokens) return;
+  if (warp != 0 || rank >= TOKENS || first_token + rank >= num_tokens) return;
   wait_for_peers(shared_address(&received), 0);
-  choose(logits, weights + static_cast<long long>(chosen_for) * top_k, experts + static_cast<long long>(chosen_for) * top_k, top_k,
-         renormalize, lane);
+  const long long chosen_for = first_token + rank;
+  choose(logits, weights + chosen_for * top_k, experts + chosen_for * top_k, top_k, renormalize, lane);
 }
