@@ -25,7 +25,7 @@ from .rms_norm import rms_norm
 
 SOURCE = "norm_and_route"
 NUM_RANKS = 8  # of a cluster
-MAX_TOKENS, MAX_CHOICES = 512, 32
+MAX_TOKENS, MAX_CHOICES = 128, 32
 HIDDENS, EXPERTS = (2048, 4096), (64, 128, 256)
 MAX_ROUTER_NUMBERS = 4096 * 128  # that a cluster keeps in registers
 

@@ -14,7 +14,7 @@ from .norm_and_route import EXPERTS, HIDDENS, MAX_ROUTER_NUMBERS, MAX_TOKENS, fu
 from .tune_moe import MOE_SHAPES
 from .tuning import Config
 
-ROUTE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROUTE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 EPS = 1e-6
 
 

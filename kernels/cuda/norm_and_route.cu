@@ -129,7 +129,7 @@ __device__ __forceinline__ void multiply(float* sums, u32 a0, u32 a1, u32 a2, u3
 }
 
 // Grid: the CTAs of a cluster, clusters.
-extern "C" __global__ void __launch_bounds__(THREADS, EXPERTS > 128 ? 1 : 512 / THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* router, u16* y, u16* new_residual, float* weights,
                int* experts, int num_tokens, int stride_x, int stride_residual, float eps, int top_k, int renormalize) {
   __shared__ Eight gains[HIDDEN / 8];
@@ -169,52 +169,53 @@ norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* ro
   const long long token = is_there && TOKENS > 1 ? first_token + g : first_token;
   const bool stores = is_there && warp % RANKS == rank;
   const u16 *own_x = x + token * stride_x, *own_residual = residual + token * stride_residual;
-  const auto add_warps = [&](int of_token) {
+  const auto scale_of = [&](int of_token) {
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) total += squares[w][of_token];
     return rsqrtf(total / HIDDEN + eps);
   };
-  float scale = 0.0f, square = 0.0f;
+  float square = 0.0f;
+  Eight values[VECTORS];
   if constexpr (TOKENS == 1) {  // a lane norms 8 inputs, and takes what others of its warp have normed
     const int own_column = threadIdx.x * 8;
-    Eight values = add_residual(own_x + own_column, own_residual + own_column, square);
-    if (stores) *reinterpret_cast<Eight*>(new_residual + token * HIDDEN + own_column) = values;
+    Eight own = add_residual(own_x + own_column, own_residual + own_column, square);
+    if (stores) *reinterpret_cast<Eight*>(new_residual + token * HIDDEN + own_column) = own;
     square = add_lanes(square);
     if (lane == 0) squares[warp][0] = square;
     __syncthreads();
-    norm(values, own_gains, add_warps(0));
-    if (stores) *reinterpret_cast<Eight*>(y + token * HIDDEN + own_column) = values;
-    normed[threadIdx.x] = values;
+    norm(own, own_gains, scale_of(0));
+    if (stores) *reinterpret_cast<Eight*>(y + token * HIDDEN + own_column) = own;
+    normed[threadIdx.x] = own;
     __syncwarp();
-  } else {  // a lane norms what it multiplies; it is read twice, for there are no registers to keep it
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) add_residual(own_x + column + 32 * v, own_residual + column + 32 * v, square);
+    for (int v = 0; v < VECTORS; ++v) values[v] = normed[column / 8 + 4 * v];
+  } else {  // a lane norms what it multiplies
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) values[v] = add_residual(own_x + column + 32 * v, own_residual + column + 32 * v, square);
     square += __shfl_xor_sync(ALL_LANES, square, 1);
     square += __shfl_xor_sync(ALL_LANES, square, 2);
     if (q == 0) squares[warp][g] = square;
     __syncthreads();
-    scale = add_warps(g);
+    const float scale = scale_of(g);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      const long long place = token * HIDDEN + column + 32 * v;
+      if (stores) *reinterpret_cast<Eight*>(new_residual + place) = values[v];
+      norm(values[v], gains[column / 8 + 4 * v], scale);
+      if (stores) *reinterpret_cast<Eight*>(y + place) = values[v];
+    }
   }
 
   float sums[TILES][4] = {};
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    const int here = column + 32 * v;
-    Eight inputs;
-    if constexpr (TOKENS == 1) {
-      inputs = normed[here / 8];
-    } else {
-      inputs = add_residual(own_x + here, own_residual + here, square);
-      if (stores) *reinterpret_cast<Eight*>(new_residual + token * HIDDEN + here) = inputs;
-      norm(inputs, gains[here / 8], scale);
-      if (stores) *reinterpret_cast<Eight*>(y + token * HIDDEN + here) = inputs;
-    }
+    const u32* inputs = values[v].pairs;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       const u32 *first = rows[tile][0][v].pairs, *second = rows[tile][1][v].pairs;
-      multiply(sums[tile], first[0], second[0], first[1], second[1], inputs.pairs[0], inputs.pairs[1]);
-      multiply(sums[tile], first[2], second[2], first[3], second[3], inputs.pairs[2], inputs.pairs[3]);
+      multiply(sums[tile], first[0], second[0], first[1], second[1], inputs[0], inputs[1]);
+      multiply(sums[tile], first[2], second[2], first[3], second[3], inputs[2], inputs[3]);
     }
   }
 #pragma unroll

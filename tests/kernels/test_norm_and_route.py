@@ -32,7 +32,7 @@ def make(num_tokens, hidden, num_experts, dtype, device):
 @pytest.mark.parametrize(("hidden", "num_experts", "top_k"), [(2048, 64, 1), (2048, 128, 8), (2048, 256, 32), (4096, 128, 10)])
 def test_on_a_gpu_it_equals_the_references(hidden, num_experts, top_k, renormalize, dtype):
     """Two orders of adding may round a logit to neighbours; so a choice is right if none that was passed over is larger."""
-    for num_tokens in (1, 2, 7, 33, 128, 509):
+    for num_tokens in (1, 2, 7, 17, 33, 128):
         arguments = make(num_tokens, hidden, num_experts, dtype, "cuda")
         y, total, weights, experts = fused_norm_and_route(*arguments, top_k, renormalize=renormalize)
         x, residual, gain, _, router = arguments
@@ -96,8 +96,8 @@ def test_without_an_entry_it_is_the_three_ops():
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "num_experts", "top_k", "reason"),
     [
-        (0, 2048, 128, 8, "1 to 512 tokens"),
-        (513, 2048, 128, 8, "1 to 512 tokens"),
+        (0, 2048, 128, 8, "1 to 128 tokens"),
+        (129, 2048, 128, 8, "1 to 128 tokens"),
         (2, 1024, 128, 8, "a router of 128 experts x 1024"),
         (2, 2048, 96, 8, "a router of 96 experts"),
         (2, 4096, 256, 8, "up to 524288 numbers"),
