@@ -196,7 +196,6 @@ class ModelRunner:
             rows = tuple(row for row in plan.rows if row.slot not in self._unusable_slots)
             unusable = (row for row in plan.rows if row.slot in self._unusable_slots)
             parts = [PendingPart([row], error=self._unusable_slots[row.slot]) for row in unusable]
-        self._batch_state.update_blocks(plan.replaced_blocks, rows)
         stopwatch = Stopwatch(self._device)
         launch_rows = self._launch_isolating if isolate_failures else self._launch_whole
         parts += launch_rows(rows, plan, stopwatch)
@@ -243,6 +242,8 @@ class ModelRunner:
 
     def _launch_whole(self, rows: Sequence[PlannedRow], plan: StepPlan, stopwatch: Stopwatch) -> list[PendingPart]:
         decode, chunk = self._find_graphs(rows, plan)
+        # The columns of a decode graph bring the rows' new blocks.
+        self._batch_state.update_blocks(plan.replaced_blocks, () if decode is not None else rows)
         if not rows:
             if plan.rank_tokens:
                 self._compute_padding(decode, chunk, plan.rank_tokens, stopwatch)
@@ -310,7 +311,7 @@ class ModelRunner:
     def _replay_decode(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
         columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
         self._batch_state.fill(graph.columns, columns)
-        slots_R, positions_R, output_positions_R = columns[:, : len(rows)]
+        slots_R, positions_R, output_positions_R, _ = columns[:, : len(rows)]
         with stopwatch.measure("forward"):
             graph.forward.replay()
         with stopwatch.measure("sample"):

@@ -114,6 +114,41 @@ def test_random_steps_gather_what_lists_would_hold():
                 del running[slot]
 
 
+def test_decode_steps_bring_their_new_blocks():
+    """Padded, in any order, and run twice as a step that failed is."""
+    rng = random.Random(6)
+    state, cache = new_state(), KvCache((), 500, BLOCK)
+    running = {slot: admit(state, rng, slot) for slot in range(NUM_SLOTS)}
+    for sequence in running.values():
+        row = plan_row(sequence, rng)
+        state.update_blocks((), [row])
+        sequence.tokens[sequence.num_computed :] = ()
+        sequence.num_computed -= 1
+    num_grown = 0
+    while running:
+        rows = [plan_row(running[slot], rng) for slot in rng.sample(sorted(running), rng.randint(1, len(running)))]
+        num_grown += sum(bool(row.new_block_ids) for row in rows)
+        columns = torch.from_numpy(state.decode_columns(rows, NUM_SLOTS))
+        for _ in range(2):
+            batch, drawn = state.compose_decode(columns, cache)
+        for index, row in enumerate(rows):
+            sequence = running[row.slot]
+            assert batch.token_ids_T[index] == sequence.tokens[row.start]
+            assert batch.slots_T[index] == sequence.blocks[row.start // BLOCK] * BLOCK + row.start % BLOCK
+            assert state.block_tables_MB[row.slot].tolist()[: len(sequence.blocks)] == sequence.blocks
+            assert batch.block_tables_SB[index].tolist()[: len(sequence.blocks)] == sequence.blocks
+        padding = slice(len(rows), None)
+        assert not batch.token_ids_T[padding].any()
+        assert not batch.block_tables_SB[padding].any()
+        tokens = torch.tensor([rng.randrange(1000) for _ in rows])
+        state.append_tokens(drawn.first(len(rows)), tokens)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            running[row.slot].tokens.append(token)
+            if len(running[row.slot].tokens) > MAX_LEN:
+                del running[row.slot]
+    assert num_grown > NUM_SLOTS
+
+
 def test_a_step_without_a_sampling_row_has_empty_columns():
     state = new_state()
     request = EngineRequest(request_id="a", prompt_token_ids=(1, 2, 3), sampling=SAMPLING)
