@@ -235,10 +235,6 @@ class BatchState:
         """One token of padding, for a step in which this rank has no rows and others have."""
         return self.compose_decode(self.to_device(self.decode_columns((), 1)), kv_cache)[0]
 
-    def append_tokens(self, rows: DrawRows, tokens_R: torch.Tensor) -> None:
-        """Writes sampled tokens behind their sequences, for the next step to read."""
-        self.token_ids_MC.index_put_((rows.slots_R, rows.lengths_R), tokens_R.int())
-
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """A host array on the device; the copy to a GPU is queued, never waited for."""
         return self._staged(array).to(self.device, non_blocking=True)

@@ -62,10 +62,8 @@ class DecodeStep:
         return self._model.compute_own_logits(self._model.forward(batch)), rows
 
     def draw(self, own_logits_SV: torch.Tensor, rows: DrawRows) -> Sampled:
-        """The simple draw, and the tokens written behind their sequences."""
-        sampled = self._sampler.draw_simple(own_logits_SV, rows)
-        self._batch_state.append_tokens(rows, sampled.tokens_R)
-        return sampled
+        """The simple draw."""
+        return self._sampler.draw_simple(own_logits_SV, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ import random
 import numpy as np
 import torch
 from pilotfish.common.requests import EngineRequest, TokenSampling
+from pilotfish.kernels.drawn import SequenceEnds
 from pilotfish.scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow
-from pilotfish.workers.batch_state import BatchState
+from pilotfish.workers.batch_state import BatchState, DrawRows
 from pilotfish.workers.kv_cache import KvCache
 
 BLOCK = 16
@@ -52,6 +53,10 @@ def plan_row(sequence: Naive, rng: random.Random) -> PlannedRow:
     samples = sequence.num_computed == len(sequence.tokens)
     output_position = len(sequence.tokens) - sequence.num_prompt
     return PlannedRow(str(sequence.slot), sequence.slot, start, num_tokens, samples, added, output_position)
+
+
+def append(state: BatchState, rows: DrawRows, tokens: list[int]) -> None:
+    SequenceEnds(state.token_ids_MC, rows.slots_R, rows.lengths_R).append(torch.tensor(tokens))
 
 
 def check(batch, sampled, rows: list[PlannedRow], running: dict[int, Naive]) -> None:
@@ -107,7 +112,7 @@ def test_random_steps_gather_what_lists_would_hold():
         batch, sampled = state.compose(rows, cache)
         check(batch, sampled, rows, running)
         tokens = [rng.randrange(1000) for _ in sampled.host_slots_R]
-        state.append_tokens(sampled.on_device, torch.tensor(tokens))
+        append(state, sampled.on_device, tokens)
         for slot, token in zip(sampled.host_slots_R.tolist(), tokens, strict=True):
             running[slot].tokens.append(token)
             if len(running[slot].tokens) >= MAX_LEN or rng.random() < 0.1:
@@ -140,9 +145,9 @@ def test_decode_steps_bring_their_new_blocks():
         padding = slice(len(rows), None)
         assert not batch.token_ids_T[padding].any()
         assert not batch.block_tables_SB[padding].any()
-        tokens = torch.tensor([rng.randrange(1000) for _ in rows])
-        state.append_tokens(drawn.first(len(rows)), tokens)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        tokens = [rng.randrange(1000) for _ in rows]
+        append(state, drawn.first(len(rows)), tokens)
+        for row, token in zip(rows, tokens, strict=True):
             running[row.slot].tokens.append(token)
             if len(running[row.slot].tokens) > MAX_LEN:
                 del running[row.slot]
