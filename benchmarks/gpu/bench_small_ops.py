@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from pilotfish.kernels.drawn import Drawn
 from pilotfish.kernels.gated_activation import gated_activation
 from pilotfish.kernels.logprobs import gather_logprobs, gather_logprobs_ref
 from pilotfish.kernels.qkv_prepare import prepare_qkv
@@ -132,7 +133,7 @@ def sample_case(kind: str, rows: int) -> Case:
     )
     seeds = torch.arange(rows, device="cuda")
 
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
+    def run() -> Drawn:
         return sample(
             logits,
             temperature_M=temperature,
