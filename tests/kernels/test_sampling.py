@@ -161,8 +161,8 @@ def test_tokens_are_appended_to_their_sequences(device):
         assert (ends.token_ids_MC >= 0).sum() == 7
 
 
-def test_ends_that_misfit_are_refused():
-    table, slots = torch.zeros((6, 9), dtype=torch.int32), torch.arange(3)
+def test_ends_that_misfit_are_refused(device):
+    table, slots = torch.zeros((6, 9), dtype=torch.int32, device=device), torch.arange(3, device=device)
     for arguments in (
         (table.long(), slots, slots),
         (table.T, slots, slots),
@@ -172,7 +172,7 @@ def test_ends_that_misfit_are_refused():
         with pytest.raises(ValueError, match="must be contiguous"):
             SequenceEnds(*arguments)
     with pytest.raises(ValueError, match="3 slots of sequences for 4"):
-        sample_triton(torch.zeros(4, 5), **options(4), ends=SequenceEnds(table, slots, slots))
+        sample_triton(torch.zeros(4, 5, device=device), **options(4, device), ends=SequenceEnds(table, slots, slots))
 
 
 @pytest.mark.gpu
