@@ -19,6 +19,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 interpreter_patches.install()
 
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 ON_GPU = {"hidden_size": 192, "intermediate_size": 256, "head_dim": 32, "dtype": torch.bfloat16}
 
 
@@ -50,11 +51,11 @@ def test_the_next_norm_sums(
         return sum_terms_and_norm(*args)
 
     monkeypatch.setattr("pilotfish.models.parallel.sum_terms_and_norm", counted)
-    sizes = {"num_hidden_layers": 2} | config | (ON_GPU if device == "cuda" else {})
+    sizes = SIZES | config | (ON_GPU if device == "cuda" else {})
     save_checkpoint(tmp_path, architecture, **sizes)
     model = load_model(tmp_path, device=device)
-    batch = PagedSequences(model, num_sequences=2, max_len=16)._batch({0: [3, 1, 4, 1, 5], 1: [9, 2]})
-    rows = torch.tensor([4, 6], device=device)
+    batch = PagedSequences(model, num_sequences=2, max_len=16)._batch({0: [3, 1, 4, 1], 1: [5]})
+    rows = torch.tensor([3, 4], device=device)
 
     @torch.inference_mode()
     def run() -> list[torch.Tensor]:
