@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .cuda import loader
+from .expert_terms import Summands, sum_terms
 from .graph_timing import num_calls
 from .grouped_tiles import GroupedConfig
 from .moe_config import MoeConfig, MoeSizes, gemv_block_k, parse_config, rule, table_config
@@ -155,19 +156,8 @@ class MoeCase:
             else:
                 order = sort_pairs(experts_TC, moe.num_experts)
                 torch.cuda.synchronize()  # as run_down asks of a caller that has not launched run_gate_up just before
-                calls.append(
-                    partial(
-                        run_down,
-                        x,
-                        weight,
-                        weights_TC,
-                        experts_TC,
-                        order,
-                        config=parsed,
-                        sorted_rows=sorted_rows,
-                        after_gate_up=True,
-                    )
-                )
+                down = partial(run_down, x, weight, weights_TC, experts_TC, order, after_gate_up=True)
+                calls.append(partial(_down_and_sum, partial(down, config=parsed, sorted_rows=sorted_rows)))
         return calls
 
     def _configs(self) -> Iterable[MoeConfig]:
@@ -223,6 +213,10 @@ def _sort_and_gate_up(
 ) -> torch.Tensor:
     order = None if isinstance(config, GemvConfig) else sort_pairs(experts_TC, gate_up_weight_EUH.shape[0])
     return run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, "silu", config=config, sorted_rows=sorted_rows)
+
+
+def _down_and_sum(down: Callable[[], Summands]) -> torch.Tensor:
+    return sum_terms(down())
 
 
 def moe_cases(shapes: Iterable[str], rows: Iterable[int] = MOE_ROWS, *, num_ranks: int = 1) -> list[MoeCase]:
