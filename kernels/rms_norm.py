@@ -60,7 +60,7 @@ def rms_norm_ref(
 
 @triton.jit
 def norm_row(values, gain, eps, HIDDEN: tl.constexpr):
-    """Of a row's `values`, zero beyond HIDDEN, and float32 `gain`. Launched with `row_options` its bits are one's own."""
+    """Of a row's `values`, zero beyond HIDDEN, and float32 `gain`. Kernels launched with `row_options` give the same bits."""
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / HIDDEN + eps)
     normed = (wide * scale).to(values.dtype).to(tl.float32)

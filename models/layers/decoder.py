@@ -45,7 +45,7 @@ class DecoderLayer(torch.nn.Module):
         return self.attention.forward(x_TH, batch), residual_TH
 
     def feed_forward(self, x_TH: Addend, residual_TH: torch.Tensor | None) -> tuple[Addend, torch.Tensor]:
-        """The second half, of what `attend` answers: the same, for the next layer."""
+        """The second half, of what `attend` answers: the same for the next layer."""
         if isinstance(self.mlp, SparseMlp):
             x_TH, residual_TH, chosen = self.mlp.norm_and_choose(self.post_attention_norm, x_TH, residual_TH)
             return self.mlp(x_TH, chosen), residual_TH

@@ -22,7 +22,7 @@ from ...kernels.own_experts import own_experts
 from ...kernels.token_rows import pack_rows, unpack_rows
 from ..parallel import DataParallel, Parallel, Share
 
-# experts(x_TH, weights_TC, slots_TC) -> out_TH: the weighted sum of each token's choices among this rank's slots.
+# experts(x_TH, weights_TC, slots_TC) -> out_TH: the weighted sum of each token's choices among this rank's slots, or its terms.
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Summands]
 
 # Of every rank: up to here it costs less to bring all tokens everywhere than to find out which must go where. All that has been

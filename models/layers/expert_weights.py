@@ -74,7 +74,7 @@ class ExpertWeights(torch.nn.Module):
         return tuple(tensor for tensor in tensors if tensor is not None)
 
     def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> Summands:
-        """The weighted sum of each token's choices among this rank's slots, numbered from 0; -1 is another rank's."""
+        """The weighted sum, or its terms, of each token's choices among this rank's slots, from 0; -1 is another rank's."""
         return moe_mlp(
             x_TH,
             self.gate_up_weight,
