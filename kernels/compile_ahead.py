@@ -9,6 +9,10 @@ Of the rehearsing thread Triton hears a device that does not exist, for which it
 `jit_cache_hook`, which notes the kernel and answers that there is nothing to launch. Other threads launch as ever.
 
 What is missed or does not compile here is compiled, and complains, at its first launch.
+
+Keys of Triton's cache on disk must not depend on which kernel comes first, and before Triton 3.9 they do: the constants that a
+function uses become part of its caller's key only if the function's own key was known before. From the import of this module on
+a callee's key is made first, as 3.9 does.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.jit import DependenciesFinder, JITCallable
 
 from .cpu.library import cache_dir
 from .cuda import loader
@@ -39,6 +44,18 @@ _QUIET_S = 1.0  # finding kernels in the caches takes less
 _NO_DEVICE = -1
 _ALLOCATIONS = (torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided)
 
+
+def _make_key_of_callee_first() -> None:
+    update_hash = DependenciesFinder._update_hash
+
+    def update(self: DependenciesFinder, function: JITCallable) -> None:
+        _ = function.cache_key
+        update_hash(self, function)
+
+    DependenciesFinder._update_hash = update
+
+
+_make_key_of_callee_first()
 _rehearsing = threading.Lock()  # one at a time: Triton's driver and hook are the process's
 
 

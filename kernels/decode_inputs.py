@@ -2,6 +2,9 @@
 
     token_id = token_ids[slot, position],   cache_slot = block_tables[slot, position // L] * L + position % L
 
+Columns say what is wanted: the slot and the position of each row, the number of the output it draws (not read here), and the
+page that the token is the first of, else -1. A new page is written to block_tables[slot, position // L] before that is read.
+
 S rows, M slots, C tokens a slot, B blocks a slot, L page length.
 """
 
@@ -13,6 +16,10 @@ import triton.language as tl
 
 from .dependent_launch import launch_options, wait_for_previous
 from .dispatch import choose_backend
+
+NUM_DECODE_COLUMNS = 4
+NO_NEW_PAGE = -1
+_SLOT, _POSITION, _, _NEW_PAGE = range(NUM_DECODE_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,46 +34,48 @@ class DecodeInputs:
 
 
 def gather_decode_inputs(
-    slots_S: torch.Tensor,
-    positions_S: torch.Tensor,
+    columns_4S: torch.Tensor,
     token_ids_MC: torch.Tensor,
     block_tables_MB: torch.Tensor,
     *,
     page_len: int,
 ) -> DecodeInputs:
-    """Slots and positions int64, contiguous, within M and C (not checked on the device); tables int32, contiguous."""
-    _check(slots_S, positions_S, token_ids_MC, block_tables_MB)
+    """Columns int64, contiguous, slots and positions within M and C (not checked on the device); tables int32, contiguous.
+
+    Running it again changes nothing. Rows with a new page have slots of their own.
+    """
+    _check(columns_4S, token_ids_MC, block_tables_MB)
     run = gather_decode_inputs_ref
-    if choose_backend("gather_decode_inputs", slots_S, token_ids_MC, block_tables_MB) == "triton":
+    if choose_backend("gather_decode_inputs", columns_4S, token_ids_MC, block_tables_MB) == "triton":
         run = _gather_decode_inputs_triton
-    return run(slots_S, positions_S, token_ids_MC, block_tables_MB, page_len=page_len)
+    return run(columns_4S, token_ids_MC, block_tables_MB, page_len=page_len)
 
 
 def gather_decode_inputs_ref(
-    slots_S: torch.Tensor,
-    positions_S: torch.Tensor,
+    columns_4S: torch.Tensor,
     token_ids_MC: torch.Tensor,
     block_tables_MB: torch.Tensor,
     *,
     page_len: int,
 ) -> DecodeInputs:
-    block_tables_SB = block_tables_MB.index_select(0, slots_S)
-    pages_S = block_tables_SB.gather(1, (positions_S // page_len).unsqueeze(1)).squeeze(1)
+    slots_S, positions_S, new_pages_S = columns_4S[_SLOT], columns_4S[_POSITION], columns_4S[_NEW_PAGE]
+    blocks_S = positions_S // page_len
+    pages_S = torch.where(new_pages_S < 0, block_tables_MB[slots_S, blocks_S], new_pages_S.int())
+    block_tables_MB.index_put_((slots_S, blocks_S), pages_S)
     lengths_S = positions_S + 1
     return DecodeInputs(
         token_ids_S=token_ids_MC[slots_S, positions_S].long(),
         cache_slots_S=torch.add(positions_S % page_len, pages_S, alpha=page_len),
-        block_tables_SB=block_tables_SB,
+        block_tables_SB=block_tables_MB.index_select(0, slots_S),
         context_lens_S=lengths_S.int(),
         lengths_S=lengths_S,
     )
 
 
 # Read a number at a time: a second compilation for another alignment would gain nothing.
-@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
+@triton.jit(do_not_specialize_on_alignment=["columns"])
 def _gather_kernel(
-    slots,
-    positions,
+    columns,
     token_ids,
     block_tables,
     out_token_ids,
@@ -76,6 +85,9 @@ def _gather_kernel(
     out_lengths,
     num_columns,
     num_blocks,
+    SLOT: tl.constexpr,
+    POSITION: tl.constexpr,
+    NEW_PAGE: tl.constexpr,
     PAGE_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY_START: tl.constexpr,
@@ -84,39 +96,42 @@ def _gather_kernel(
     # The next kernel starts at this one's end: all later ones of the step may read what is written here before they wait.
     wait_for_previous(EARLY_START)
     row = tl.program_id(0).to(tl.int64)
-    slot, position = tl.load(slots + row), tl.load(positions + row)
+    num_rows = tl.num_programs(0)
+    slot, position = tl.load(columns + SLOT * num_rows + row), tl.load(columns + POSITION * num_rows + row)
+    new_page = tl.load(columns + NEW_PAGE * num_rows + row).to(tl.int32)
     tl.store(out_token_ids + row, tl.load(token_ids + slot * num_columns + position).to(tl.int64))
-    page = tl.load(block_tables + slot * num_blocks + position // PAGE_LEN).to(tl.int64)
-    tl.store(out_cache_slots + row, page * PAGE_LEN + position % PAGE_LEN)
+    table, last = block_tables + slot * num_blocks, position // PAGE_LEN
+    page = tl.where(new_page < 0, tl.load(table + last), new_page)
+    tl.store(table + last, page, new_page >= 0)
+    tl.store(out_cache_slots + row, page.to(tl.int64) * PAGE_LEN + position % PAGE_LEN)
     tl.store(out_context_lens + row, (position + 1).to(tl.int32))
     tl.store(out_lengths + row, position + 1)
-    for start in range(0, position // PAGE_LEN + 1, BLOCK):
+    for start in range(0, last + 1, BLOCK):
         block = start + tl.arange(0, BLOCK)
         inside = block < num_blocks
-        entries = tl.load(block_tables + slot * num_blocks + block, inside, other=0)
-        tl.store(out_block_tables + row * num_blocks + block, entries, inside)
+        pages = tl.load(table + block, inside, other=0)
+        pages = tl.where(block == last, page, pages)  # what one thread has just stored the others may not see
+        tl.store(out_block_tables + row * num_blocks + block, pages, inside)
 
 
 def _gather_decode_inputs_triton(
-    slots_S: torch.Tensor,
-    positions_S: torch.Tensor,
+    columns_4S: torch.Tensor,
     token_ids_MC: torch.Tensor,
     block_tables_MB: torch.Tensor,
     *,
     page_len: int,
 ) -> DecodeInputs:
-    num_rows, num_blocks = slots_S.shape[0], block_tables_MB.shape[1]
+    num_rows, num_blocks = columns_4S.shape[1], block_tables_MB.shape[1]
     inputs = DecodeInputs(
-        token_ids_S=torch.empty_like(slots_S),
-        cache_slots_S=torch.empty_like(slots_S),
-        block_tables_SB=torch.empty((num_rows, num_blocks), dtype=torch.int32, device=slots_S.device),
-        context_lens_S=torch.empty_like(slots_S, dtype=torch.int32),
-        lengths_S=torch.empty_like(slots_S),
+        token_ids_S=columns_4S.new_empty(num_rows),
+        cache_slots_S=columns_4S.new_empty(num_rows),
+        block_tables_SB=block_tables_MB.new_empty(num_rows, num_blocks),
+        context_lens_S=block_tables_MB.new_empty(num_rows),
+        lengths_S=columns_4S.new_empty(num_rows),
     )
     if num_rows:
         _gather_kernel[(num_rows,)](
-            slots_S,
-            positions_S,
+            columns_4S,
             token_ids_MC,
             block_tables_MB,
             inputs.token_ids_S,
@@ -126,23 +141,23 @@ def _gather_decode_inputs_triton(
             inputs.lengths_S,
             token_ids_MC.shape[1],
             num_blocks,
+            SLOT=_SLOT,
+            POSITION=_POSITION,
+            NEW_PAGE=_NEW_PAGE,
             PAGE_LEN=page_len,
             BLOCK=128,
             num_warps=1,
-            **launch_options(slots_S.device),
+            **launch_options(columns_4S.device),
         )
     return inputs
 
 
-def _check(*tensors: torch.Tensor) -> None:
-    slots_S, positions_S, token_ids_MC, block_tables_MB = tensors
-    if slots_S.dim() != 1 or positions_S.shape != slots_S.shape:
-        raise ValueError(f"gather_decode_inputs: slots {tuple(slots_S.shape)} and positions {tuple(positions_S.shape)} differ")
+def _check(columns_4S: torch.Tensor, token_ids_MC: torch.Tensor, block_tables_MB: torch.Tensor) -> None:
+    if columns_4S.dim() != 2 or len(columns_4S) != NUM_DECODE_COLUMNS:
+        raise ValueError(f"gather_decode_inputs: columns {tuple(columns_4S.shape)} must be [{NUM_DECODE_COLUMNS}, rows]")
     if token_ids_MC.dim() != 2 or block_tables_MB.dim() != 2 or len(token_ids_MC) != len(block_tables_MB):
         raise ValueError("gather_decode_inputs: token ids and block tables must be [slots, ...] of the same slots")
-    if (slots_S.dtype, positions_S.dtype) != (torch.int64,) * 2 or (token_ids_MC.dtype, block_tables_MB.dtype) != (
-        torch.int32,
-    ) * 2:
-        raise ValueError("gather_decode_inputs: slots and positions must be int64, the tables int32")
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    if columns_4S.dtype != torch.int64 or (token_ids_MC.dtype, block_tables_MB.dtype) != (torch.int32,) * 2:
+        raise ValueError("gather_decode_inputs: columns must be int64, the tables int32")
+    if not all(tensor.is_contiguous() for tensor in (columns_4S, token_ids_MC, block_tables_MB)):
         raise ValueError("gather_decode_inputs: all tensors must be contiguous")

@@ -6,20 +6,19 @@
 A choice whose expert id is negative contributes nothing (it belongs to another rank). On CUDA few tokens are served by two
 matrix-vector kernels (moe_gemv.py). The pairs of more are sorted by expert (moe_sort.py), go through two grouped GEMMs
 (grouped_gemm.py) or their twins for few pairs an expert (streaming_experts.py) and for many (tall_experts.py), whose weighted
-terms are rounded to the dtype of x, and are summed. moe_config.py chooses for each of the two products. Biases and a clamped
-gate (gpt-oss has both) are known to the Triton kernels and to the reference, not to those of CUDA C++ nor to the CPU's.
+terms are rounded to the dtype of x and left to be summed (expert_terms.py). moe_config.py chooses for each of the two products.
+Biases and a clamped gate (gpt-oss has both) are known to the Triton kernels and to the reference, not to those of CUDA C++ nor
+to the CPU's.
 
 T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, U = 2 F (gate in the first half).
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from .clamped_gate import ClampedGate
 from .cpu import ops as cpu_ops
-from .dependent_launch import launch_options, let_next_start, load_settled, wait_for_previous
 from .dispatch import choose_backend
+from .expert_terms import ExpertTerms, Summands
 from .gated_activation import Activation, check_activation, gated_activation_ref
 from .grouped_gemm import gated_grouped_gemm, weighted_grouped_gemm
 from .grouped_tiles import GroupedConfig
@@ -44,8 +43,8 @@ def moe_mlp(
     *,
     gate_up_bias_EU: torch.Tensor | None = None,
     down_bias_EH: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """out [T, H] of x's dtype. `weights` float32, `experts` int32 below E (not checked on the device).
+) -> Summands:
+    """out [T, H] of x's dtype, or its terms. `weights` float32, `experts` int32 below E (not checked on the device).
 
     `activation` as in gated_activation, or a clamped gate. ValueError where shapes or dtypes do not fit.
     """
@@ -90,44 +89,6 @@ def moe_mlp_ref(
     return out_TH.to(x_TH.dtype)
 
 
-@triton.jit
-def _combine_kernel(y, experts, out, num_columns, NUM_CHOICES: tl.constexpr, EARLY_START: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a token and block of H: the sum of its choices, weighted already, in their order.
-
-    `experts` are settled before the wait. For a kernel of run_down lets this one start after its own wait, when gate_up's has
-    finished; or at once, but then (`after_gate_up`) it was started after the wait of gate_up's.
-    """
-    let_next_start(EARLY_START)
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    chosen = ()
-    for choice in tl.static_range(NUM_CHOICES):
-        chosen += (load_settled(experts + token * NUM_CHOICES + choice, True, -1),)  # type: ignore[assignment]
-    wait_for_previous(EARLY_START)
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(NUM_CHOICES):
-        # A mask rather than a branch: the loads of all choices are in flight together.
-        here = (tl.broadcast_to(chosen[choice], [BLOCK]) >= 0) & (column < num_columns)
-        total += tl.load(y + (token * NUM_CHOICES + choice) * num_columns + column, here, other=0.0).to(tl.float32)
-    tl.store(out + token * num_columns + column, total.to(out.dtype.element_ty), column < num_columns)
-
-
-def _combine(y_PH: torch.Tensor, experts_TC: torch.Tensor) -> torch.Tensor:
-    (num_tokens, num_choices), num_columns = experts_TC.shape, y_PH.shape[1]
-    out_TH = y_PH.new_empty(num_tokens, num_columns)
-    block = min(triton.next_power_of_2(num_columns), 1024)
-    _combine_kernel[(num_tokens, triton.cdiv(num_columns, block))](
-        y_PH,
-        experts_TC,
-        out_TH,
-        num_columns,
-        NUM_CHOICES=num_choices,
-        BLOCK=block,
-        **launch_options(y_PH.device),
-    )
-    return out_TH
-
-
 def _moe_mlp_triton(
     x_TH: torch.Tensor,
     gate_up_weight_EUH: torch.Tensor,
@@ -138,7 +99,7 @@ def _moe_mlp_triton(
     *,
     gate_up_bias_EU: torch.Tensor | None = None,
     down_bias_EH: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Summands:
     (num_experts, hidden, intermediate), (num_tokens, num_choices) = down_weight_EHF.shape, experts_TC.shape
     if x_TH.numel() == 0:
         return x_TH.new_empty(num_tokens, hidden)
@@ -172,8 +133,8 @@ def run_experts(
     down: MoeConfig,
     gate_up_bias_EU: torch.Tensor | None = None,
     down_bias_EH: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """out [T, H]. Nothing may come between the two products, see `after_gate_up` of run_down."""
+) -> Summands:
+    """out [T, H], or its terms. Nothing may come between the two products, see `after_gate_up` of run_down."""
     first_is_gemv, second_is_gemv = isinstance(gate_up, GemvConfig), isinstance(down, GemvConfig)
     order = None if first_is_gemv and second_is_gemv else sort_pairs(experts_TC, down_weight_EHF.shape[0])
     sorted_rows = not first_is_gemv and not second_is_gemv
@@ -253,8 +214,8 @@ def run_down(
     sorted_rows: bool,
     after_gate_up: bool,
     bias_EH: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """out [T, H]. `order` and `sorted_rows` as in run_gate_up.
+) -> Summands:
+    """out [T, H] of a matrix-vector kernel, else its terms. `order` and `sorted_rows` as in run_gate_up.
 
     `after_gate_up`: the caller launched run_gate_up just before, with a kernel that waits before it lets the next start, or has
     waited since `experts` and `order` were written. The kernels then read these, and weights, while that one ends.
@@ -273,24 +234,24 @@ def run_down(
             after_gate_up=after_gate_up,
             bias_EH=bias_EH,
         )
-        return _combine(y_PH, experts_TC)
+        return ExpertTerms(y_PH, experts_TC)
     assert bias_EH is None, "choose_config has seen to it"
     y_PH = h_PF.new_empty(h_PF.shape[0], down_weight_EHF.shape[1])
     if isinstance(config, TallConfig):
         tall_experts(h_PF, down_weight_EHF, weights_TC, y_PH, *order, activation=None, config=config, sorted_rows=sorted_rows)
-        return _combine(y_PH, experts_TC)
-    streaming_experts(
-        h_PF,
-        down_weight_EHF,
-        weights_TC,
-        y_PH,
-        *order,
-        activation=None,
-        config=config,
-        routing=Routing.BEFORE_WAIT if after_gate_up else Routing.AFTER_WAIT,
-        sorted_rows=sorted_rows,
-    )
-    return _combine(y_PH, experts_TC)
+    else:
+        streaming_experts(
+            h_PF,
+            down_weight_EHF,
+            weights_TC,
+            y_PH,
+            *order,
+            activation=None,
+            config=config,
+            routing=Routing.BEFORE_WAIT if after_gate_up else Routing.AFTER_WAIT,
+            sorted_rows=sorted_rows,
+        )
+    return ExpertTerms(y_PH, experts_TC)
 
 
 def _check(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
+import triton
 
 from . import tuning
 from .cuda import loader
@@ -23,7 +24,7 @@ from .moe_routing import route_tokens
 from .rms_norm import rms_norm
 
 SOURCE = "norm_and_route"
-NUM_RANKS, NUM_THREADS = 8, 256  # of a token's cluster, of a CTA
+NUM_RANKS = 8  # of a cluster
 MAX_TOKENS, MAX_CHOICES = 128, 32
 HIDDENS, EXPERTS = (2048, 4096), (64, 128, 256)
 MAX_ROUTER_NUMBERS = 4096 * 128  # that a cluster keeps in registers
@@ -78,9 +79,10 @@ def fused_norm_and_route(
     reason = unfit_reason(x_TH, residual_TH, norm_weight_H, router_EH, top_k)
     if reason is not None:
         raise ValueError(f"norm_and_route: {reason}")
-    kernel = _load(router_EH)
+    tokens = _tokens_a_cluster(x_TH.shape[0])
+    kernel = _load(router_EH, tokens)
     assert kernel is not None  # unfit_reason has loaded it
-    num_tokens = x_TH.shape[0]
+    num_tokens, hidden = x_TH.shape
     y_TH, sum_TH = (torch.empty_like(x_TH, memory_format=torch.contiguous_format) for _ in range(2))
     weights_TC = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x_TH.device)
     experts_TC = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x_TH.device)
@@ -89,14 +91,15 @@ def fused_norm_and_route(
         kernel,
         (
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+            ctypes.c_int(num_tokens),
             ctypes.c_int(x_TH.stride(0)),
             ctypes.c_int(residual_TH.stride(0)),
             ctypes.c_float(eps),
             ctypes.c_int(top_k),
             ctypes.c_int(renormalize),
         ),
-        grid=(NUM_RANKS, num_tokens),
-        num_threads=NUM_THREADS,
+        grid=(NUM_RANKS, triton.cdiv(num_tokens, tokens)),
+        num_threads=hidden // 8,
         shared_bytes=0,
         cluster_size=NUM_RANKS,
         early_start=True,
@@ -128,7 +131,7 @@ def unfit_reason(
         reason = "rows must be contiguous and begin at multiples of 16 bytes"
     elif not loader.can_run_on(x_TH.device):
         reason = loader.misplaced_reason("x", x_TH.device)
-    elif _load(router_EH) is None:
+    elif _load(router_EH, _tokens_a_cluster(x_TH.shape[0])) is None:
         return f"it cannot be compiled: {loader.unavailable_reason()}"  # the loader has warned itself
     if reason is not None:
         loader.warn_unserved(SOURCE, reason, "three kernels do")
@@ -147,7 +150,13 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and (tensor.dim() == 1 or tensor.stride(0) % 8 == 0)
 
 
-def _load(router_EH: torch.Tensor) -> loader.Kernel | None:
+def _tokens_a_cluster(num_tokens: int) -> int:
+    """One while all clusters fit on the GPU at once."""
+    return 1 if num_tokens <= 16 else 8
+
+
+def _load(router_EH: torch.Tensor, tokens_a_cluster: int) -> loader.Kernel | None:
     num_experts, hidden = router_EH.shape
-    macros = (("HIDDEN", hidden), ("EXPERTS", num_experts), ("FLOAT16", int(router_EH.dtype == torch.float16)))
+    is_float16 = int(router_EH.dtype == torch.float16)
+    macros = (("HIDDEN", hidden), ("EXPERTS", num_experts), ("TOKENS", tokens_a_cluster), ("FLOAT16", is_float16))
     return loader.load(SOURCE, macros, router_EH.device.index)

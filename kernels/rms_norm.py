@@ -59,6 +59,22 @@ def rms_norm_ref(
 
 
 @triton.jit
+def norm_row(values, gain, eps, HIDDEN: tl.constexpr):
+    """Of a row's `values`, zero beyond HIDDEN, and float32 `gain`. Kernels launched with `row_options` give the same bits."""
+    wide = values.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / HIDDEN + eps)
+    normed = (wide * scale).to(values.dtype).to(tl.float32)
+    return (normed * gain).to(values.dtype)
+
+
+def row_options(hidden: int) -> dict[str, int]:
+    """For the launch of a kernel whose programs norm a row each."""
+    block = triton.next_power_of_2(hidden)
+    num_warps = min(max(block // 256, 1), 16)  # 16 bytes of a row a thread, in bfloat16
+    return {"HIDDEN": hidden, "BLOCK": block, "num_warps": num_warps}
+
+
+@triton.jit
 def _rms_norm_kernel(
     x,
     weight,
@@ -89,10 +105,7 @@ def _rms_norm_kernel(
         added = tl.load(residual + row * stride_residual + column, inside, other=0.0)
         values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
         tl.store(new_residual + row * HIDDEN + column, values, inside)
-    wide = values.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / HIDDEN + eps)
-    normed = (wide * scale).to(values.dtype).to(tl.float32)
-    tl.store(y + row * HIDDEN + column, (normed * gain).to(values.dtype), inside)
+    tl.store(y + row * HIDDEN + column, norm_row(values, gain, eps, HIDDEN), inside)
 
 
 def _rms_norm_triton(
@@ -104,7 +117,6 @@ def _rms_norm_triton(
         hidden = x_TH.shape[-1]
         num_inner = x_TH.shape[-2] if x_TH.dim() > 1 else 1
         x_OIH = x_TH.reshape(-1, num_inner, hidden) if x_TH.dim() != 2 else x_TH.unsqueeze(1)
-        block = triton.next_power_of_2(hidden)
         _rms_norm_kernel[(y_TH.numel() // hidden,)](
             x_OIH,
             weight_H,
@@ -116,10 +128,8 @@ def _rms_norm_triton(
             x_OIH.stride(0),
             x_OIH.stride(1),
             0 if residual_TH is None else residual_TH.stride(0),
-            HIDDEN=hidden,
-            BLOCK=block,
             HAS_RESIDUAL=residual_TH is not None,
-            num_warps=min(max(block // 256, 1), 16),  # 16 bytes of a row a thread, in bfloat16
+            **row_options(hidden),
             **launch_options(x_TH.device),
         )
     return y_TH if new_residual_TH is None else (y_TH, new_residual_TH)

@@ -21,6 +21,7 @@ import triton.language as tl
 from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
+from .drawn import ENDS, Drawn, SequenceEnds, append_tokens, ends_for_kernel
 from .philox import philox_uniform_ref, uniform_at, uniform_block
 from .sampling_filter import (
     NUM_RUNGS,
@@ -48,8 +49,9 @@ def sample(
     seeds_M: torch.Tensor,
     slots_S: torch.Tensor,
     positions_S: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens_S int64, their logits_S). Row s draws by the parameters in slots_S[s] of the tables, any of 0..M-1: not checked.
+    ends: SequenceEnds | None = None,
+) -> Drawn:
+    """Row s draws by the parameters in slots_S[s] of the tables, any of 0..M-1: not checked. Appends the tokens at `ends`.
 
     Logits, temperature, top_p and min_p are float32; top_k is int32; seeds, slots and positions are int64.
     Off: temperature 0 (greedy), top_k <= 0, top_p >= 1, min_p <= 0. A logit of -inf is not drawn while another
@@ -60,8 +62,8 @@ def sample(
     _check(logits_SV, tables, slots_S, positions_S)
     backend = choose_backend("sample", logits_SV)
     if backend == "triton":
-        return draw_triton(logits_SV, tables, slots_S, positions_S)[:2]
-    return _draw_each(cpu_ops.sample if backend == "cpp" else _draw_ref, logits_SV, tables, slots_S, positions_S)
+        return draw_triton(logits_SV, tables, slots_S, positions_S, ends)[0]
+    return _draw_each(cpu_ops.sample if backend == "cpp" else _draw_ref, logits_SV, tables, slots_S, positions_S, ends)
 
 
 def sample_ref(
@@ -74,9 +76,10 @@ def sample_ref(
     seeds_M: torch.Tensor,
     slots_S: torch.Tensor,
     positions_S: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    ends: SequenceEnds | None = None,
+) -> Drawn:
     tables = (temperature_M, top_k_M, top_p_M, min_p_M, seeds_M)
-    return _draw_each(_draw_ref, logits_SV, tables, slots_S, positions_S)
+    return _draw_each(_draw_ref, logits_SV, tables, slots_S, positions_S, ends)
 
 
 def _draw_each(
@@ -85,7 +88,8 @@ def _draw_each(
     tables: tuple[torch.Tensor, ...],
     slots_S: torch.Tensor,
     positions_S: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    ends: SequenceEnds | None,
+) -> Drawn:
     """`sample` by a function that takes the parameters of each row."""
     temperature_S, top_k_S, top_p_S, min_p_S, seeds_S = (table_M.index_select(0, slots_S) for table_M in tables)
     tokens_S = draw(
@@ -97,7 +101,9 @@ def _draw_each(
         seeds_S=seeds_S,
         positions_S=positions_S,
     )
-    return tokens_S, logits_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1)
+    if ends is not None:
+        ends.append(tokens_S)
+    return Drawn.of(tokens_S, logits_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1))
 
 
 def _draw_ref(
@@ -198,7 +204,7 @@ def _race(values, tokens, num_values, has_tokens, threshold, temperature, seed, 
     return tl.min(tl.where(best == tl.max(best, axis=0), winner, vocab - 1), axis=0)
 
 
-@triton.jit(do_not_specialize_on_alignment=_PARAMETERS)
+@triton.jit(do_not_specialize_on_alignment=[*_PARAMETERS, *ENDS, "token_logits"])
 def _draw_kernel(
     logits,
     temperatures,
@@ -217,6 +223,10 @@ def _draw_kernel(
     tokens,
     token_logits,
     thresholds,
+    end_token_ids,
+    end_slots,
+    end_lengths,
+    end_stride,
     vocab,
     stride_logits,
     num_chunks,
@@ -267,22 +277,26 @@ def _draw_kernel(
         winners = tl.load(chunk_tokens + in_row, chunk < num_chunks, other=vocab - 1)
         winner = tl.min(tl.where(scores == largest, winners, vocab - 1), axis=0)
     tl.store(tokens + program, winner.to(tl.int64))
+    append_tokens(end_token_ids, end_slots, end_lengths, end_stride, program, winner, True)
     tl.store(token_logits + program, tl.load(row + winner))
     tl.store(thresholds + program, threshold)
 
 
 def draw_triton(
-    logits_SV: torch.Tensor, tables: tuple[torch.Tensor, ...], slots_S: torch.Tensor, positions_S: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tokens_S, logits_S, threshold_S), in two launches; the device alone knows which rows have filters.
+    logits_SV: torch.Tensor,
+    tables: tuple[torch.Tensor, ...],
+    slots_S: torch.Tensor,
+    positions_S: torch.Tensor,
+    ends: SequenceEnds | None = None,
+) -> tuple[Drawn, torch.Tensor]:
+    """(what is drawn, threshold_S), in two launches; the device alone knows which rows have filters.
 
     `tables` are temperature_M, top_k_M, top_p_M, min_p_M and seeds_M.
     """
     num_rows, vocab = logits_SV.shape
-    tokens_S = torch.empty_like(slots_S)
-    token_logits_S, threshold_S = logits_SV.new_empty(num_rows), logits_SV.new_empty(num_rows)
+    drawn, threshold_S = Drawn.empty(num_rows, logits_SV.device), logits_SV.new_empty(num_rows)
     if num_rows == 0:
-        return tokens_S, token_logits_S, threshold_S
+        return drawn, threshold_S
     chunk = min(max(triton.next_power_of_2(vocab), 16), _CHUNK)
     num_chunks = triton.cdiv(vocab, 4 * chunk) * 4  # a multiple of four keeps every part of the scratch aligned
     capacity = min(triton.next_power_of_2(vocab), _CAPACITY)
@@ -302,9 +316,10 @@ def draw_triton(
         *chunks,
         candidates,
         candidate_tokens.view(torch.int32),
-        tokens_S,
-        token_logits_S,
+        drawn.tokens_S,
+        drawn.logits_S,
         threshold_S,
+        *ends_for_kernel(ends, num_rows),
         vocab,
         logits_SV.stride(0),
         num_chunks,
@@ -315,7 +330,7 @@ def draw_triton(
         num_warps=16,
         **early,
     )
-    return tokens_S, token_logits_S, threshold_S
+    return drawn, threshold_S
 
 
 def _check(logits_SV: torch.Tensor, tables: tuple[torch.Tensor, ...], slots_S: torch.Tensor, positions_S: torch.Tensor) -> None:

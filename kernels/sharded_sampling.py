@@ -13,6 +13,7 @@ import triton.language as tl
 from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend, kernel_mode
+from .drawn import ENDS, Drawn, SequenceEnds, append_tokens, ends_for_kernel
 from .philox import philox_uniform_ref, uniform_block
 from .sampling import gumbel, gumbel_ref
 
@@ -74,22 +75,25 @@ def _pack(scores_S: torch.Tensor, logits_SV: torch.Tensor, own_S: torch.Tensor, 
     return torch.stack((scores_S, logits_S, (own_S + first_token).int().view(torch.float32)))
 
 
-def pick_winner(entries_N3S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens_S int64, their logits_S) of what `race_shard` said on each shard, in the order of shards."""
+def pick_winner(entries_N3S: torch.Tensor, ends: SequenceEnds | None = None) -> Drawn:
+    """The draw from what `race_shard` said on each shard, in the order of shards. Appends the tokens at `ends`."""
     if entries_N3S.dim() != 3 or entries_N3S.shape[1] != 3 or entries_N3S.dtype != torch.float32:
         raise ValueError(
             f"pick_winner: entries {tuple(entries_N3S.shape)} {entries_N3S.dtype} must be float32 [shards, 3, rows]"
         )
     if entries_N3S.device.type == "cuda" and kernel_mode() != "ref":
-        return pick_winner_triton(entries_N3S.contiguous())
-    return pick_winner_ref(entries_N3S)
+        return pick_winner_triton(entries_N3S.contiguous(), ends)
+    drawn = pick_winner_ref(entries_N3S)
+    if ends is not None:
+        ends.append(drawn.tokens_S)
+    return drawn
 
 
-def pick_winner_ref(entries_N3S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pick_winner_ref(entries_N3S: torch.Tensor) -> Drawn:
     shard_1S = entries_N3S[:, _SCORE].max(0, keepdim=True).indices  # the first of equals, which has the lowest token
     logits_S = entries_N3S[:, _LOGIT].gather(0, shard_1S).squeeze(0)
     tokens_S = entries_N3S[:, _TOKEN].contiguous().view(torch.int32).gather(0, shard_1S).squeeze(0)
-    return tokens_S.long(), logits_S
+    return Drawn.of(tokens_S.long(), logits_S)
 
 
 _PARAMETERS = ["temperatures", "seeds", "slots", "positions"]
@@ -205,8 +209,20 @@ def race_shard_triton(
     return entries_3S
 
 
-@triton.jit
-def _pick_kernel(entries, tokens, logits, num_rows, NUM_SHARDS: tl.constexpr, EARLY_START: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=[*ENDS, "logits"])
+def _pick_kernel(
+    entries,
+    tokens,
+    logits,
+    end_token_ids,
+    end_slots,
+    end_lengths,
+    end_stride,
+    num_rows,
+    NUM_SHARDS: tl.constexpr,
+    EARLY_START: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program BLOCK rows."""
     let_next_start(EARLY_START)
     wait_for_previous(EARLY_START)
@@ -222,18 +238,26 @@ def _pick_kernel(entries, tokens, logits, num_rows, NUM_SHARDS: tl.constexpr, EA
         logit = tl.where(is_better, tl.load(of_shard + num_rows, inside), logit)
         token = tl.where(is_better, tl.load(of_shard + 2 * num_rows, inside), token)
     tl.store(logits + row, logit, inside)
-    tl.store(tokens + row, token.to(tl.int32, bitcast=True).to(tl.int64), inside)
+    token = token.to(tl.int32, bitcast=True)
+    tl.store(tokens + row, token.to(tl.int64), inside)
+    append_tokens(end_token_ids, end_slots, end_lengths, end_stride, row, token, inside)
 
 
-def pick_winner_triton(entries_N3S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pick_winner_triton(entries_N3S: torch.Tensor, ends: SequenceEnds | None = None) -> Drawn:
     num_shards, _, num_rows = entries_N3S.shape
-    tokens_S = torch.empty(num_rows, dtype=torch.int64, device=entries_N3S.device)
-    logits_S = entries_N3S.new_empty(num_rows)
+    drawn = Drawn.empty(num_rows, entries_N3S.device)
     if num_rows:
         _pick_kernel[(triton.cdiv(num_rows, 128),)](
-            entries_N3S, tokens_S, logits_S, num_rows, NUM_SHARDS=num_shards, BLOCK=128, **launch_options(entries_N3S.device)
+            entries_N3S,
+            drawn.tokens_S,
+            drawn.logits_S,
+            *ends_for_kernel(ends, num_rows),
+            num_rows,
+            NUM_SHARDS=num_shards,
+            BLOCK=128,
+            **launch_options(entries_N3S.device),
         )
-    return tokens_S, logits_S
+    return drawn
 
 
 def _check(logits_SV: torch.Tensor, slots_S: torch.Tensor, positions_S: torch.Tensor, first_token: int) -> None:

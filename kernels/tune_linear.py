@@ -17,6 +17,7 @@ from .gated_activation import gated_activation
 from .gated_linear import gated_linear
 from .graph_timing import num_calls, num_copies
 from .linear import cublas_linear, linear
+from .rms_norm import rms_norm
 from .skinny_linear import MAX_GEMV_INPUTS, MAX_SKINNY_ROWS, skinny_linear
 from .streaming_linear import MAX_STREAMING_ROWS, STEP_INPUTS, TILES, stages_within
 from .tuning import Config
@@ -67,6 +68,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 MULTIPROCESSORS = 132  # of an H100 or H200
 TARGET_PROGRAMS = 2 * MULTIPROCESSORS
 MIN_ROWS_FOR_X_STAGES = 16  # with fewer a stage of x is small beside one of the weight
+NORMED = 1024  # numbers of a row that a layer's neighbour norms
 HALF_SHARED_BYTES, WHOLE_SHARED_BYTES = 114_000, 228_000  # two CTAs on a multiprocessor, or one
 
 
@@ -116,6 +118,11 @@ class LinearCase:
         weights.normal_(0, num_inputs**-0.5, generator=generator)
         times = 1 if num_weights else num_calls(self.read_bytes)
         return [partial(self._run, config, x_MK, weights[i % copies]) for i in range(times)]
+
+    def neighbour(self) -> Callable[[], object]:
+        """A norm: one or attention, which starts and ends like it, stands on both sides of nearly every layer."""
+        x_MK = torch.randn(self.num_rows, NORMED, device="cuda").bfloat16()
+        return partial(rms_norm, x_MK, torch.ones(NORMED, device="cuda").bfloat16(), 1e-6, residual_TH=x_MK)
 
     def _run(self, config: Config | None, x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         out_dtype = torch.float32 if self.op == "linear_float32" else x_MK.dtype

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .cuda import loader
+from .expert_terms import Summands, sum_terms
 from .graph_timing import num_calls
 from .grouped_tiles import GroupedConfig
 from .moe_config import MoeConfig, MoeSizes, gemv_block_k, parse_config, rule, table_config
@@ -26,7 +27,7 @@ MOE_SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768)}
 MOE_ROWS = tuple(2**exponent for exponent in range(14))
 OPS = ("moe_gate_up", "moe_down")
 MAX_GEMV_ROWS = 16  # beyond, two tokens share an expert too often
-MAX_STREAMING_ROWS = 64
+MAX_STREAMING_ROWS = 128
 # Tall tiles (block_m, block_n, block_k, num_warps, num_stages, tma, persistent). A gated tile is twice as wide. Two tiles of 4
 # warps and at most 113 KB (stages of (block_m + width) * block_k) fit a multiprocessor: one computes while the other fills or
 # stores.
@@ -69,7 +70,14 @@ SHORT_TILES = {
     ],
 }
 # (tile, rows, num_stages, programs): as many programs as fit an H200 at once.
-STREAMING_TILES = [(64, 16, 6, 396), (128, 8, 6, 264), (256, 16, 6, 132)]
+STREAMING_TILES = [
+    (64, 8, 9, 264),
+    (64, 16, 6, 396),
+    (128, 8, 6, 264),
+    (128, 8, 12, 132),
+    (128, 16, 5, 264),
+    (256, 16, 6, 132),
+]
 MIN_TALL_PAIRS = 16  # of an expert on average, for the tall kernel
 GEMV_TILES = {
     "moe_gate_up": [(1, 2048, 2), (1, 2048, 4), (2, 2048, 4), (2, 2048, 8), (4, 2048, 8), (4, 2048, 16)],
@@ -119,6 +127,9 @@ class MoeCase:
     def keeps_twin(self) -> bool:
         return False
 
+    def neighbour(self) -> None:
+        """Calls follow each other."""
+
     def candidates(self) -> list[Config]:
         return [table_config(config) for config in self._configs()]
 
@@ -145,19 +156,8 @@ class MoeCase:
             else:
                 order = sort_pairs(experts_TC, moe.num_experts)
                 torch.cuda.synchronize()  # as run_down asks of a caller that has not launched run_gate_up just before
-                calls.append(
-                    partial(
-                        run_down,
-                        x,
-                        weight,
-                        weights_TC,
-                        experts_TC,
-                        order,
-                        config=parsed,
-                        sorted_rows=sorted_rows,
-                        after_gate_up=True,
-                    )
-                )
+                down = partial(run_down, x, weight, weights_TC, experts_TC, order, after_gate_up=True)
+                calls.append(partial(_down_and_sum, partial(down, config=parsed, sorted_rows=sorted_rows)))
         return calls
 
     def _configs(self) -> Iterable[MoeConfig]:
@@ -213,6 +213,10 @@ def _sort_and_gate_up(
 ) -> torch.Tensor:
     order = None if isinstance(config, GemvConfig) else sort_pairs(experts_TC, gate_up_weight_EUH.shape[0])
     return run_gate_up(x_TH, gate_up_weight_EUH, experts_TC, order, "silu", config=config, sorted_rows=sorted_rows)
+
+
+def _down_and_sum(down: Callable[[], Summands]) -> torch.Tensor:
+    return sum_terms(down())
 
 
 def moe_cases(shapes: Iterable[str], rows: Iterable[int] = MOE_ROWS, *, num_ranks: int = 1) -> list[MoeCase]:

@@ -38,6 +38,9 @@ class RouteCase:
     def keeps_twin(self) -> bool:
         return False
 
+    def neighbour(self) -> None:
+        """Calls follow each other."""
+
     def candidates(self) -> list[Config]:
         num_experts, _, hidden = self.sizes
         is_on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == loader.CAPABILITY

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Set
 import torch
 
 from ..common.errors import ModelLoadError
+from ..kernels.expert_terms import sum_terms
 from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
 from .layers.attention import Attention
@@ -76,11 +77,11 @@ class CausalLM(torch.nn.Module):
             num_tokens = len(batch.token_ids_T)
             self.data.begin(batch.rank_tokens, num_tokens=num_tokens, is_padding_T=batch.is_padding_T)
         x_TH = self.embedding.embed(batch.token_ids_T)
-        x_TH, residual_TH = run_layers(self.decoder_layers, x_TH, batch, self.parallel)
+        addend, residual_TH = run_layers(self.decoder_layers, x_TH, batch, self.parallel)
         rows = batch.logits_rows_R
         if rows is not None:
-            x_TH, residual_TH = x_TH.index_select(0, rows), residual_TH.index_select(0, rows)
-        return self.final_norm.add_and_norm(x_TH, residual_TH)[0]
+            addend, residual_TH = sum_terms(addend).index_select(0, rows), residual_TH.index_select(0, rows)
+        return self.final_norm.add_and_norm(addend, residual_TH)[0]
 
     def compute_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """logits [R, V] float32, the whole vocabulary on every rank."""

@@ -18,6 +18,7 @@ from typing import TypeAlias
 import torch
 
 from ..common.errors import ModelLoadError
+from ..kernels.expert_terms import ExpertTerms, sum_terms, sum_terms_and_norm
 from ..kernels.rms_norm import rms_norm
 
 
@@ -33,8 +34,8 @@ class StartedSum:
         return self.x
 
 
-# What a rank adds to the sum over ranks, or that sum under way.
-Addend: TypeAlias = torch.Tensor | StartedSum
+# What a rank adds to the sum over ranks, the terms of it, or that sum under way.
+Addend: TypeAlias = torch.Tensor | ExpertTerms | StartedSum
 AllReduceNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
 # Elements: 16 bytes of a 16-bit dtype, as vector loads and TMA want the rows of a weight to begin.
@@ -204,6 +205,10 @@ class Parallel:
         """(rms_norm(s), s), where s is the residual plus the sum of every rank's x."""
         if isinstance(x_TH, StartedSum):
             return rms_norm(x_TH.wait(), weight_H, eps, residual_TH=residual_TH)
+        if isinstance(x_TH, ExpertTerms):
+            if self.size == 1:
+                return sum_terms_and_norm(x_TH, residual_TH, weight_H, eps)
+            x_TH = sum_terms(x_TH)
         if self.all_reduce_norm is not None:
             return self.all_reduce_norm(x_TH, residual_TH, weight_H, eps)
         return rms_norm(self.sum(x_TH), weight_H, eps, residual_TH=residual_TH)

@@ -38,7 +38,8 @@ class PlannedRow(NamedTuple):
     """One sequence's share of a step: its tokens at positions [start, start + num_tokens).
 
     With `samples` the logits of the last of them are sampled, and the token becomes output number `output_position` (from 0).
-    `new_block_ids` are appended to the slot's block table before the step. A named tuple, because hundreds are made a step.
+    `new_block_ids` are appended to the slot's block table before the step, and the last of them holds the row's last token: one
+    token has at most one, and is the first in it. A named tuple, because hundreds are made a step.
     """
 
     request_id: str

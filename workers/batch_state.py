@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..kernels.decode_inputs import gather_decode_inputs
+from ..kernels.decode_inputs import NO_NEW_PAGE, NUM_DECODE_COLUMNS, gather_decode_inputs
 from ..models.forward_batch import ForwardBatch
 from ..scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow
 from .kv_cache import KvCache
 
 _SLOT, _START, _NUM_TOKENS, _SAMPLES, _OUTPUT_POSITION = range(5)
-NUM_DECODE_COLUMNS = 3  # slot, position, output position
+_NO_NEW_PAGES = (NO_NEW_PAGE,)
 
 HostColumns = tuple[np.ndarray, np.ndarray, np.ndarray]  # of SamplingRows
 
@@ -89,7 +89,6 @@ class BatchState:
         self.token_ids_MC = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
         self.block_tables_MB = torch.zeros((num_slots, -(-max_len // block_size)), dtype=torch.int32, device=device)
         self._row_numbers = torch.arange(num_slots, dtype=torch.int32, device=device)
-        self._num_blocks_M = np.zeros(max_num_seqs, dtype=np.int64)
 
     @property
     def most_tokens(self) -> int:
@@ -102,16 +101,14 @@ class BatchState:
         token_ids = np.array(sequence.token_ids, dtype=np.int32)
         self.token_ids_MC[slot, : len(token_ids)] = self.to_device(token_ids)
         self.block_tables_MB[slot, :num_blocks] = self.to_device(np.array(sequence.block_ids, dtype=np.int32))
-        self._num_blocks_M[slot] = num_blocks
 
     def update_blocks(self, replaced: Sequence[BlockReplacement], rows: Sequence[PlannedRow]) -> None:
-        """Replaces blocks, and appends the rows' new ones to their block tables."""
+        """Replaces blocks, and appends the rows' new ones to their block tables. Doing it again changes nothing."""
         entries = [(entry.slot, entry.index, entry.block_id) for entry in replaced]
         for row in rows:
             if row.new_block_ids:
-                first = int(self._num_blocks_M[row.slot])
+                first = -(-(row.start + row.num_tokens) // self.block_size) - len(row.new_block_ids)
                 entries += [(row.slot, first + i, block_id) for i, block_id in enumerate(row.new_block_ids)]
-                self._num_blocks_M[row.slot] += len(row.new_block_ids)
         if entries:
             slots, columns, block_ids = self.to_device(np.array(entries, dtype=np.int64)).unbind(1)
             self.block_tables_MB.index_put_((slots, columns), block_ids.int())
@@ -199,19 +196,27 @@ class BatchState:
         )
 
     def decode_columns(self, rows: Sequence[PlannedRow], size: int) -> np.ndarray:
-        """int64 [NUM_DECODE_COLUMNS, size]: what `compose_decode` wants to know of rows with one token each, and padding."""
+        """int64 [NUM_DECODE_COLUMNS, size]: what `compose_decode` wants to know of rows with one token each, and padding.
+
+        A row's new block, of which its token is the first, is among it.
+        """
         columns = np.zeros((NUM_DECODE_COLUMNS, size), dtype=np.int64)
         columns[0, len(rows) :] = self.padding_slot
-        columns[:, : len(rows)] = np.array([(row.slot, row.start, row.output_position) for row in rows], dtype=np.int64).T
+        columns[-1, len(rows) :] = NO_NEW_PAGE
+        if rows:
+            columns[:, : len(rows)] = np.array(
+                [(row.slot, row.start, row.output_position, *(row.new_block_ids or _NO_NEW_PAGES)) for row in rows],
+                dtype=np.int64,
+            ).T
         return columns
 
     def compose_decode(self, columns: torch.Tensor, kv_cache: KvCache) -> tuple[ForwardBatch, DrawRows]:
-        """The batch of rows that compute one token each and all sample, made on the device alone.
+        """The batch of rows that compute one token each and all sample, made on the device alone; new blocks are appended.
 
         The shapes follow from the number of rows and from nothing else, so that a CUDA graph can hold it.
         """
-        slots_S, positions_S, output_positions_S = columns.unbind(0)
-        inputs = gather_decode_inputs(slots_S, positions_S, self.token_ids_MC, self.block_tables_MB, page_len=self.block_size)
+        inputs = gather_decode_inputs(columns, self.token_ids_MC, self.block_tables_MB, page_len=self.block_size)
+        slots_S, positions_S, output_positions_S, _ = columns.unbind(0)
         batch = ForwardBatch(
             token_ids_T=inputs.token_ids_S,
             positions_T=positions_S,
@@ -229,10 +234,6 @@ class BatchState:
     def compose_padding(self, kv_cache: KvCache) -> ForwardBatch:
         """One token of padding, for a step in which this rank has no rows and others have."""
         return self.compose_decode(self.to_device(self.decode_columns((), 1)), kv_cache)[0]
-
-    def append_tokens(self, rows: DrawRows, tokens_R: torch.Tensor) -> None:
-        """Writes sampled tokens behind their sequences, for the next step to read."""
-        self.token_ids_MC.index_put_((rows.slots_R, rows.lengths_R), tokens_R.int())
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """A host array on the device; the copy to a GPU is queued, never waited for."""

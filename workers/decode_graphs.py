@@ -23,7 +23,7 @@ import torch
 
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import PlannedRow
-from .batch_state import NUM_DECODE_COLUMNS, BatchState, DrawRows
+from .batch_state import BatchState, DrawRows
 from .cuda_graphs import GraphRecorder, Replayable
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
@@ -45,14 +45,13 @@ class DecodeStep:
     """A decode step of `size` rows, as work for the device alone. On a CPU it runs as it stands, for tests.
 
     Attributes:
-        columns: what is to be computed, int64 [NUM_DECODE_COLUMNS, size]; see BatchState.decode_columns.
+        columns: what is to be computed; see BatchState.decode_columns.
     """
 
     def __init__(self, size: int, *, model: CausalLM, batch_state: BatchState, sampler: Sampler, kv_cache: KvCache) -> None:
         self._model, self._batch_state, self._sampler, self._kv_cache = model, batch_state, sampler, kv_cache
         self.size = size
-        self.columns = torch.empty((NUM_DECODE_COLUMNS, size), dtype=torch.int64, device=batch_state.device)
-        self.columns.copy_(torch.from_numpy(batch_state.decode_columns((), size)))
+        self.columns = torch.from_numpy(batch_state.decode_columns((), size)).to(batch_state.device)
 
     def forward(self) -> tuple[torch.Tensor, DrawRows]:
         """This rank's logits [size, V] float32, and the rows as the draw wants them."""
@@ -63,10 +62,8 @@ class DecodeStep:
         return self._model.compute_own_logits(self._model.forward(batch)), rows
 
     def draw(self, own_logits_SV: torch.Tensor, rows: DrawRows) -> Sampled:
-        """The simple draw, and the tokens written behind their sequences."""
-        sampled = self._sampler.draw_simple(own_logits_SV, rows)
-        self._batch_state.append_tokens(rows, sampled.tokens_R)
-        return sampled
+        """The simple draw."""
+        return self._sampler.draw_simple(own_logits_SV, rows)
 
 
 @dataclass(frozen=True, slots=True)

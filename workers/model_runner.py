@@ -60,7 +60,8 @@ class PendingPart:
         if self.sampled is None:
             return
         request_ids = [row.request_id for row in self.rows if row.samples]
-        token_ids, logits_R = self.sampled.tokens_R.tolist(), self.sampled.logits_R.tolist()
+        num_rows = len(request_ids)
+        token_ids, logits_R = self.sampled.tokens_R[:num_rows].tolist(), self.sampled.logits_R[:num_rows].tolist()
         logprobs = self.sampled.logprobs.entries(token_ids) if self.sampled.logprobs else [None] * len(token_ids)
         drawn.update(zip(request_ids, zip(token_ids, logprobs, strict=True), strict=True))
         errors.update((name, _NO_TOKEN) for name, logit in zip(request_ids, logits_R, strict=True) if not isfinite(logit))
@@ -196,7 +197,6 @@ class ModelRunner:
             rows = tuple(row for row in plan.rows if row.slot not in self._unusable_slots)
             unusable = (row for row in plan.rows if row.slot in self._unusable_slots)
             parts = [PendingPart([row], error=self._unusable_slots[row.slot]) for row in unusable]
-        self._batch_state.update_blocks(plan.replaced_blocks, rows)
         stopwatch = Stopwatch(self._device)
         launch_rows = self._launch_isolating if isolate_failures else self._launch_whole
         parts += launch_rows(rows, plan, stopwatch)
@@ -243,6 +243,8 @@ class ModelRunner:
 
     def _launch_whole(self, rows: Sequence[PlannedRow], plan: StepPlan, stopwatch: Stopwatch) -> list[PendingPart]:
         decode, chunk = self._find_graphs(rows, plan)
+        # The columns of a decode graph bring the rows' new blocks.
+        self._batch_state.update_blocks(plan.replaced_blocks, () if decode is not None else rows)
         if not rows:
             if plan.rank_tokens:
                 self._compute_padding(decode, chunk, plan.rank_tokens, stopwatch)
@@ -301,28 +303,22 @@ class ModelRunner:
             own_logits_RV = self.model.compute_own_logits(hidden_RH)
             if self._sampler.is_simple(sampling.host_slots_R):
                 self._sampler.upload()
-                sampled = self._sampler.draw_simple(own_logits_RV, sampling.on_device)
-            else:
-                sampled = self._sampler.draw(self.model.gather_logits(own_logits_RV), sampling)
-            self._batch_state.append_tokens(sampling.on_device, sampled.tokens_R)
-        return sampled
+                return self._sampler.draw_simple(own_logits_RV, sampling.on_device)
+            return self._sampler.draw(self.model.gather_logits(own_logits_RV), sampling)
 
     def _replay_decode(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
         columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
         self._batch_state.fill(graph.columns, columns)
-        slots_R, positions_R, output_positions_R = columns[:, : len(rows)]
+        slots_R, positions_R, output_positions_R, _ = columns[:, : len(rows)]
         with stopwatch.measure("forward"):
             graph.forward.replay()
         with stopwatch.measure("sample"):
             if self._sampler.is_simple(slots_R):
                 self._sampler.upload()
                 graph.draw.replay()
-                return graph.sampled.first(len(rows))
-            on_device = graph.rows.first(len(rows))
-            sampling = SamplingRows(slots_R, output_positions_R, positions_R + 1, on_device)
-            sampled = self._sampler.draw(self.model.gather_logits(graph.own_logits_SV[: len(rows)]), sampling)
-            self._batch_state.append_tokens(on_device, sampled.tokens_R)
-        return sampled
+                return graph.sampled
+            sampling = SamplingRows(slots_R, output_positions_R, positions_R + 1, graph.rows.first(len(rows)))
+            return self._sampler.draw(self.model.gather_logits(graph.own_logits_SV[: len(rows)]), sampling)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Queues a copy to the host, behind the work that makes the tensor; a replay's own would not outlast the next."""

@@ -1,4 +1,4 @@
-"""Draws the next token of every row that samples, each by its own sequence's parameters.
+"""Draws the next token of every row that samples, each by its own sequence's parameters, and appends it to the sequence.
 
 Of several ranks each has the logits of its share of the vocabulary. Where no row has a rule, a filter or log probabilities the
 draw is a race that each rank runs over its own share (sharded_sampling.py). Else all logits are brought together, the leader
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ..common.requests import TokenLogprob
+from ..kernels.drawn import Drawn, SequenceEnds
 from ..kernels.logprobs import gather_logprobs
 from ..kernels.sampling import sample
 from ..kernels.sharded_sampling import pick_winner, race_shard
@@ -36,25 +37,27 @@ _PENALTIES = 1  # index of that rule
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Tokens of a step's sampling rows, as tensors.
+    """Tokens of a step's sampling rows, as tensors; of a graph's draw also those of padding behind them.
 
     `logits_R` are the drawn tokens' own, after all rules. One that is not finite says that there was no token to draw: the
     model's logits are not finite, or every token is banned.
     """
 
-    tokens_R: torch.Tensor
-    logits_R: torch.Tensor
-    logprobs: SampledLogprobs | None
+    drawn: Drawn
+    logprobs: SampledLogprobs | None = None
 
-    def first(self, num_rows: int) -> Sampled:
-        """Without the padding behind `num_rows`; of a plain draw."""
-        assert self.logprobs is None
-        return Sampled(self.tokens_R[:num_rows], self.logits_R[:num_rows], None)
+    @property
+    def tokens_R(self) -> torch.Tensor:
+        return self.drawn.tokens_S
+
+    @property
+    def logits_R(self) -> torch.Tensor:
+        return self.drawn.logits_S
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Sampled:
         """The same with `function` applied to every tensor."""
         logprobs = self.logprobs.map(function) if self.logprobs else None
-        return Sampled(function(self.tokens_R), function(self.logits_R), logprobs)
+        return Sampled(Drawn(function(self.drawn.bits)), logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class Sampler:
         self._group = group if group is not None and group.place.size > 1 else None
         self._is_follower = group is not None and not group.place.is_leader
         num_slots, self._to_device, self._fill = len(batch_state.token_ids_MC), batch_state.to_device, batch_state.fill
-        token_ids_MC = batch_state.token_ids_MC
+        self._token_ids_MC = token_ids_MC = batch_state.token_ids_MC
         self._floats_3M = np.zeros((3, num_slots), dtype=np.float32)  # temperature, top_p, min_p
         self._top_k_M = np.zeros(num_slots, dtype=np.int32)
         self._seeds_M = np.zeros(num_slots, dtype=np.int64)
@@ -196,11 +199,11 @@ class Sampler:
             first_token=self._vocab.start,
         )
         entries_N3R = self._group.all_gather(entries_3R.flatten()).view(-1, *entries_3R.shape)
-        return Sampled(*pick_winner(entries_N3R), None)
+        return Sampled(pick_winner(entries_N3R, self._ends(rows)))
 
     def _draw_plain(self, logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
         floats_3M, top_k_M, seeds_M = self._on_device
-        tokens_R, drawn_logits_R = sample(
+        drawn = sample(
             logits_RV,
             temperature_M=floats_3M[0],
             top_k_M=top_k_M,
@@ -209,12 +212,17 @@ class Sampler:
             seeds_M=seeds_M,
             slots_S=rows.slots_R,
             positions_S=rows.output_positions_R,
+            ends=self._ends(rows),
         )
-        return Sampled(tokens_R, drawn_logits_R, None)
+        return Sampled(drawn)
 
     def _hear_tokens(self, rows: DrawRows) -> Sampled:
         """What the leader draws."""
         assert self._group is not None
-        tokens_R = torch.empty_like(rows.slots_R)
-        self._group.broadcast(tokens_R)
-        return Sampled(tokens_R, torch.zeros_like(tokens_R, dtype=torch.float32), None)
+        drawn = Drawn(rows.slots_R.new_zeros(3 * len(rows.slots_R), dtype=torch.int32))
+        self._group.broadcast(drawn.tokens_S)
+        self._ends(rows).append(drawn.tokens_S)
+        return Sampled(drawn)
+
+    def _ends(self, rows: DrawRows) -> SequenceEnds:
+        return SequenceEnds(self._token_ids_MC, rows.slots_R, rows.lengths_R)

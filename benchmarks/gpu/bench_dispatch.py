@@ -16,6 +16,7 @@ from multiprocessing import get_context
 
 import torch
 from pilotfish.common.rank_place import RankPlace
+from pilotfish.kernels.expert_terms import Summands
 from pilotfish.kernels.moe_mlp import moe_mlp
 from pilotfish.models.layers.expert_dispatch import Dispatcher, choose_dispatcher
 from pilotfish.workers.comm import RankGroup, Rendezvous
@@ -39,7 +40,7 @@ class Layer:
         self.down = torch.randn(self.slots.size, HIDDEN, INTERMEDIATE, **weights) * INTERMEDIATE**-0.5
         self.dispatcher = choose_dispatcher(parallel, self.slots, device=device)
 
-    def experts(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> torch.Tensor:
+    def experts(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> Summands:
         return moe_mlp(x_TH, self.gate_up, self.down, weights_TC, slots_TC, "silu")
 
     def tokens(self, num_tokens: int) -> Tokens:

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.graph_timing import num_calls, num_copies, time_in_graph
 from pilotfish.kernels.linear import linear
 from pilotfish.kernels.moe_config import MoeConfig, MoeSizes, choose_config, table_config
@@ -59,7 +60,7 @@ class Layer:
 
     def run(self, call: int) -> torch.Tensor:
         routing = route_tokens(linear(self.x, self.routers[call]), NUM_CHOICES, renormalize=True)
-        return moe_mlp(self.x, *self.weights(call), *routing, "silu")
+        return sum_terms(moe_mlp(self.x, *self.weights(call), *routing, "silu"))
 
     def config(self, op: str) -> MoeConfig:
         """Of "gate_up" or "down"."""
@@ -95,11 +96,14 @@ class Layer:
             return run_gate_up(self.x, gate_up_weight, experts_TC, own_order, "silu", config=gate_up, sorted_rows=num_gemv == 0)
 
         h = sort_and_gate_up()
+
+        def down_and_sum() -> torch.Tensor:
+            routing = (weights_TC, experts_TC, order)
+            return sum_terms(run_down(h, down_weight, *routing, config=down, sorted_rows=num_gemv == 0, after_gate_up=True))
+
         return {
             "gate_up": sort_and_gate_up,
-            "down": lambda: run_down(
-                h, down_weight, weights_TC, experts_TC, order, config=down, sorted_rows=num_gemv == 0, after_gate_up=True
-            ),
+            "down": down_and_sum,
         }
 
 

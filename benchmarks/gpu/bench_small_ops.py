@@ -1,4 +1,4 @@
-"""The small kernels of a step on this GPU, against separate torch ops: `python benchmarks/gpu/bench_small_ops.py`.
+"""The small kernels of a step on this GPU, against separate ops: `python benchmarks/gpu/bench_small_ops.py`.
 
 One JSON row an op, model shape and number of rows: microseconds a call (median of replays of a CUDA graph of many calls), the
 same of the baseline, its ratio, the op's bytes and the microseconds that they take at --bandwidth. Inputs of few rows stay in
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from pilotfish.kernels.drawn import Drawn
+from pilotfish.kernels.expert_terms import ExpertTerms, sum_terms, sum_terms_and_norm
 from pilotfish.kernels.gated_activation import gated_activation
 from pilotfish.kernels.logprobs import gather_logprobs, gather_logprobs_ref
 from pilotfish.kernels.qkv_prepare import prepare_qkv
@@ -25,6 +27,7 @@ from pilotfish.kernels.sampling import sample
 
 # hidden, query heads, kv heads, intermediate
 MODELS = {"qwen3-8b": (4096, 32, 8, 12288), "qwen3-0.6b": (1024, 16, 8, 3072)}
+EXPERTS = (2048, 8)  # hidden, choices
 MAX_DRAWN_ROWS = 1024
 HEAD_DIM, PAGE_LEN, VOCAB, EPS = 128, 16, 151936, 1e-6
 REPLAYS = 11
@@ -83,6 +86,20 @@ def norm_case(model: str, rows: int) -> Case:
     return Case(op="rms_norm", model=model, rows=rows, num_bytes=num_bytes, run=run, baseline=baseline)
 
 
+def expert_sum_case(rows: int) -> Case:
+    hidden, num_choices = EXPERTS
+    experts = torch.arange(num_choices, dtype=torch.int32, device="cuda").repeat(rows, 1)
+    terms = ExpertTerms(random(rows * num_choices, hidden), experts)
+    residual, weight = random(rows, hidden), random(hidden)
+
+    def baseline() -> tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm(sum_terms(terms), weight, EPS, residual_TH=residual)
+
+    num_bytes = ((num_choices + 3) * rows + 1) * hidden * 2
+    run = lambda: sum_terms_and_norm(terms, residual, weight, EPS)  # noqa: E731
+    return Case(op="sum_terms_and_norm", model="qwen3-30b-a3b", rows=rows, num_bytes=num_bytes, run=run, baseline=baseline)
+
+
 def qkv_case(model: str, rows: int) -> Case:
     _, num_heads, num_kv_heads, _ = MODELS[model]
     heads = (num_heads, num_kv_heads, num_kv_heads)
@@ -132,7 +149,7 @@ def sample_case(kind: str, rows: int) -> Case:
     )
     seeds = torch.arange(rows, device="cuda")
 
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
+    def run() -> Drawn:
         return sample(
             logits,
             temperature_M=temperature,
@@ -173,6 +190,7 @@ def cases(all_rows: list[int]) -> Iterator[Case]:
             yield norm_case(model, rows)
             yield qkv_case(model, rows)
             yield gated_case(model, rows)
+        yield expert_sum_case(rows)
         if rows > MAX_DRAWN_ROWS:
             continue
         for kind in SAMPLING:

@@ -13,6 +13,7 @@ from itertools import product
 
 import torch
 from pilotfish.kernels.attention_config import FusedDecodeConfig
+from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.fused_decode import fused_decode
 from pilotfish.kernels.gated_linear import gated_linear_ref
 from pilotfish.kernels.linear import linear_ref
@@ -96,7 +97,8 @@ def expert_layer(num_tokens: int, config: StreamingConfig | TallConfig) -> Pair:
     experts = experts.int()
     experts[0, 1] = -1
     arguments = (x, gate_up, down, weights, experts, "silu")
-    return f"{num_tokens} tokens, {config}", run_experts(*arguments, gate_up=config, down=config), moe_mlp_ref(*arguments)
+    out = sum_terms(run_experts(*arguments, gate_up=config, down=config))
+    return f"{num_tokens} tokens, {config}", out, moe_mlp_ref(*arguments)
 
 
 def random(*shape: int, scale: float) -> torch.Tensor:

@@ -1,19 +1,23 @@
 // The norm before a sparse layer, its router and the choice of experts in one kernel, for few tokens, on sm_90a.
 //
-// A token belongs to a cluster of RANKS CTAs. Each loads its rows of the router, WARPS times OWN experts, before it waits for the
-// kernel before it in the stream: the router is on its way while that one ends. Then each computes the norm of the whole token
-// (r = x + residual, y = norm(r), rounded as in rms_norm.py; each stores a part of both), and its experts' logits, rounded to the
-// dtype of x. The first CTA gets all logits and chooses: the largest, of equals the lowest expert, by keys as in moe_routing.py.
+// TOKENS tokens belong to a cluster of RANKS CTAs, each of which has OWN experts. A CTA loads its rows of the router before it
+// waits for the kernel before it in the stream: the router is on its way while that one ends. Then it computes the norms of the
+// cluster's tokens (r = x + residual, y = norm(r), rounded as in rms_norm.py; each stores a part of both) and its experts' logits,
+// rounded to the dtype of x. A warp has a slice of the inputs, and has it where the tensor cores want it: lane 4 g + q holds 16
+// bytes of the rows of token g and of experts g and g + 8, which are the inputs that two products take from it, in the same order
+// for both operands. CTA t of the cluster gets the logits of all experts of token t and chooses: the largest, of equals the lowest
+// expert, by keys as in moe_routing.py.
 //
-// Set by the compiler's command line: HIDDEN (2048 or 4096), EXPERTS (64, 128, 256), FLOAT16.
+// Set by the compiler's command line: HIDDEN (2048 or 4096), EXPERTS (64, 128, 256), TOKENS (1 or 8), FLOAT16.
 
 #include "hopper.cuh"
 
-constexpr int RANKS = 8, WARPS = 8, THREADS = 32 * WARPS;
-constexpr int OWN = EXPERTS / (RANKS * WARPS);   // experts of a warp
-constexpr int CHUNKS = HIDDEN / 256;             // of 8 inputs, of a lane, in a row of the router
-constexpr int VECTORS = HIDDEN / (8 * THREADS);  // of 8 numbers of the token, of a thread
-constexpr int KEYS = EXPERTS / 32;               // of a lane of the warp that chooses
+constexpr int RANKS = 8;
+constexpr int WARPS = HIDDEN / 256, THREADS = 32 * WARPS;
+constexpr int VECTORS = 8;                // of 8 inputs, of a lane, in its warp's slice of a row
+constexpr int OWN = EXPERTS / RANKS;      // experts of a CTA
+constexpr int TILES = (OWN + 15) / 16;    // of 16 of them
+constexpr int KEYS = EXPERTS / 32;        // of a lane of the warp that chooses
 constexpr int NO_KEY = -2147483647 - 1;
 
 struct alignas(16) Eight {
@@ -72,96 +76,169 @@ __device__ __forceinline__ void choose(const float* logits, float* weights, int*
   }
 }
 
-// Grid: the CTAs of a cluster, tokens. residual may be null: then r is x, and new_residual is not written.
+// Sums and products of two numbers of 16 bits, rounded once: what float32 and its rounding give, for their operands are exact there.
+__device__ __forceinline__ u32 add_pairs(u32 first, u32 second) {
+  u32 result;
+#if FLOAT16
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
+#else
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
+#endif
+  return result;
+}
+
+__device__ __forceinline__ u32 multiply_pairs(u32 first, u32 second) {
+  u32 result;
+#if FLOAT16
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
+#else
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
+#endif
+  return result;
+}
+
+// r of 8 inputs; adds the sum of their squares.
+__device__ __forceinline__ Eight add_residual(const u16* x, const u16* residual, float& square) {
+  Eight values = *reinterpret_cast<const Eight*>(x);
+  const Eight added = *reinterpret_cast<const Eight*>(residual);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values.pairs[i] = add_pairs(values.pairs[i], added.pairs[i]);
+    square += low(values.pairs[i]) * low(values.pairs[i]) + high(values.pairs[i]) * high(values.pairs[i]);
+  }
+  return values;
+}
+
+// y of 8 inputs.
+__device__ __forceinline__ void norm(Eight& values, const Eight& gains, float scale) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values.pairs[i] = multiply_pairs(round_two(low(values.pairs[i]) * scale, high(values.pairs[i]) * scale), gains.pairs[i]);
+  }
+}
+
+// sums[i] of 16 experts by 8 tokens: those of experts g, g and g + 8, g + 8, tokens 2 q, 2 q + 1, 2 q and 2 q + 1.
+__device__ __forceinline__ void multiply(float* sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if FLOAT16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Grid: the CTAs of a cluster, clusters.
 extern "C" __global__ void __launch_bounds__(THREADS)
 norm_and_route(const u16* x, const u16* residual, const u16* gain, const u16* router, u16* y, u16* new_residual, float* weights,
-               int* experts, int stride_x, int stride_residual, float eps, int top_k, int renormalize) {
-  __shared__ Eight normed[HIDDEN / 8];
-  __shared__ float squares[WARPS];
-  __shared__ float logits[EXPERTS];  // of the first CTA, and that all have come
+               int* experts, int num_tokens, int stride_x, int stride_residual, float eps, int top_k, int renormalize) {
+  __shared__ Eight gains[HIDDEN / 8];
+  __shared__ Eight normed[TOKENS == 1 ? HIDDEN / 8 : 1];
+  __shared__ float squares[WARPS][TOKENS];
+  __shared__ float parts[WARPS][TILES * 16][8];  // of the logits
+  __shared__ float logits[EXPERTS];              // of the token that this CTA chooses for, and that all have come
   __shared__ u64 received;
-  const int rank = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_expert = (rank * WARPS + warp) * OWN;
-  const long long token = blockIdx.y;
+  const int rank = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int first_token = blockIdx.y * TOKENS, first_expert = rank * OWN, column = warp * 256 + q * 8;
 
-  if (rank == 0 && threadIdx.x == 0) {
+  if (threadIdx.x == 0) {
     init_barrier(shared_address(&received), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     arrive_and_expect(shared_address(&received), EXPERTS * 4);
   }
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  arrive_at_cluster();
   let_next_start();
-  Eight rows[OWN][CHUNKS], gains[VECTORS];
+  Eight rows[TILES][2][VECTORS];
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) {
+  for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-    for (int j = 0; j < CHUNKS; ++j) rows[i][j] = load_constant(router + (first_expert + i) * HIDDEN + (32 * j + lane) * 8);
+    for (int half = 0; half < 2; ++half) {
+      const int own = tile * 16 + half * 8 + g;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        rows[tile][half][v] = own < OWN ? load_constant(router + (first_expert + own) * HIDDEN + column + 32 * v) : Eight{};
+      }
+    }
   }
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v) gains[v] = load_constant(gain + (v * THREADS + threadIdx.x) * 8);
+  const Eight own_gains = load_constant(gain + threadIdx.x * 8);
+  if (TOKENS > 1) gains[threadIdx.x] = own_gains;
   wait_for_previous();
 
-  Eight values[VECTORS];
-  float square = 0.0f;
+  const bool is_there = TOKENS == 1 || first_token + g < num_tokens;
+  const long long token = is_there && TOKENS > 1 ? first_token + g : first_token;
+  const bool stores = is_there && warp % RANKS == rank;
+  const u16 *own_x = x + token * stride_x, *own_residual = residual + token * stride_residual;
+  const auto scale_of = [&](int of_token) {
+    float total = 0.0f;
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int column = (v * THREADS + threadIdx.x) * 8;
-    values[v] = *reinterpret_cast<const Eight*>(x + token * stride_x + column);
-    if (residual != nullptr) {
-      const Eight added = *reinterpret_cast<const Eight*>(residual + token * stride_residual + column);
-      for (int i = 0; i < 4; ++i) {
-        const u32 pair = values[v].pairs[i], other = added.pairs[i];
-        values[v].pairs[i] = round_two(low(pair) + low(other), high(pair) + high(other));
-      }
-      if (warp == rank) *reinterpret_cast<Eight*>(new_residual + token * HIDDEN + column) = values[v];
-    }
-    for (int i = 0; i < 4; ++i) {
-      square += low(values[v].pairs[i]) * low(values[v].pairs[i]) + high(values[v].pairs[i]) * high(values[v].pairs[i]);
+    for (int w = 0; w < WARPS; ++w) total += squares[w][of_token];
+    return rsqrtf(total / HIDDEN + eps);
+  };
+  float square = 0.0f;
+  Eight values[VECTORS];
+  if constexpr (TOKENS == 1) {  // a lane norms 8 inputs, and takes what others of its warp have normed
+    const int own_column = threadIdx.x * 8;
+    Eight own = add_residual(own_x + own_column, own_residual + own_column, square);
+    if (stores) *reinterpret_cast<Eight*>(new_residual + token * HIDDEN + own_column) = own;
+    square = add_lanes(square);
+    if (lane == 0) squares[warp][0] = square;
+    __syncthreads();
+    norm(own, own_gains, scale_of(0));
+    if (stores) *reinterpret_cast<Eight*>(y + token * HIDDEN + own_column) = own;
+    normed[threadIdx.x] = own;
+    __syncwarp();
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) values[v] = normed[column / 8 + 4 * v];
+  } else {  // a lane norms what it multiplies
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) values[v] = add_residual(own_x + column + 32 * v, own_residual + column + 32 * v, square);
+    square += __shfl_xor_sync(ALL_LANES, square, 1);
+    square += __shfl_xor_sync(ALL_LANES, square, 2);
+    if (q == 0) squares[warp][g] = square;
+    __syncthreads();
+    const float scale = scale_of(g);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      const long long place = token * HIDDEN + column + 32 * v;
+      if (stores) *reinterpret_cast<Eight*>(new_residual + place) = values[v];
+      norm(values[v], gains[column / 8 + 4 * v], scale);
+      if (stores) *reinterpret_cast<Eight*>(y + place) = values[v];
     }
   }
-  square = add_lanes(square);
-  if (lane == 0) squares[warp] = square;
-  __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < WARPS; ++i) total += squares[i];
-  const float scale = rsqrtf(total / HIDDEN + eps);
+
+  float sums[TILES][4] = {};
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    const int place = v * THREADS + threadIdx.x;
-    for (int i = 0; i < 4; ++i) {
-      const u32 pair = round_two(low(values[v].pairs[i]) * scale, high(values[v].pairs[i]) * scale);
-      values[v].pairs[i] = round_two(low(pair) * low(gains[v].pairs[i]), high(pair) * high(gains[v].pairs[i]));
+    const u32* inputs = values[v].pairs;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      const u32 *first = rows[tile][0][v].pairs, *second = rows[tile][1][v].pairs;
+      multiply(sums[tile], first[0], second[0], first[1], second[1], inputs[0], inputs[1]);
+      multiply(sums[tile], first[2], second[2], first[3], second[3], inputs[2], inputs[3]);
     }
-    normed[place] = values[v];
-    if (warp == rank) *reinterpret_cast<Eight*>(y + token * HIDDEN + place * 8) = values[v];
+  }
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+    *reinterpret_cast<float2*>(&parts[warp][tile * 16 + g][2 * q]) = make_float2(sums[tile][0], sums[tile][1]);
+    *reinterpret_cast<float2*>(&parts[warp][tile * 16 + g + 8][2 * q]) = make_float2(sums[tile][2], sums[tile][3]);
   }
   __syncthreads();
 
-  float sums[OWN] = {};
+  wait_for_cluster();  // all CTAs are there
+  for (int i = threadIdx.x; i < OWN * TOKENS; i += THREADS) {
+    const int own = i / TOKENS, receiver = i % TOKENS;
+    if (first_token + receiver >= num_tokens) continue;
+    float sum = 0.0f;
 #pragma unroll
-  for (int j = 0; j < CHUNKS; ++j) {
-    const Eight inputs = normed[32 * j + lane];
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-      for (int p = 0; p < 4; ++p) {
-        sums[i] += low(inputs.pairs[p]) * low(rows[i][j].pairs[p]);
-        sums[i] += high(inputs.pairs[p]) * high(rows[i][j].pairs[p]);
-      }
-    }
+    for (int w = 0; w < WARPS; ++w) sum += parts[w][own][receiver];
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+                     address_in_rank(shared_address(logits + first_expert + own), receiver)),
+                 "f"(low(round_two(sum, 0.0f))), "r"(address_in_rank(shared_address(&received), receiver))
+                 : "memory");
   }
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // the first CTA is there
-#pragma unroll
-  for (int i = 0; i < OWN; ++i) {
-    const float logit = low(round_two(add_lanes(sums[i]), 0.0f));
-    const u32 target = address_in_rank(shared_address(logits + first_expert + i), 0);
-    if (lane == 0) {
-      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(target), "f"(logit),
-                   "r"(address_in_rank(shared_address(&received), 0))
-                   : "memory");
-    }
-  }
-  if (rank != 0 || warp != 0) return;
+  if (warp != 0 || rank >= TOKENS || first_token + rank >= num_tokens) return;
   wait_for_peers(shared_address(&received), 0);
-  choose(logits, weights + token * top_k, experts + token * top_k, top_k, renormalize, lane);
+  const long long chosen_for = first_token + rank;
+  choose(logits, weights + chosen_for * top_k, experts + chosen_for * top_k, top_k, renormalize, lane);
 }

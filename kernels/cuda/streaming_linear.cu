@@ -4,7 +4,8 @@
 // few rows x has. A CTA owns TILE rows of the weight and, where the CTAs of a cluster share K, a contiguous range of it. Two
 // threads issue the copies (TMA, 64 numbers of K a stage, rows of 128 swizzled bytes), one those of the weight and one those of x:
 // behind the weight in the same stage (ONE_RING: one barrier to wait for), or, where x has many rows, in a ring of its own, many
-// stages of the weight to hide the latency of DRAM, few of x that of L2. A warpgroup for each 64 rows of the weight multiplies. All stages of the weight are filled before the kernel waits for the one before it in the stream:
+// stages of the weight to hide the latency of DRAM, few of x that of L2. A warpgroup for each 64 rows of the weight multiplies.
+// All stages of the weight are filled before the kernel waits for the one before it in the stream:
 // only then is x read and y written. Partial sums are sent to the CTA of the cluster that owns their outputs, which adds them in
 // the order of the ranks. They have memory of their own, so that a CTA sends as soon as it is done; where that is too little
 // (reuses_stages), they take the place of the stages, and are sent when every CTA of the cluster is done with these.

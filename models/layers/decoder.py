@@ -36,19 +36,16 @@ class DecoderLayer(torch.nn.Module):
         self.post_attention_norm = post_attention_norm
         self.mlp = mlp
 
-    def forward(
-        self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None, batch: ForwardBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(this rank's addend, residual): the next norm adds them. Before the first layer there is no residual: x is whole."""
-        return self.feed_forward(*self.attend(x_TH, residual_TH, batch))
-
     def attend(self, x_TH: Addend, residual_TH: torch.Tensor | None, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first half of `forward`."""
+        """The first half: (this rank's addend, residual), which the next norm adds.
+
+        Before the first layer there is no residual: x is whole.
+        """
         x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
         return self.attention.forward(x_TH, batch), residual_TH
 
-    def feed_forward(self, x_TH: Addend, residual_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The second half of `forward`."""
+    def feed_forward(self, x_TH: Addend, residual_TH: torch.Tensor | None) -> tuple[Addend, torch.Tensor]:
+        """The second half, of what `attend` answers: the same for the next layer."""
         if isinstance(self.mlp, SparseMlp):
             x_TH, residual_TH, chosen = self.mlp.norm_and_choose(self.post_attention_norm, x_TH, residual_TH)
             return self.mlp(x_TH, chosen), residual_TH

@@ -17,12 +17,13 @@ from typing import Protocol
 
 import torch
 
+from ...kernels.expert_terms import Summands, sum_terms
 from ...kernels.own_experts import own_experts
 from ...kernels.token_rows import pack_rows, unpack_rows
 from ..parallel import DataParallel, Parallel, Share
 
-# experts(x_TH, weights_TC, slots_TC) -> out_TH: the weighted sum of each token's choices among this rank's slots.
-Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# experts(x_TH, weights_TC, slots_TC) -> out_TH: the weighted sum of each token's choices among this rank's slots, or its terms.
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Summands]
 
 # Of every rank: up to here it costs less to bring all tokens everywhere than to find out which must go where. All that has been
 # measured (benchmarks/gpu/bench_dispatch.py on two H200s: 1.8 against 3.0 ms for 8192 tokens on each).
@@ -30,8 +31,8 @@ MAX_GATHERED_ROWS = 16_384
 
 
 class Dispatcher(Protocol):
-    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
-        """out [T, H]. `weights` float32, `slots` int32, of all ranks."""
+    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> Summands:
+        """out [T, H], or its terms. `weights` float32, `slots` int32, of all ranks."""
 
 
 class LocalDispatcher:
@@ -40,7 +41,7 @@ class LocalDispatcher:
     def __init__(self, slots: Share) -> None:
         self._slots = slots
 
-    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> torch.Tensor:
+    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor, experts: Experts) -> Summands:
         mine = self._slots
         if mine.size < mine.total:
             slots_TC = own_experts(slots_TC, first=mine.start, num_own=mine.size)
@@ -61,8 +62,8 @@ class GatherDispatcher:
         num_tokens, num_choices = slots_TC.shape
         rows_NW = pack_rows(x_TH, weights_TC, slots_TC, num_rows=max(data.rank_tokens), is_padding_T=data.is_padding_T)
         rows_RW = data.all_gather_rows(rows_NW)
-        out_RH = experts(*unpack_rows(rows_RW, x_TH, num_choices, first=mine.start, num_own=mine.size))
-        return data.reduce_scatter_rows(out_RH)[:num_tokens]
+        out = experts(*unpack_rows(rows_RW, x_TH, num_choices, first=mine.start, num_own=mine.size))
+        return data.reduce_scatter_rows(sum_terms(out))[:num_tokens]
 
 
 class AllToAllDispatcher:
@@ -88,7 +89,7 @@ class AllToAllDispatcher:
         rows_TW = pack_rows(x_TH, weights_TC, slots_TC, num_rows=len(x_TH))
         rows_RW = data.exchange_rows(rows_TW[_tokens(places_TD, num_sent=sum(sent))], sent, received)
         came = unpack_rows(rows_RW, x_TH, slots_TC.shape[1], first=mine.start, num_own=mine.size)
-        out_RH = experts(*came) if len(rows_RW) else x_TH[:0]
+        out_RH = sum_terms(experts(*came)) if len(rows_RW) else x_TH[:0]
         parts_SH = torch.nn.functional.pad(data.exchange_rows(out_RH, received, sent), (0, 0, 0, 1))
         out_TH = torch.zeros_like(x_TH, dtype=torch.float32)
         for rank in range(num_ranks):  # in one order, so that runs repeat bit by bit

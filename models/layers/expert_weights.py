@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.expert_terms import Summands
 from ...kernels.gated_activation import Activation
 from ...kernels.moe_mlp import moe_mlp
 from ..parallel import Share
@@ -72,8 +73,8 @@ class ExpertWeights(torch.nn.Module):
         tensors = (self.gate_up_weight, self.down_weight, self.gate_up_bias, self.down_bias)
         return tuple(tensor for tensor in tensors if tensor is not None)
 
-    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of each token's choices among this rank's slots, numbered from 0; -1 is another rank's."""
+    def run(self, x_TH: torch.Tensor, weights_TC: torch.Tensor, slots_TC: torch.Tensor) -> Summands:
+        """The weighted sum, or its terms, of each token's choices among this rank's slots, from 0; -1 is another rank's."""
         return moe_mlp(
             x_TH,
             self.gate_up_weight,

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Set
 
 import torch
 
+from ...kernels.expert_terms import sum_terms
 from ...kernels.linear import linear
 from ...kernels.moe_routing import route_tokens
 from ...kernels.norm_and_route import norm_and_route
 from ..model_shape import ModelShape, MoeShape
-from ..parallel import Addend, StartedSum, whole
+from ..parallel import Addend, whole
 from ..weight_source import Placement, WeightSource
 from .expert_choice import ExpertChoice
 from .expert_dispatch import choose_dispatcher
@@ -85,20 +86,18 @@ class SparseMlp(torch.nn.Module):
         One op where the choice is a plain one and x is whole on each rank.
         """
         is_plain = self.choice is None and self.router.bias is None
-        if not is_plain or residual_TH is None or isinstance(x_TH, StartedSum) or norm.parallel.size > 1:
+        if not is_plain or residual_TH is None or not isinstance(x_TH, torch.Tensor) or norm.parallel.size > 1:
             return *norm.add_and_norm(x_TH, residual_TH), None
         y_TH, sum_TH, weights_TC, experts_TC = norm_and_route(
             x_TH, residual_TH, norm.weight, norm.eps, self.router.weight, self.moe.top_k, renormalize=self.moe.renormalize
         )
         return y_TH, sum_TH, (weights_TC, experts_TC)
 
-    def forward(self, x_TH: torch.Tensor, chosen: Chosen | None = None) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, chosen: Chosen | None = None) -> Addend:
         """What this rank adds to the sum over ranks. `chosen`: what `choose` answers for x, where that is known."""
         weights_TC, experts_TC = self.choose(x_TH) if chosen is None else chosen
-        out_TH = self.dispatcher.run(x_TH, weights_TC, self.map.slots(experts_TC), self.experts.run)
-        if self.shared is not None:
-            out_TH = out_TH + self.shared.addend(x_TH)
-        return out_TH
+        out = self.dispatcher.run(x_TH, weights_TC, self.map.slots(experts_TC), self.experts.run)
+        return out if self.shared is None else sum_terms(out) + self.shared.addend(x_TH)
 
     def choose(self, x_TH: torch.Tensor) -> Chosen:
         """Each token's weights [T, C] and experts [T, C]."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ...kernels.rms_norm import rms_norm
-from ..parallel import Addend, StartedSum
+from ..parallel import Addend
 from ..weight_source import Placement, WeightSource
 
 
@@ -27,7 +27,7 @@ class RmsNorm(torch.nn.Module):
     def add_and_norm(self, x_TH: Addend, residual_TH: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(s), s), where s is the residual and every rank's addend x; without a residual s is x, whole on each rank."""
         if residual_TH is None:
-            assert not isinstance(x_TH, StartedSum)
+            assert isinstance(x_TH, torch.Tensor)
             return rms_norm(x_TH, self.weight, self.eps), x_TH
         return self.parallel.sum_and_norm(x_TH, residual_TH, self.weight, self.eps)
 

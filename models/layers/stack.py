@@ -20,18 +20,20 @@ from ..parallel import Addend, Parallel
 from .decoder import DecoderLayer
 from .mlp import Mlp
 
-Stream = tuple[torch.Tensor, torch.Tensor]  # this rank's addend and the residual, [T, H] each
+Stream = tuple[Addend, torch.Tensor]  # this rank's addend and the residual, [T, H] each
 
 
 def run_layers(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, batch: ForwardBatch, parallel: Parallel) -> Stream:
-    """What the last layer's `forward` answers, for x whole on each rank."""
+    """What the last layer answers, for x whole on each rank."""
     if _pays(layers, x_TH, parallel):
         return _run_in_halves(layers, x_TH, batch, parallel)
+    addend: Addend = x_TH
     residual_TH: torch.Tensor | None = None
     for layer in layers:
-        x_TH, residual_TH = layer.forward(x_TH, residual_TH, batch)  # no hooks: the detour costs
+        addend, residual_TH = layer.attend(addend, residual_TH, batch)
+        addend, residual_TH = layer.feed_forward(addend, residual_TH)
     assert residual_TH is not None  # a model has layers
-    return x_TH, residual_TH
+    return addend, residual_TH
 
 
 def _pays(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, parallel: Parallel) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pilotfish.kernels.clamped_gate import ClampedGate
+from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.moe_config import MoeSizes, _serves, choose_config, gemv_block_k, rule, table_config
 from pilotfish.kernels.moe_gemv import GemvConfig
@@ -13,7 +14,10 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 GATE = ClampedGate(alpha=1.3, limit=1.5)  # the limit is reached often
-RUN = {"cpu": _moe_mlp_triton, "cuda": moe_mlp}
+RUN = {
+    "cpu": lambda *args, **biases: sum_terms(_moe_mlp_triton(*args, **biases)),
+    "cuda": lambda *args, **biases: sum_terms(moe_mlp(*args, **biases)),
+}
 # (tokens, hidden, intermediate, experts, top_k)
 SMALL = {
     "one": (1, 40, 24, 5, 2),
@@ -84,7 +88,7 @@ def test_every_triton_kernel_adds_biases_where_experts_are_this_ranks(device, co
     experts[2] = -1
     arguments = (x, gate_up, down, weights, experts)
     expected = moe_mlp_ref(x, gate_up, down, weights * (experts >= 0), experts.clamp(min=0), GATE, **biases)
-    out = run_experts(*arguments, GATE, gate_up=config, down=config, **biases)
+    out = sum_terms(run_experts(*arguments, GATE, gate_up=config, down=config, **biases))
     assert not out[2].any()
     assert_close(out, expected)
     assert_close(moe_mlp_ref(*arguments, GATE, **biases), expected)
@@ -109,16 +113,16 @@ def test_a_rank_that_shares_experts_leaves_the_last_bias_to_another(device):
 def test_a_captured_layer_follows_its_inputs(num_tokens):
     case = (num_tokens, 256, 128, 16, 4)
     arguments, biases = make(case, "cuda", torch.bfloat16)
-    moe_mlp(*arguments, GATE, **biases)
+    RUN["cuda"](*arguments, GATE, **biases)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = moe_mlp(*arguments, GATE, **biases)
+        out = RUN["cuda"](*arguments, GATE, **biases)
     for _ in range(3):
         others, _ = make(case, "cuda", torch.bfloat16)
         for argument, other in zip(arguments, others, strict=True):
             argument.copy_(other)
         graph.replay()
-        assert torch.equal(out, moe_mlp(*others, GATE, **biases))
+        assert torch.equal(out, RUN["cuda"](*others, GATE, **biases))
 
 
 STREAMING = StreamingConfig(tile=64, rows=8, num_stages=4, programs=50)

@@ -70,6 +70,15 @@ try:
 except KeyboardInterrupt:
     norm(512)
 assert len(launched) == 6, launched
+
+from pilotfish.kernels.online_softmax import score_keys
+from pilotfish.kernels.prefill_attention import _prefill_kernel
+
+# The constants of a callee are in its caller's key, whichever of the two is known first.
+caller_first = _prefill_kernel.cache_key
+assert "LOG2_E" in {name for name, _ in _prefill_kernel.used_global_vals}
+_prefill_kernel.hash = None
+assert score_keys.cache_key and _prefill_kernel.cache_key == caller_first
 """
 
 

@@ -33,10 +33,11 @@ def parameters(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 def assert_as_reference(logits, arguments):
     assert cpu_ops.supports("sample", logits.dtype)
-    tokens, drawn_logits = sample(logits, **arguments)
+    drawn = sample(logits, **arguments)
+    tokens = drawn.tokens_S
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, sample_ref(logits, **arguments)[0])
-    assert torch.equal(drawn_logits, logits.gather(1, tokens[:, None])[:, 0])
+    assert torch.equal(tokens, sample_ref(logits, **arguments).tokens_S)
+    assert torch.equal(drawn.logits_S, logits.gather(1, tokens[:, None])[:, 0])
     return tokens
 
 
@@ -86,8 +87,8 @@ def test_rows_with_different_parameters():
     tokens = assert_as_reference(logits, arguments)
     for row in range(6):
         of_row = {name: arguments[name][row : row + 1] for name in ("slots_S", "positions_S")}
-        alone, _ = sample(logits[row : row + 1], **(arguments | of_row))
-        assert alone.item() == tokens[row]
+        alone = sample(logits[row : row + 1], **(arguments | of_row))
+        assert alone.tokens_S.item() == tokens[row]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +100,8 @@ def test_the_cut_falls_between_logits_that_hardly_differ(filters, num_kept):
     """Twenty tokens of nearly equal probability beside one far away: a coarse sort of the logits cannot tell them apart."""
     logits = torch.full((4000, 21), -1000.0)
     logits[:, :20] = torch.linspace(1e-3, 0, 20)
-    drawn, _ = sample(logits, **parameters(4000, **filters))
-    assert set(drawn.tolist()) == set(range(num_kept))
+    drawn = sample(logits, **parameters(4000, **filters))
+    assert set(drawn.tokens_S.tolist()) == set(range(num_kept))
 
 
 # (seed, token) whose random word at position 0 is 0xffffff8c, which rounds to u = 1 without a limit, and 5: u = 1.3e-9.
@@ -117,7 +118,7 @@ def test_extreme_noise_is_exact(seed, token, advantage):
     logits[0, token] = 0.0
     logits[0, 3] = gumbel[token] - gumbel[3] - advantage
     assert_as_reference(logits, arguments)
-    assert sample(logits, **arguments)[0].item() == (token if advantage > 0 else 3)
+    assert sample(logits, **arguments).tokens_S.item() == (token if advantage > 0 else 3)
 
 
 def test_equal_logits_are_kept_or_dropped_together():
@@ -125,7 +126,7 @@ def test_equal_logits_are_kept_or_dropped_together():
     logits[:, 6:] = -9.0
     drawn = assert_as_reference(logits, parameters(2000, top_k=2))
     assert set(drawn.tolist()) == set(range(6))
-    assert set(sample(logits, **parameters(2000, top_p=0.4))[0].tolist()) == set(range(6))
+    assert set(sample(logits, **parameters(2000, top_p=0.4)).tokens_S.tolist()) == set(range(6))
 
 
 def test_tokens_at_minus_infinity_are_never_drawn():
@@ -143,14 +144,14 @@ def test_broken_rows_draw_some_token(broken, vocab):
     for temperature in (0.0, 1.0):
         for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 2, "top_p": 0.5, "min_p": 0.5}):
             arguments = parameters(6, temperature=temperature, **filters)
-            (tokens, _), (expected, _) = sample(logits, **arguments), sample_ref(logits, **arguments)
+            tokens, expected = sample(logits, **arguments).tokens_S, sample_ref(logits, **arguments).tokens_S
             assert bool(((tokens >= 0) & (tokens < vocab)).all())
             assert torch.equal(tokens[[0, 2, 4]], expected[[0, 2, 4]])
 
 
 def test_draws_follow_the_softmax():
     logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5]).repeat(40_000, 1)
-    counts = torch.bincount(sample(logits, **parameters(40_000, temperature=0.8))[0], minlength=5)
+    counts = torch.bincount(sample(logits, **parameters(40_000, temperature=0.8)).tokens_S, minlength=5)
     torch.testing.assert_close(counts / 40_000, (logits[0] / 0.8).softmax(-1), rtol=0, atol=0.012)
 
 
@@ -158,7 +159,7 @@ def test_the_noise_is_that_of_philox():
     """Flat logits: the winner is the token with the largest Gumbel noise, the one with the smallest uniform number."""
     arguments = parameters(200)
     uniform = philox_uniform_ref(arguments["seeds_M"], arguments["positions_S"], 777)
-    assert torch.equal(sample(torch.zeros(200, 777), **arguments)[0], uniform.argmin(-1))
+    assert torch.equal(sample(torch.zeros(200, 777), **arguments).tokens_S, uniform.argmin(-1))
 
 
 def test_views_of_logits():

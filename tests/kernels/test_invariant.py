@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_case import Case, make
 from pilotfish.kernels import dispatch
+from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.gated_linear import gated_linear
 from pilotfish.kernels.linear import TOLERANCE, choose_skinny_config, linear, linear_ref
 from pilotfish.kernels.moe_config import MoeSizes, choose_config
@@ -70,7 +71,8 @@ def test_tokens_of_experts(device: str) -> None:
             "gate_up": choose_config("moe_gate_up", sizes, x, gate_up),
             "down": choose_config("moe_down", sizes, x, down),
         }
-        return run_experts(x[part].clone(), gate_up, down, weights[part].clone(), experts[part].clone(), "silu", **configs)
+        routing = weights[part].clone(), experts[part].clone()
+        return sum_terms(run_experts(x[part].clone(), gate_up, down, *routing, "silu", **configs))
 
     out = run(slice(NUM_ROWS))
     for first, last in ((0, 1), (3, 70)):

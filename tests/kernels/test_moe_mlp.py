@@ -3,12 +3,14 @@ from itertools import product
 
 import pytest
 import torch
+from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.grouped_tiles import GroupedConfig
 from pilotfish.kernels.moe_gemv import GemvConfig
 from pilotfish.kernels.moe_mlp import TOLERANCE, _moe_mlp_triton, moe_mlp, moe_mlp_ref, run_experts
 from pilotfish.kernels.moe_routing import route_tokens, route_tokens_ref
 from pilotfish.kernels.rms_norm import rms_norm
 from pilotfish.kernels.streaming_experts import StreamingConfig
+from pilotfish.models.parallel import Parallel
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -36,7 +38,7 @@ CPU_CASES = {torch.float16: {"few", "empty", "aligned"}}
 CUDA_CASES = {torch.float32: {"few", "two_tiles", "qwen3_four"}, torch.float16: {"few", "aligned", "odd_prefill"}}  # compiling
 
 
-RUN = {"cpu": _moe_mlp_triton, "cuda": moe_mlp}
+RUN = {"cpu": lambda *args: sum_terms(_moe_mlp_triton(*args)), "cuda": lambda *args: sum_terms(moe_mlp(*args))}
 
 
 def make(case, device="cpu", dtype=torch.float32):
@@ -96,7 +98,7 @@ def test_every_kernel_serves_any_shape(device, sizes, first, second):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     x, gate_up, down, weights, experts = make(sizes, device, dtype)
     experts[1::3, 0] = -1
-    out = run_experts(x, gate_up, down, weights, experts, "silu", gate_up=first, down=second)
+    out = sum_terms(run_experts(x, gate_up, down, weights, experts, "silu", gate_up=first, down=second))
     rtol, atol = TOLERANCE[dtype]
     torch.testing.assert_close(out, moe_mlp_ref(x, gate_up, down, weights, experts, "silu"), rtol=rtol, atol=atol)
 
@@ -105,45 +107,53 @@ def test_every_kernel_serves_any_shape(device, sizes, first, second):
 @pytest.mark.parametrize("num_tokens", [1, 8, 64])
 def test_a_captured_layer_follows_its_inputs(num_tokens):
     arguments = make((num_tokens, 256, 128, 16, 4), "cuda", torch.bfloat16)
-    moe_mlp(*arguments, "silu")
+    RUN["cuda"](*arguments, "silu")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = moe_mlp(*arguments, "silu")
+        out = RUN["cuda"](*arguments, "silu")
     for _ in range(3):
         others = make((num_tokens, 256, 128, 16, 4), "cuda", torch.bfloat16)
         for argument, other in zip(arguments, others, strict=True):
             argument.copy_(other)
         graph.replay()
-        assert torch.equal(out, moe_mlp(*others, "silu"))
+        assert torch.equal(out, RUN["cuda"](*others, "silu"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("configs", EARLY, ids=lambda configs: "-".join(type(config).__name__[:4] for config in configs))
 @pytest.mark.parametrize("num_tokens", [1, 8, 300])
 def test_captured_layers_wait_for_each_other(num_tokens, configs):
-    """Kernels start while the one before ends: a chain of layers gives the bits of layers run one by one."""
+    """Kernels start while the one before ends: a chain of layers gives the bits of layers run one by one.
+
+    So do layers whose sum and norm are one kernel.
+    """
     x, gate_up, down, _, _ = make((num_tokens, 512, 256, 16, 4), "cuda", torch.bfloat16)
     ones = torch.ones(512, device="cuda", dtype=torch.bfloat16)
 
-    def run_layers(pause):
-        y = x
+    def separate(out, residual, *norm):
+        return rms_norm(sum_terms(out), *norm, residual_TH=residual)
+
+    def run_layers(pause, add_and_norm):
+        y = residual = x
         for _ in range(8):
             weights, experts = route_tokens(y[:, :16], 4, renormalize=True)
             pause()
             out = run_experts(y, gate_up, down, weights, experts, "silu", gate_up=configs[0], down=configs[1])
             pause()
-            y = rms_norm(y + out, ones, 1e-6)
+            y, residual = add_and_norm(out, residual, ones, 1e-6)
             pause()
         return y
 
-    expected = run_layers(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run_layers(lambda: None)
-    for _ in range(5):
-        out.zero_()
-        graph.replay()
-        assert torch.equal(out, expected)
+    expected = run_layers(torch.cuda.synchronize, separate)
+    for add_and_norm in (separate, Parallel().sum_and_norm):
+        assert torch.equal(run_layers(torch.cuda.synchronize, add_and_norm), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run_layers(lambda: None, add_and_norm)
+        for _ in range(5):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, expected)
 
 
 def test_the_other_activation(device):

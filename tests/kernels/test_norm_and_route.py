@@ -32,7 +32,7 @@ def make(num_tokens, hidden, num_experts, dtype, device):
 @pytest.mark.parametrize(("hidden", "num_experts", "top_k"), [(2048, 64, 1), (2048, 128, 8), (2048, 256, 32), (4096, 128, 10)])
 def test_on_a_gpu_it_equals_the_references(hidden, num_experts, top_k, renormalize, dtype):
     """Two orders of adding may round a logit to neighbours; so a choice is right if none that was passed over is larger."""
-    for num_tokens in (1, 2, 7, 33, 128):
+    for num_tokens in (1, 2, 7, 17, 33, 128):
         arguments = make(num_tokens, hidden, num_experts, dtype, "cuda")
         y, total, weights, experts = fused_norm_and_route(*arguments, top_k, renormalize=renormalize)
         x, residual, gain, _, router = arguments
@@ -123,10 +123,9 @@ def test_other_misfits_say_why_once(caplog):
     assert "multiples of 16 bytes" in unfit_reason(x, residual, gain, torch.zeros(128, 2049, dtype=x.dtype)[:, 1:], 8)
 
 
-@pytest.mark.parametrize(
-    "macros", [{"HIDDEN": 2048, "EXPERTS": 128, "FLOAT16": 0}, {"HIDDEN": 4096, "EXPERTS": 64, "FLOAT16": 1}], ids=str
-)
-def test_nvrtc_compiles_it(nvrtc, macros):
+@pytest.mark.parametrize(("hidden", "num_experts", "tokens", "is_float16"), [(2048, 128, 8, 0), (4096, 64, 1, 1)])
+def test_nvrtc_compiles_it(nvrtc, hidden, num_experts, tokens, is_float16):
+    macros = {"HIDDEN": hidden, "EXPERTS": num_experts, "TOKENS": tokens, "FLOAT16": is_float16}
     code = (loader.SOURCE_DIR / f"{module.SOURCE}.cu").read_bytes()
     options = ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
     assert loader.compile_source(code, f"{module.SOURCE}.cu", options).startswith(b"\x7fELF")

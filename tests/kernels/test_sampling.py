@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pilotfish.kernels.drawn import SequenceEnds
 from pilotfish.kernels.philox import philox_uniform_ref
 from pilotfish.kernels.sampling import draw_triton, sample, sample_ref
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -10,9 +11,8 @@ LARGE = {"batch": (64, 151936), "one_row": (1, 32000), "many_rows": (3000, 1000)
 NUM_SPARE_SLOTS = 3
 
 
-def sample_triton(logits, **tensors):
-    slots, positions = tensors.pop("slots_S"), tensors.pop("positions_S")
-    return draw_triton(logits, tuple(tensors.values()), slots, positions)[:2]
+def sample_triton(logits, *, slots_S, positions_S, ends=None, **tables):
+    return draw_triton(logits, tuple(tables.values()), slots_S, positions_S, ends)[0]
 
 
 RUN = {"cpu": sample_triton, "cuda": sample}
@@ -56,9 +56,10 @@ def test_kernel_equals_reference(device, case):
     num_rows, vocab = case
     logits = torch.randn(num_rows, vocab + 5, device=device)[:, 5:]
     tensors = mixed_options(num_rows, device)
-    (tokens, drawn_logits), (expected, _) = RUN[device](logits, **tensors), sample_ref(logits, **tensors)
+    drawn, expected = RUN[device](logits, **tensors), sample_ref(logits, **tensors).tokens_S
+    tokens = drawn.tokens_S
     assert tokens.dtype == torch.int64
-    assert torch.equal(drawn_logits, logits.gather(1, tokens[:, None])[:, 0])
+    assert torch.equal(drawn.logits_S, logits.gather(1, tokens[:, None])[:, 0])
     # Scores that tie within float32 rounding may fall either way: at most one draw in a thousand.
     assert (tokens != expected).sum() <= num_rows // 1000
 
@@ -68,14 +69,14 @@ def test_greedy_takes_the_lowest_of_the_largest(device):
     logits[0, [7, 4500]] = 2.0
     logits[1, [4097, 4999]] = 2.0
     for run in (RUN[device], sample_ref):
-        assert run(logits, **options(3, device, temperature=0.0))[0].tolist() == [7, 4097, 0]
+        assert run(logits, **options(3, device, temperature=0.0)).tokens_S.tolist() == [7, 4097, 0]
 
 
 def test_forbidden_tokens_are_never_drawn(device):
     logits = torch.full((12, 40), -float("inf"), device=device)
     logits[:, [3, 17]] = torch.tensor([0.0, 0.0], device=device)
-    tokens, _ = RUN[device](logits, **options(12, device, temperature=[0.0, 5.0, 5.0] * 4, top_k=[0, 0, 20] * 4))
-    assert set(tokens.tolist()) == {3, 17}
+    drawn = RUN[device](logits, **options(12, device, temperature=[0.0, 5.0, 5.0] * 4, top_k=[0, 0, 20] * 4))
+    assert set(drawn.tokens_S.tolist()) == {3, 17}
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy, under the interpreter, on -inf minus -inf
@@ -85,9 +86,10 @@ def test_a_broken_row_draws_a_token_and_spoils_no_other(device):
     broken = logits.clone()
     broken[1], broken[2], broken[4, ::2] = float("nan"), -float("inf"), float("nan")
     for run in (RUN[device], sample_ref, sample):
-        tokens, drawn_logits = run(broken, **tensors)
-        assert torch.equal(tokens[[0, 3, 5]], run(logits, **tensors)[0][[0, 3, 5]])
-        assert not drawn_logits[[1, 2]].isfinite().any()
+        drawn = run(broken, **tensors)
+        tokens = drawn.tokens_S
+        assert torch.equal(tokens[[0, 3, 5]], run(logits, **tensors).tokens_S[[0, 3, 5]])
+        assert not drawn.logits_S[[1, 2]].isfinite().any()
         assert tokens.min() >= 0
         assert tokens.max() < 40
 
@@ -95,11 +97,11 @@ def test_a_broken_row_draws_a_token_and_spoils_no_other(device):
 def test_a_row_draws_the_same_in_every_batch(device):
     logits = torch.randn(4, 300, device=device)
     tensors = mixed_options(4, device)
-    together, _ = RUN[device](logits, **tensors)
-    backwards, _ = RUN[device](logits.flip(0), **rows_of(tensors, [3, 2, 1, 0]))
+    together = RUN[device](logits, **tensors).tokens_S
+    backwards = RUN[device](logits.flip(0), **rows_of(tensors, [3, 2, 1, 0])).tokens_S
     assert torch.equal(backwards.flip(0), together)
     for row in range(4):
-        assert RUN[device](logits[row : row + 1], **rows_of(tensors, [row]))[0] == together[row]
+        assert RUN[device](logits[row : row + 1], **rows_of(tensors, [row])).tokens_S == together[row]
 
 
 def test_a_shard_of_the_vocabulary_keeps_its_noise(device):
@@ -108,7 +110,7 @@ def test_a_shard_of_the_vocabulary_keeps_its_noise(device):
     masked = logits.clone()
     masked[:, 100:] = -float("inf")
     tensors = options(8, device)
-    assert torch.equal(RUN[device](masked, **tensors)[0], RUN[device](logits[:, :100], **tensors)[0])
+    assert torch.equal(RUN[device](masked, **tensors).tokens_S, RUN[device](logits[:, :100], **tensors).tokens_S)
 
 
 @pytest.mark.parametrize("over", ["seeds", "positions"])
@@ -126,7 +128,7 @@ def test_draws_follow_the_filtered_distribution(device, over, temperature, top_k
     expected = scores.double().softmax(-1)[0] * num_draws
     counted = {"seeds": [1234] * num_draws, "positions": [77] * num_draws, over: list(range(num_draws))}
     tensors = options(num_draws, device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **counted)
-    tokens = sample(logits.to(device).expand(num_draws, -1), **tensors)[0].cpu()
+    tokens = sample(logits.to(device).expand(num_draws, -1), **tensors).tokens_S.cpu()
     counts = tokens.bincount(minlength=30).double()
     kept = expected > 0
     assert not counts[~kept].any()
@@ -139,9 +141,38 @@ def test_draws_follow_the_filtered_distribution(device, over, temperature, top_k
 
 def test_of_equal_logits_the_smallest_uniform_wins(device):
     tensors = options(20, device)
-    tokens, _ = RUN[device](torch.zeros(20, 900, device=device), **tensors)
+    tokens = RUN[device](torch.zeros(20, 900, device=device), **tensors).tokens_S
     uniform = philox_uniform_ref(tensors["seeds_M"][tensors["slots_S"]], tensors["positions_S"], 900)
     assert torch.equal(tokens, uniform.argmin(-1))
+
+
+def ends_of(tensors, num_tokens=9):
+    slots = tensors["slots_S"]
+    table = torch.full((len(slots) + NUM_SPARE_SLOTS, num_tokens), -1, dtype=torch.int32, device=slots.device)
+    return SequenceEnds(table, slots, torch.randint(num_tokens, slots.shape, device=slots.device))
+
+
+def test_tokens_are_appended_to_their_sequences(device):
+    tensors = mixed_options(7, device)
+    for run in (RUN[device], sample, sample_ref):
+        ends = ends_of(tensors)
+        drawn = run(torch.randn(7, 50, device=device), **tensors, ends=ends)
+        assert torch.equal(ends.token_ids_MC[ends.slots_S, ends.lengths_S], drawn.tokens_S.int())
+        assert (ends.token_ids_MC >= 0).sum() == 7
+
+
+def test_ends_that_misfit_are_refused(device):
+    table, slots = torch.zeros((6, 9), dtype=torch.int32, device=device), torch.arange(3, device=device)
+    for arguments in (
+        (table.long(), slots, slots),
+        (table.T, slots, slots),
+        (table, slots.int(), slots),
+        (table, slots, slots[1:]),
+    ):
+        with pytest.raises(ValueError, match="must be contiguous"):
+            SequenceEnds(*arguments)
+    with pytest.raises(ValueError, match="3 slots of sequences for 4"):
+        sample_triton(torch.zeros(4, 5, device=device), **options(4, device), ends=SequenceEnds(table, slots, slots))
 
 
 @pytest.mark.gpu
@@ -157,8 +188,7 @@ def test_a_captured_draw_follows_its_inputs():
         for value in tensors.values():
             value.copy_(value.roll(1))
         graph.replay()
-        for ours, expected in zip(captured, sample(logits, **tensors), strict=True):
-            assert torch.equal(ours, expected)
+        assert torch.equal(captured.bits, sample(logits, **tensors).bits)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def arguments(options, num_rows, device="cpu"):
 def keep_threshold_triton(logits, *parameters):
     zeros = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     slots = torch.arange(len(logits), device=logits.device)
-    return draw_triton(logits, (*parameters, zeros), slots, zeros)[2]
+    return draw_triton(logits, (*parameters, zeros), slots, zeros)[1]
 
 
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())

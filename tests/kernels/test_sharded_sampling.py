@@ -1,6 +1,7 @@
 import pytest
 import torch
 from pilotfish.kernels import sharded_sampling
+from pilotfish.kernels.drawn import SequenceEnds
 from pilotfish.kernels.sampling import sample, sample_ref
 from pilotfish.kernels.sharded_sampling import (
     pick_winner,
@@ -55,23 +56,23 @@ def test_shards_draw_what_one_draws(device, case):
     num_rows, vocab, size = case
     logits = torch.randn(num_rows, vocab, device=device) * 3
     tensors = tables(device, num_rows)
-    expected, expected_logits = sample_ref(logits, **unfiltered(tensors))
+    alone = sample_ref(logits, **unfiltered(tensors))
+    expected = alone.tokens_S
     for race, pick in (RUN[device], (run_ref, pick_winner_ref)):
-        tokens, drawn_logits = draw(race, pick, logits, size, tensors)
+        drawn = draw(race, pick, logits, size, tensors)
+        tokens = drawn.tokens_S
         assert tokens.dtype == torch.int64
         # Scores that tie within float32 rounding may fall either way: at most one draw in a thousand.
         assert (tokens != expected).sum() <= num_rows // 1000
-        assert torch.equal(drawn_logits[tokens == expected], expected_logits[tokens == expected])
+        assert torch.equal(drawn.logits_S[tokens == expected], alone.logits_S[tokens == expected])
 
 
 @pytest.mark.parametrize(("vocab", "size"), [(5000, 2500), (333, 112), (64, 32), (9, 4)])
 def test_the_cpp_race_draws_what_the_cpp_sample_draws(vocab, size):
     logits = torch.randn(60, vocab) * 3
     tensors = tables("cpu", 60)
-    tokens, drawn_logits = draw(race_shard, pick_winner, logits, size, tensors)
-    expected, expected_logits = sample(logits, **unfiltered(tensors))
-    assert torch.equal(tokens, expected)
-    assert torch.equal(drawn_logits, expected_logits)
+    drawn = draw(race_shard, pick_winner, logits, size, tensors)
+    assert torch.equal(drawn.bits, sample(logits, **unfiltered(tensors)).bits)
 
 
 def test_of_equals_the_lowest_token_wins(device):
@@ -80,7 +81,7 @@ def test_of_equals_the_lowest_token_wins(device):
     logits[1, [1024, 2999]] = 2.0
     tensors = tables(device, 3) | {"temperature_M": torch.zeros(NUM_SLOTS, device=device)}
     for race, pick in (RUN[device], (run_ref, pick_winner_ref), (race_shard, pick_winner)):
-        assert draw(race, pick, logits, 1000, tensors)[0].tolist() == [7, 1024, 0]
+        assert draw(race, pick, logits, 1000, tensors).tokens_S.tolist() == [7, 1024, 0]
 
 
 def test_what_is_not_a_number_does_not_win(device):
@@ -90,10 +91,21 @@ def test_what_is_not_a_number_does_not_win(device):
     logits[2] = float("nan")
     tensors = tables(device, 3)
     for race, pick in (RUN[device], (run_ref, pick_winner_ref), (race_shard, pick_winner)):
-        tokens, drawn_logits = draw(race, pick, logits, 32, tensors)
-        assert (tokens[:2] >= 32).all()
-        assert 0 <= tokens[2] < 64
-        assert drawn_logits.isfinite().tolist() == [True, True, False]
+        drawn = draw(race, pick, logits, 32, tensors)
+        assert (drawn.tokens_S[:2] >= 32).all()
+        assert 0 <= drawn.tokens_S[2] < 64
+        assert drawn.logits_S.isfinite().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("num_rows", [3, 300])
+def test_the_winner_is_appended_to_its_sequence(device, num_rows):
+    slots = torch.randperm(500, device=device)[:num_rows]
+    for pick in (RUN[device][1], pick_winner):
+        table = torch.full((500, 9), -1, dtype=torch.int32, device=device)
+        ends = SequenceEnds(table, slots, torch.randint(9, (num_rows,), device=device))
+        drawn = pick(torch.randint(1, 99, (2, 3, num_rows), dtype=torch.int32, device=device).view(torch.float32), ends)
+        assert torch.equal(table[ends.slots_S, ends.lengths_S], drawn.tokens_S.int())
+        assert (table >= 0).sum() == num_rows
 
 
 def test_misfits_are_refused():

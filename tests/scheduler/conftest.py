@@ -80,6 +80,8 @@ class PseudoRunner:
         for row in plan.rows:
             self._check_new_blocks(row)
             self.tables[row.slot] += row.new_block_ids
+            num_filled = -(-(row.start + row.num_tokens) // self.config.block_size)
+            assert not row.new_block_ids or len(self.tables[row.slot]) == num_filled
             self._compute(row.slot, row.start, row.num_tokens)
             used.update(dict.fromkeys(self.tables[row.slot], row.request_id))
         sampled = [self._sample(row) for row in plan.rows if row.samples]

@@ -7,8 +7,9 @@ import random
 import numpy as np
 import torch
 from pilotfish.common.requests import EngineRequest, TokenSampling
+from pilotfish.kernels.drawn import SequenceEnds
 from pilotfish.scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow
-from pilotfish.workers.batch_state import BatchState
+from pilotfish.workers.batch_state import BatchState, DrawRows
 from pilotfish.workers.kv_cache import KvCache
 
 BLOCK = 16
@@ -52,6 +53,10 @@ def plan_row(sequence: Naive, rng: random.Random) -> PlannedRow:
     samples = sequence.num_computed == len(sequence.tokens)
     output_position = len(sequence.tokens) - sequence.num_prompt
     return PlannedRow(str(sequence.slot), sequence.slot, start, num_tokens, samples, added, output_position)
+
+
+def append(state: BatchState, rows: DrawRows, tokens: list[int]) -> None:
+    SequenceEnds(state.token_ids_MC, rows.slots_R, rows.lengths_R).append(torch.tensor(tokens))
 
 
 def check(batch, sampled, rows: list[PlannedRow], running: dict[int, Naive]) -> None:
@@ -107,11 +112,46 @@ def test_random_steps_gather_what_lists_would_hold():
         batch, sampled = state.compose(rows, cache)
         check(batch, sampled, rows, running)
         tokens = [rng.randrange(1000) for _ in sampled.host_slots_R]
-        state.append_tokens(sampled.on_device, torch.tensor(tokens))
+        append(state, sampled.on_device, tokens)
         for slot, token in zip(sampled.host_slots_R.tolist(), tokens, strict=True):
             running[slot].tokens.append(token)
             if len(running[slot].tokens) >= MAX_LEN or rng.random() < 0.1:
                 del running[slot]
+
+
+def test_decode_steps_bring_their_new_blocks():
+    """Padded, in any order, and run twice as a step that failed is."""
+    rng = random.Random(6)
+    state, cache = new_state(), KvCache((), 500, BLOCK)
+    running = {slot: admit(state, rng, slot) for slot in range(NUM_SLOTS)}
+    for sequence in running.values():
+        row = plan_row(sequence, rng)
+        state.update_blocks((), [row])
+        sequence.tokens[sequence.num_computed :] = ()
+        sequence.num_computed -= 1
+    num_grown = 0
+    while running:
+        rows = [plan_row(running[slot], rng) for slot in rng.sample(sorted(running), rng.randint(1, len(running)))]
+        num_grown += sum(bool(row.new_block_ids) for row in rows)
+        columns = torch.from_numpy(state.decode_columns(rows, NUM_SLOTS))
+        for _ in range(2):
+            batch, drawn = state.compose_decode(columns, cache)
+        for index, row in enumerate(rows):
+            sequence = running[row.slot]
+            assert batch.token_ids_T[index] == sequence.tokens[row.start]
+            assert batch.slots_T[index] == sequence.blocks[row.start // BLOCK] * BLOCK + row.start % BLOCK
+            assert state.block_tables_MB[row.slot].tolist()[: len(sequence.blocks)] == sequence.blocks
+            assert batch.block_tables_SB[index].tolist()[: len(sequence.blocks)] == sequence.blocks
+        padding = slice(len(rows), None)
+        assert not batch.token_ids_T[padding].any()
+        assert not batch.block_tables_SB[padding].any()
+        tokens = [rng.randrange(1000) for _ in rows]
+        append(state, drawn.first(len(rows)), tokens)
+        for row, token in zip(rows, tokens, strict=True):
+            running[row.slot].tokens.append(token)
+            if len(running[row.slot].tokens) > MAX_LEN:
+                del running[row.slot]
+    assert num_grown > NUM_SLOTS
 
 
 def test_a_step_without_a_sampling_row_has_empty_columns():
