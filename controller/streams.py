@@ -304,18 +304,25 @@ class StreamReader:
         self.wake.set()
 
     async def next_events(self) -> list[Event]:
-        """All there is to read, once there is anything; empty at the end, or raises the stream's error in its place."""
+        """Waits until there is something to `take`, or the end."""
         while not self.has_all:
             await self.wake.wait()
-            if self._is_superseded:
-                raise Cancelled(f"request {self._stream.request_id} is read by another call, which resumed it")
-            if events := self._unread():
+            if events := self.take():
                 return events
-        if self._stream.error is not None:
-            raise self._stream.error
-        return []
+        return self.take()
 
-    def _unread(self) -> list[Event]:
+    def take(self) -> list[Event]:
+        """All there is to read now: empty for nothing, and at the end, or raises the stream's error in place of the end.
+
+        Raises:
+            Cancelled: another reader has come.
+        """
+        if self.has_all:
+            if self._stream.error is not None:
+                raise self._stream.error
+            return []
+        if self._is_superseded:
+            raise Cancelled(f"request {self._stream.request_id} is read by another call, which resumed it")
         self.wake.clear()
         stream = self._stream
         events: list[Event] = []

@@ -38,3 +38,37 @@ async def test_who_is_woken_after_its_turn_has_another() -> None:
             reader.set()
             await reader.wait()
             reader.clear()
+
+
+class RecordedSender:
+    def __init__(self, number: int, log: list[tuple[str, int]]) -> None:
+        self._number = number
+        self._log = log
+
+    def prepare(self) -> bool:
+        self._log.append(("prepare", self._number))
+        return self._number != 1
+
+    def send(self) -> None:
+        self._log.append(("send", self._number))
+
+    def settle(self) -> None:
+        self._log.append(("settle", self._number))
+
+
+async def test_senders_of_a_round_prepare_then_send_and_settle_in_the_next() -> None:
+    outlet, log = Outlet(), list[tuple[str, int]]()
+    turns = [outlet.turn() for _ in range(20)]
+    for number, turn in enumerate(turns):
+        turn.sender = RecordedSender(number, log)
+        turn.set()
+    await asyncio.sleep(0)
+    sending = [number for number in range(16) if number != 1]
+    first_round = [*(("prepare", number) for number in range(16)), *(("send", number) for number in sending)]
+    assert log == first_round
+    await asyncio.sleep(0)
+    assert log[len(first_round) :] == [
+        *(("settle", number) for number in sending),
+        *(("prepare", number) for number in range(16, 20)),
+        *(("send", number) for number in range(16, 20)),
+    ]
