@@ -21,6 +21,8 @@ from .streams import StreamReader
 class CallWriter:
     """An outlet.Sender. Life: `await run()`, once for each call; nothing else writes to the call meanwhile."""
 
+    __slots__ = ("_context", "_last", "_message", "_reader", "_tokenizer", "_write", "_written")
+
     def __init__(self, context: Context, reader: StreamReader, tokenizer: Tokenizer) -> None:
         self._context = context
         self._reader = reader

@@ -15,7 +15,7 @@ import asyncio
 import itertools
 from typing import Protocol
 
-_WAKES_A_ROUND = 16
+_WAKES_A_ROUND = 32
 
 
 class Sender(Protocol):
@@ -38,6 +38,8 @@ class Turn:
     Attributes:
         sender: called in its turn.
     """
+
+    __slots__ = ("_has_come", "_outlet", "_waiter", "sender")
 
     def __init__(self, outlet: Outlet) -> None:
         self._outlet = outlet

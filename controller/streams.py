@@ -290,9 +290,11 @@ class StreamReader:
         has_all: there is nothing more to come but the error, if one ended the stream.
     """
 
+    __slots__ = ("_has_begun", "_is_superseded", "_places", "_stream", "has_all", "wake")
+
     def __init__(self, stream: RequestStream, positions: Mapping[int, Position], wake: Turn) -> None:
         self._stream = stream
-        self._positions = [positions.get(index) or Position() for index in range(len(stream.sequences))]
+        self._places = [(sequence, positions.get(index) or Position()) for index, sequence in enumerate(stream.sequences)]
         self._has_begun = False
         self._is_superseded = False
         self.wake = wake
@@ -329,7 +331,7 @@ class StreamReader:
         if not self._has_begun:
             self._has_begun = True
             events.append(stream.started())
-        for sequence, position in zip(stream.sequences, self._positions, strict=True):
+        for sequence, position in self._places:
             content = sequence.delta_from(position)
             if content is not None:
                 events.append(Delta(index=sequence.index, content=content))

@@ -26,7 +26,7 @@ async def test_others_have_their_turn_between_a_few_readers() -> None:
             await asyncio.sleep(0)
             counts.append(len(woken) - before)
     assert woken == list(range(len(readers)))
-    assert max(counts) <= 16
+    assert max(counts) <= 32
     await asyncio.gather(*tasks)
 
 
@@ -58,17 +58,17 @@ class RecordedSender:
 
 async def test_senders_of_a_round_prepare_then_send_and_settle_in_the_next() -> None:
     outlet, log = Outlet(), list[tuple[str, int]]()
-    turns = [outlet.turn() for _ in range(20)]
+    turns = [outlet.turn() for _ in range(40)]
     for number, turn in enumerate(turns):
         turn.sender = RecordedSender(number, log)
         turn.set()
     await asyncio.sleep(0)
-    sending = [number for number in range(16) if number != 1]
-    first_round = [*(("prepare", number) for number in range(16)), *(("send", number) for number in sending)]
+    sending = [number for number in range(32) if number != 1]
+    first_round = [*(("prepare", number) for number in range(32)), *(("send", number) for number in sending)]
     assert log == first_round
     await asyncio.sleep(0)
     assert log[len(first_round) :] == [
         *(("settle", number) for number in sending),
-        *(("prepare", number) for number in range(16, 20)),
-        *(("send", number) for number in range(16, 20)),
+        *(("prepare", number) for number in range(32, 40)),
+        *(("send", number) for number in range(32, 40)),
     ]
