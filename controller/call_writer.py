@@ -2,7 +2,7 @@
 
 A task that waits for events, writes them and waits until they are written is woken twice for each message, through all that it
 awaits. Here it waits once, for the end, and what comes before is written in the reader's turns: `context.write` is begun in one
-round of the outlet and ended in the next one, or whenever grpc.aio is done with the message.
+round of the outlet and ended in a later one, when grpc.aio is done with the message.
 """
 
 from __future__ import annotations

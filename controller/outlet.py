@@ -28,7 +28,7 @@ class Sender(Protocol):
         """What it has prepared."""
 
     def settle(self) -> None:
-        """The round after: what was sent may be forgotten, if it has left."""
+        """Two rounds later: what was sent may be forgotten, if it has left. After one the loop has not heard of it yet."""
 
 
 class Turn:
@@ -71,6 +71,7 @@ class Outlet:
     def __init__(self) -> None:
         self._due: dict[Turn, None] = {}
         self._sent: list[Sender] = []
+        self._settling: list[Sender] = []
 
     def turn(self) -> Turn:
         """One for a new reader, which need not wait for its first."""
@@ -84,9 +85,9 @@ class Outlet:
         self._due[turn] = None
 
     def _round(self) -> None:
-        for sender in self._sent:
+        for sender in self._settling:
             sender.settle()
-        self._sent.clear()
+        self._settling, self._sent = self._sent, []
         for turn in list(itertools.islice(self._due, _WAKES_A_ROUND)):
             del self._due[turn]
             turn.come()

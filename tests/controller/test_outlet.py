@@ -56,19 +56,26 @@ class RecordedSender:
         self._log.append(("settle", self._number))
 
 
-async def test_senders_of_a_round_prepare_then_send_and_settle_in_the_next() -> None:
+async def test_senders_of_a_round_prepare_then_send_and_settle_two_rounds_later() -> None:
     outlet, log = Outlet(), list[tuple[str, int]]()
-    turns = [outlet.turn() for _ in range(40)]
+    turns = [outlet.turn() for _ in range(70)]
     for number, turn in enumerate(turns):
         turn.sender = RecordedSender(number, log)
         turn.set()
-    await asyncio.sleep(0)
-    sending = [number for number in range(32) if number != 1]
-    first_round = [*(("prepare", number) for number in range(32)), *(("send", number) for number in sending)]
-    assert log == first_round
-    await asyncio.sleep(0)
-    assert log[len(first_round) :] == [
-        *(("settle", number) for number in sending),
-        *(("prepare", number) for number in range(32, 40)),
-        *(("send", number) for number in range(32, 40)),
+    rounds = []
+    for _ in range(3):
+        log.clear()
+        await asyncio.sleep(0)
+        rounds.append(list(log))
+    first, second, third = (
+        [number for number in numbers if number != 1] for numbers in (range(32), range(32, 64), range(64, 70))
+    )
+    assert rounds == [
+        [*(("prepare", number) for number in range(32)), *(("send", number) for number in first)],
+        [*(("prepare", number) for number in second), *(("send", number) for number in second)],
+        [
+            *(("settle", number) for number in first),
+            *(("prepare", number) for number in third),
+            *(("send", number) for number in third),
+        ],
     ]
