@@ -25,6 +25,7 @@ from ..proto.cluster_codec import card_to_proto, status_to_proto
 from ..proto.routing_codec import decision_to_proto
 from ..text.tokenizer import Tokenizer
 from . import grpc_messages
+from .call_writer import CallWriter
 from .grpc_guard import MAX_CALLS, Context, KeyGuard, abort, cut_off_later, first_message, server_options
 from .grpc_health import HealthService
 from .service import InferenceService, RequestHandle
@@ -117,17 +118,16 @@ class GrpcGateway:
                     if limit is not None:
                         limit.cancel()
 
-            return grpc.stream_stream_rpc_method_handler(handle, response_serializer=_serialize)
+            return grpc.stream_stream_rpc_method_handler(handle)
 
         def stream(cls: type[Message], begin: Callable[[Any, _Caller], Awaitable[RequestHandle]]) -> grpc.RpcMethodHandler:
             async def answer(request: Any, caller: _Caller, context: Context) -> None:
                 async with await begin(request, caller) as handle:
-                    events = await handle.next_events()
+                    events = await handle.reader.next_events()
                     if len(events) == 1 and cls is not pb.ResumeRequest and not request.resumable:
-                        events += await handle.next_events()  # who cannot come back has no use for the start alone
-                    while events:
-                        await context.write(grpc_messages.events_to_proto(events, self._tokenizer))
-                        events = await handle.next_events()
+                        events += await handle.reader.next_events()  # who cannot come back has no use for the start alone
+                    await context.write(grpc_messages.events_to_proto(events, self._tokenizer).SerializeToString())
+                    await CallWriter(context, handle.reader, self._tokenizer).run()
 
             return handler(cls, answer)
 
@@ -135,7 +135,7 @@ class GrpcGateway:
             cls: type[Message], method: Callable[[Any, _Caller], Awaitable[Message]], *, for_operators: bool = False
         ) -> grpc.RpcMethodHandler:
             async def answer(request: Any, caller: _Caller, context: Context) -> None:
-                await context.write(await method(request, caller))
+                await context.write((await method(request, caller)).SerializeToString())
 
             return handler(cls, answer, for_operators=for_operators)
 
@@ -210,10 +210,6 @@ class GrpcGateway:
     async def _explain_route(self, request: pb.ExplainRouteRequest, caller: _Caller) -> pb.ExplainRouteResponse:
         decisions = await self._service.explain_route(request.request_id, tenant=caller.tenant)
         return pb.ExplainRouteResponse(decisions=map(decision_to_proto, decisions))
-
-
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
 
 
 def _time_remaining_s(context: Context) -> float | None:

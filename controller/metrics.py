@@ -164,9 +164,11 @@ class _TokenTimes:
         gaps: list[tuple[float, int]] = []
         for output in step.sequences:
             num_tokens = len(output.token_ids)
-            before = times.pop(output.request_id, None)
+            before = times.get(output.request_id)
             if num_tokens and before is not None:
                 gaps.append(((now - before) / num_tokens, num_tokens))
-            if output.finish_reason is None:
-                times[output.request_id] = now if num_tokens or before is None else before
+            if output.finish_reason is not None:
+                times.pop(output.request_id, None)
+            elif num_tokens or before is None:
+                times[output.request_id] = now
         return gaps

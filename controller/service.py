@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol
@@ -66,7 +66,7 @@ class RequestHandle:
     async def __anext__(self) -> Event:
         if not self._events:
             try:
-                self._events.extend(await self.next_events())
+                self._events.extend(await self._reader.next_events())
             except BaseException:
                 self._leave()
                 raise
@@ -74,10 +74,10 @@ class RequestHandle:
             raise StopAsyncIteration
         return self._events.popleft()
 
-    def next_events(self) -> Coroutine[Any, Any, list[Event]]:
-        """All that can be read now, for who does not iterate, inside of `async with`; waits until there is something. Empty at
-        the end."""
-        return self._reader.next_events()
+    @property
+    def reader(self) -> StreamReader:
+        """For who does not iterate, inside of `async with`."""
+        return self._reader
 
     async def aclose(self) -> None:
         self._leave()

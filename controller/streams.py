@@ -290,9 +290,11 @@ class StreamReader:
         has_all: there is nothing more to come but the error, if one ended the stream.
     """
 
+    __slots__ = ("_has_begun", "_is_superseded", "_places", "_stream", "has_all", "wake")
+
     def __init__(self, stream: RequestStream, positions: Mapping[int, Position], wake: Turn) -> None:
         self._stream = stream
-        self._positions = [positions.get(index) or Position() for index in range(len(stream.sequences))]
+        self._places = [(sequence, positions.get(index) or Position()) for index, sequence in enumerate(stream.sequences)]
         self._has_begun = False
         self._is_superseded = False
         self.wake = wake
@@ -304,25 +306,32 @@ class StreamReader:
         self.wake.set()
 
     async def next_events(self) -> list[Event]:
-        """All there is to read, once there is anything; empty at the end, or raises the stream's error in its place."""
+        """Waits until there is something to `take`, or the end."""
         while not self.has_all:
             await self.wake.wait()
-            if self._is_superseded:
-                raise Cancelled(f"request {self._stream.request_id} is read by another call, which resumed it")
-            if events := self._unread():
+            if events := self.take():
                 return events
-        if self._stream.error is not None:
-            raise self._stream.error
-        return []
+        return self.take()
 
-    def _unread(self) -> list[Event]:
+    def take(self) -> list[Event]:
+        """All there is to read now: empty for nothing, and at the end, or raises the stream's error in place of the end.
+
+        Raises:
+            Cancelled: another reader has come.
+        """
+        if self.has_all:
+            if self._stream.error is not None:
+                raise self._stream.error
+            return []
+        if self._is_superseded:
+            raise Cancelled(f"request {self._stream.request_id} is read by another call, which resumed it")
         self.wake.clear()
         stream = self._stream
         events: list[Event] = []
         if not self._has_begun:
             self._has_begun = True
             events.append(stream.started())
-        for sequence, position in zip(stream.sequences, self._positions, strict=True):
+        for sequence, position in self._places:
             content = sequence.delta_from(position)
             if content is not None:
                 events.append(Delta(index=sequence.index, content=content))

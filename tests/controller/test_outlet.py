@@ -26,7 +26,7 @@ async def test_others_have_their_turn_between_a_few_readers() -> None:
             await asyncio.sleep(0)
             counts.append(len(woken) - before)
     assert woken == list(range(len(readers)))
-    assert max(counts) <= 16
+    assert max(counts) <= 32
     await asyncio.gather(*tasks)
 
 
@@ -38,3 +38,44 @@ async def test_who_is_woken_after_its_turn_has_another() -> None:
             reader.set()
             await reader.wait()
             reader.clear()
+
+
+class RecordedSender:
+    def __init__(self, number: int, log: list[tuple[str, int]]) -> None:
+        self._number = number
+        self._log = log
+
+    def prepare(self) -> bool:
+        self._log.append(("prepare", self._number))
+        return self._number != 1
+
+    def send(self) -> None:
+        self._log.append(("send", self._number))
+
+    def settle(self) -> None:
+        self._log.append(("settle", self._number))
+
+
+async def test_senders_of_a_round_prepare_then_send_and_settle_two_rounds_later() -> None:
+    outlet, log = Outlet(), list[tuple[str, int]]()
+    turns = [outlet.turn() for _ in range(70)]
+    for number, turn in enumerate(turns):
+        turn.sender = RecordedSender(number, log)
+        turn.set()
+    rounds = []
+    for _ in range(3):
+        log.clear()
+        await asyncio.sleep(0)
+        rounds.append(list(log))
+    first, second, third = (
+        [number for number in numbers if number != 1] for numbers in (range(32), range(32, 64), range(64, 70))
+    )
+    assert rounds == [
+        [*(("prepare", number) for number in range(32)), *(("send", number) for number in first)],
+        [*(("prepare", number) for number in second), *(("send", number) for number in second)],
+        [
+            *(("settle", number) for number in first),
+            *(("prepare", number) for number in third),
+            *(("send", number) for number in third),
+        ],
+    ]

@@ -21,6 +21,7 @@ from pilotfish.common.errors import (
 from pilotfish.common.requests import FinishReason
 from pilotfish.controller import worker_link
 from pilotfish.controller.events import Delta, Started
+from pilotfish.controller.outlet import Turn
 from pilotfish.controller.service import RequestHandle
 from pilotfish.text.prepare import choice_seed
 from reading import Answer, eventually, read, read_until
@@ -278,20 +279,21 @@ async def nothing_runs_on_workers(cluster: Cluster) -> None:
     await eventually(lambda: cluster.service.status().num_running == 0)
 
 
-async def test_a_reader_is_woken_once_a_step_however_many_choices(start_cluster: StartCluster) -> None:
+async def test_a_reader_is_woken_once_a_step_however_many_choices(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster = await start_cluster(step_s=0.005)
     engine = cluster.launcher.launched[0].engine
     engine.gate.clear()  # until all choices are there: each step then has a token of every one
     handle = await generate(cluster, sampling={"n": 8, "max_tokens": 10})
-    reader, wakes = handle._reader, 0
-    real_wait = reader.wake.wait
+    wakes, real_wait = 0, Turn.wait
 
-    async def counted() -> bool:
+    async def counted(turn: Turn) -> None:
         nonlocal wakes
         wakes += 1
-        return await real_wait()
+        await real_wait(turn)
 
-    reader.wake.wait = counted
+    monkeypatch.setattr(Turn, "wait", counted)
     await eventually(lambda: len(engine.submitted) == 8)
     engine.gate.set()
     answer = await read(handle)
