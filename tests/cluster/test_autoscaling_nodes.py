@@ -75,7 +75,8 @@ def nodes(possible_here: None, model_path: Path) -> Iterator[FakeNodes]:
 def test_nodes_come_with_the_load_and_go_with_it(nodes: FakeNodes, expected: tuple[str, list[int]]) -> None:
     assert nodes.num_nodes() == 1
     up = f"up {SHARED}/tiny --served-name tiny --host 0.0.0.0 --device cpu --num-kv-blocks 512 --num-threads 1 --max-num-seqs 2"
-    elastic = "--cpus-per-rank 1 --min-replicas 0 --max-replicas 2 --target-wait-s 0.5 --shrink-after-s 5 --idle-timeout-s 5"
+    # The first replica must not go before the streams come: their processes take seconds to start, more on a slow machine.
+    elastic = "--cpus-per-rank 1 --min-replicas 0 --max-replicas 2 --target-wait-s 0.5 --shrink-after-s 5 --idle-timeout-s 25"
     print(nodes.pilotfish(*up.split(), *elastic.split()))
     assert nodes.num_nodes() == 2
     watch = nodes.client("watch")
@@ -91,7 +92,7 @@ def test_nodes_come_with_the_load_and_go_with_it(nodes: FakeNodes, expected: tup
     print(nodes.pilotfish("status"))
     for stream in streams:
         assert stream.finish(150)["token_ids"] == expected[1][:NUM_TOKENS]
-    wait_until(lambda: watch.events[-1]["replicas"] == [], "all replicas to go", 60)
+    wait_until(lambda: watch.events[-1]["replicas"] == [], "all replicas to go", 80)
     wait_until(lambda: nodes.num_nodes() == 1, "all nodes to go", 60)
     back = nodes.client("stream", PROMPT, "100").finish(100)
     assert back["token_ids"] == expected[1][:100]
