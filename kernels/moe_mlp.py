@@ -25,7 +25,7 @@ from .grouped_tiles import GroupedConfig
 from .moe_config import MoeConfig, MoeSizes, choose_config, is_plain
 from .moe_gemv import GemvConfig, down_gemv, gated_gemv
 from .moe_sort import sort_pairs
-from .streaming_experts import Routing, streaming_experts
+from .streaming_experts import Routing, StreamingConfig, streaming_experts
 from .tall_experts import TallConfig, tall_experts
 
 Order = tuple[torch.Tensor, torch.Tensor]  # of sort_pairs
@@ -183,23 +183,9 @@ def run_gate_up(
     assert isinstance(activation, str), "choose_config has seen to it"
     assert bias_EU is None
     h_PF = x_TH.new_empty(experts_TC.numel(), gate_up_weight_EUH.shape[1] // 2)
-    if isinstance(config, TallConfig):
-        tall_experts(
-            x_TH, gate_up_weight_EUH, None, h_PF, *order, activation=activation, config=config, sorted_rows=sorted_rows
-        )
-        return h_PF
     nearly_all_are_chosen = experts_TC.numel() >= 2 * gate_up_weight_EUH.shape[0]
-    streaming_experts(
-        x_TH,
-        gate_up_weight_EUH,
-        None,
-        h_PF,
-        *order,
-        activation=activation,
-        config=config,
-        routing=Routing.ASSUME_ALL if nearly_all_are_chosen else Routing.AFTER_WAIT,
-        sorted_rows=sorted_rows,
-    )
+    routing = Routing.ASSUME_ALL if nearly_all_are_chosen else Routing.AFTER_WAIT
+    _run_cuda(x_TH, gate_up_weight_EUH, None, h_PF, order, activation, config=config, routing=routing, sorted_rows=sorted_rows)
     return h_PF
 
 
@@ -237,21 +223,30 @@ def run_down(
         return ExpertTerms(y_PH, experts_TC)
     assert bias_EH is None, "choose_config has seen to it"
     y_PH = h_PF.new_empty(h_PF.shape[0], down_weight_EHF.shape[1])
-    if isinstance(config, TallConfig):
-        tall_experts(h_PF, down_weight_EHF, weights_TC, y_PH, *order, activation=None, config=config, sorted_rows=sorted_rows)
-    else:
-        streaming_experts(
-            h_PF,
-            down_weight_EHF,
-            weights_TC,
-            y_PH,
-            *order,
-            activation=None,
-            config=config,
-            routing=Routing.BEFORE_WAIT if after_gate_up else Routing.AFTER_WAIT,
-            sorted_rows=sorted_rows,
-        )
+    routing = Routing.BEFORE_WAIT if after_gate_up else Routing.AFTER_WAIT
+    _run_cuda(h_PF, down_weight_EHF, weights_TC, y_PH, order, None, config=config, routing=routing, sorted_rows=sorted_rows)
     return ExpertTerms(y_PH, experts_TC)
+
+
+def _run_cuda(
+    x: torch.Tensor,
+    weight_EUK: torch.Tensor,
+    weights_TC: torch.Tensor | None,
+    y: torch.Tensor,
+    order: Order,
+    activation: str | None,
+    *,
+    config: StreamingConfig | TallConfig,
+    routing: Routing,
+    sorted_rows: bool,
+) -> None:
+    """Writes y by a kernel of CUDA C++; only the streaming one asks when it may read the routing."""
+    if isinstance(config, TallConfig):
+        tall_experts(x, weight_EUK, weights_TC, y, *order, activation=activation, config=config, sorted_rows=sorted_rows)
+        return
+    streaming_experts(
+        x, weight_EUK, weights_TC, y, *order, activation=activation, config=config, routing=routing, sorted_rows=sorted_rows
+    )
 
 
 def _check(

@@ -296,11 +296,7 @@ __device__ __forceinline__ void wait_for_peers(u32 barrier, u32 parity) {
 // Two numbers to 16 bits each, the first in the low half.
 __device__ __forceinline__ u32 round_two(float first, float second) {
   u32 bits;
-#if FLOAT16
-  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(first), "f"(second));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(first), "f"(second));
-#endif
+  asm("cvt.rn." INPUT "x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(first), "f"(second));
   return bits;
 }
 

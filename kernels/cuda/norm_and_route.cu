@@ -76,24 +76,17 @@ __device__ __forceinline__ void choose(const float* logits, float* weights, int*
   }
 }
 
-// Sums and products of two numbers of 16 bits, rounded once: what float32 and its rounding give, for their operands are exact there.
+// Of two pairs of 16-bit numbers, rounded once. That is what float32 and its rounding to 16 bits give: a product is whole in float32,
+// and so is all of a sum that can decide how it is rounded.
 __device__ __forceinline__ u32 add_pairs(u32 first, u32 second) {
   u32 result;
-#if FLOAT16
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
-#else
-  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
-#endif
+  asm("add.rn." INPUT "x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
   return result;
 }
 
 __device__ __forceinline__ u32 multiply_pairs(u32 first, u32 second) {
   u32 result;
-#if FLOAT16
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
-#else
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
-#endif
+  asm("mul.rn." INPUT "x2 %0, %1, %2;" : "=r"(result) : "r"(first), "r"(second));
   return result;
 }
 
@@ -119,11 +112,7 @@ __device__ __forceinline__ void norm(Eight& values, const Eight& gains, float sc
 
 // sums[i] of 16 experts by 8 tokens: those of experts g, g and g + 8, g + 8, tokens 2 q, 2 q + 1, 2 q and 2 q + 1.
 __device__ __forceinline__ void multiply(float* sums, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if FLOAT16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." INPUT "." INPUT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

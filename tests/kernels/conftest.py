@@ -14,8 +14,6 @@ import pytest
 import torch
 from pilotfish.kernels.cpu.threads import use_threads
 from pilotfish.kernels.cuda import loader
-from pilotfish.kernels.rms_norm import _rms_norm_kernel
-from triton.runtime.interpreter import InterpretedFunction
 
 interpreter_patches.install()
 
@@ -50,15 +48,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _interpreter(request: pytest.FixtureRequest) -> None:
-    """Kernels take CPU tensors only where Triton was imported in interpreter mode, and CUDA ones only where it was not."""
-    device = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else None
-    interpreted = isinstance(_rms_norm_kernel, InterpretedFunction)
-    if device == "cpu" and not interpreted:
-        if torch.cuda.is_available():
-            pytest.skip("the interpreter needs TRITON_INTERPRET=1 on a machine with a GPU")
-        pytest.fail("a test imported the kernels before TRITON_INTERPRET=1 was set")
-    if device == "cuda" and interpreted:
-        pytest.skip("TRITON_INTERPRET is set: the kernels would run in the interpreter")
+    if hasattr(request.node, "callspec") and "device" in request.node.callspec.params:
+        interpreter_patches.need_kernels_for(request.node.callspec.params["device"])
 
 
 @pytest.fixture(autouse=True)

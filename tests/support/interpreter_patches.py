@@ -11,8 +11,12 @@ import functools
 from types import FunctionType, ModuleType
 from typing import Any
 
+import pytest
+import torch
 import triton.language as tl
+from pilotfish.kernels.rms_norm import _rms_norm_kernel
 from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction
 
 _patch_lang = interpreter._patch_lang
 _call_grid = interpreter.GridExecutor.__call__
@@ -43,3 +47,14 @@ def install() -> None:
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def need_kernels_for(device: str) -> None:
+    """Kernels take CPU tensors only where Triton was imported in interpreter mode, and CUDA ones only where it was not."""
+    interpreted = isinstance(_rms_norm_kernel, InterpretedFunction)
+    if device == "cpu" and not interpreted:
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter needs TRITON_INTERPRET=1 on a machine with a GPU")
+        pytest.fail("a test imported the kernels before TRITON_INTERPRET=1 was set")
+    if device == "cuda" and interpreted:
+        pytest.skip("TRITON_INTERPRET is set: the kernels would run in the interpreter")
