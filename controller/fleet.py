@@ -134,6 +134,7 @@ class Fleet:
             replica.move(Happening.DRAIN, reason)
             if not serve_s:
                 self._stop_accepting(replica)
+                self._dispatcher.pump()
         elif replica.state is ReplicaState.FAILED:
             self._forget(replica)
         else:  # nothing runs there
@@ -157,8 +158,7 @@ class Fleet:
         for replica in self._replicas:
             if replica.state is ReplicaState.READY:
                 replica.move(Happening.DRAIN)
-                for place in replica.places:
-                    self._dispatcher.stop_accepting(place.name)
+                self._stop_accepting(replica)
         self._dispatcher.fail_queued(Unavailable("the server is shutting down"))
         deadline = time.monotonic() + grace_s
         while self._dispatcher.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 - seconds, once
@@ -338,6 +338,7 @@ class Fleet:
         while time.monotonic() < replica.serve_until and not any(map(self._is_accepting, self.staying)):  # noqa: ASYNC110
             await asyncio.sleep(_DRAIN_INTERVAL_S)
         self._stop_accepting(replica)
+        self._dispatcher.pump()
         while self._num_running_on(replica) and time.monotonic() < replica.leave_by:  # noqa: ASYNC110 - seconds, once
             await asyncio.sleep(_DRAIN_INTERVAL_S)
         for place in replica.places:
@@ -359,8 +360,8 @@ class Fleet:
 
     def _stop_accepting(self, replica: Replica) -> None:
         for place in replica.places:
-            self._dispatcher.stop_accepting(place.name)
-        self._dispatcher.pump()
+            if place.link is not None:  # else its worker has just gone: it takes nothing, or is forgotten
+                self._dispatcher.stop_accepting(place.name)
 
     def _give_up(self, replica: Replica, error: PilotfishError) -> None:
         logger.error("%s is given up: %s", replica.name, error.message)
