@@ -53,6 +53,35 @@ def save_tiny_llama(path: Path, *, seed: int = 0) -> Path:
     return save_for_workers(transformers.LlamaForCausalLM(config).to(torch.float32), path)
 
 
+def save_counting_llama(path: Path) -> Path:
+    """The one above in bfloat16, but after a token comes the next one (the last is followed by 0): whatever computes it, in any
+    order and with any rounding, says the same text, and a token lost or repeated shows."""
+    import torch
+    import transformers
+
+    save_tokenizer(path)
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=256,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+        eos_token_id=256,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    embedding = model.model.embed_tokens.weight.data
+    embedding.normal_()
+    model.lm_head.weight.data.copy_(embedding.roll(1, dims=0))
+    return save_for_workers(model, path)
+
+
 def save_tiny_mixtral(path: Path) -> Path:
     """Three layers of 8 experts that all say something else, with routers that prefer those of even number; no tokenizer."""
     import torch
