@@ -20,6 +20,7 @@ class RankPlace:
         address: "host:port" where the ranks find each other; the first of them has opened it.
         host: this rank's own address, on which the others reach it.
         timeout_s: of every collective, and of the wait for all ranks to come.
+        start_timeout_s: of collectives while the ranks load and compile, for which one may take much longer than another.
         whole_experts: ranks share the experts of sparse layers instead of each expert's intermediate size.
         num_redundant_experts, rebalance_interval_steps: as in ParallelConfig; with an interval experts may move.
         gpu: which of the GPUs that this rank's process sees it takes, where it takes one.
@@ -32,6 +33,7 @@ class RankPlace:
     address: str
     host: str
     timeout_s: float
+    start_timeout_s: float = 600.0
     whole_experts: bool = False
     num_redundant_experts: int = 0
     rebalance_interval_steps: int = 0

@@ -191,6 +191,7 @@ class RayLauncher:
                     address=address,
                     host="",
                     timeout_s=timeout_s,
+                    start_timeout_s=self._config.fleet.start_timeout_s,
                     whole_experts=parallel.expert_parallel,
                     num_redundant_experts=parallel.redundant_experts,
                     rebalance_interval_steps=parallel.rebalance_interval_steps,

@@ -2,8 +2,9 @@
 
 Life cycle: the leader opens a Rendezvous on a free port; every rank joins it with `RankGroup.join`, in any order. All ranks
 call the same collectives in the same order. Each ends within the timeout: with its result, or with an exception, after which
-the group is of no use and its processes end. `close` ends the groups in a process that goes on. A message of another epoch is
-never seen: it is part of every key of the store.
+the group is of no use and its processes end. From `join` to `end_set_up` the timeout is that of a start, since one rank may
+have to load and compile for minutes what another finds in its caches. `close` ends the groups in a process that goes on. A
+message of another epoch is never seen: it is part of every key of the store.
 
 gloo serves CPUs, NCCL GPUs; what is small goes through memory that the ranks of one machine share (peer_collectives.py). Such a
 collective waits for `timeout_s` too, but cannot raise: `check` does, once its step has ended. NVLink multicast stays off
@@ -137,6 +138,7 @@ class RankGroup:
                 joined.peers = joined._open_peers(place, tensor_ranks, peer_capacity_bytes)
             if data is not None:
                 data.peers = joined._open_peers(beside, data_ranks, peer_capacity_bytes)
+            joined._limit(place.start_timeout_s)
         except (RuntimeError, ValueError) as error:
             raise InternalError(
                 f"rank {place.number} of {place.num_ranks} found no group of all ranks at {place.address} within "
@@ -252,6 +254,14 @@ class RankGroup:
             finish(self.data.group.allreduce([tensor], options))
         return int(tensor.item())
 
+    def end_set_up(self) -> None:
+        """Every rank is about to serve: from now on collectives wait no longer than the place's `timeout_s`."""
+        self._limit(self.place.timeout_s)
+
+    def _limit(self, timeout_s: float) -> None:
+        for group in self._groups() + ([] if self.steps is None else [self.steps.group]):
+            group._set_default_timeout(timedelta(seconds=timeout_s))
+
     def abort(self) -> None:
         """Ends the collectives under way, with an error or with nonsense, and the group with them. From any thread."""
         for peers in self._all_peers():
@@ -270,10 +280,13 @@ class RankGroup:
             logger.warning("rank %d could not free its groups: %s", self.place.number, error)
 
     def _abort_groups(self) -> None:
-        groups = {self._group, None if self.data is None else self.data.group, self._everyone, self._beside}
-        for group in groups:
-            if group is not None:
-                group.abort()
+        for group in self._groups():
+            group.abort()
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """Each once."""
+        data = None if self.data is None else self.data.group
+        return list(dict.fromkeys(group for group in (self._group, data, self._everyone, self._beside) if group is not None))
 
     def check(self) -> None:
         """Asked when a step has ended, before its results are used: InternalError where it waited in vain for a rank."""

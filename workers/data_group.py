@@ -79,7 +79,7 @@ class StepExchange:
 
     def __init__(self, place: RankPlace, group: dist.ProcessGroup) -> None:
         self._place = place
-        self._group = group
+        self.group = group
 
     def exchange(self, numbers: Sequence[int]) -> list[tuple[int, ...]]:
         """The numbers of every data rank, in their order.
@@ -90,7 +90,7 @@ class StepExchange:
         place, own = self._place, torch.tensor([numbers], dtype=torch.int64)
         everyone = own.new_empty(place.size, len(numbers))
         try:
-            finish(self._group._allgather_base(everyone, own))
+            finish(self.group._allgather_base(everyone, own))
         except RuntimeError as error:
             raise InternalError(
                 f"data rank {place.rank} of {place.size} has lost another before a step, or waited {place.timeout_s:g} s "

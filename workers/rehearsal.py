@@ -79,6 +79,8 @@ def compile_kernels(
             logger.warning("steps cannot be rehearsed: kernels are compiled as they are launched", exc_info=True)
     if compile_all(kernels, device=model.device, num_threads=usable_cores()):
         _leave(stamp)
+    if group is not None:
+        group.agree_on_least(0)  # one may have compiled for long: kernels between ranks wait no longer than ever for each other
 
 
 def _leave(stamp: Path) -> None:

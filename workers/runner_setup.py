@@ -76,6 +76,8 @@ def set_up_runner(
         )
     if experts is not None:
         experts.forget_loads()
+    if group is not None:
+        group.end_set_up()
     info = WorkerInfo(
         model_name=model_config.name,
         model_path=path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import comm_work
@@ -68,15 +69,35 @@ def test_data_ranks_gather_and_scatter_rows():
     assert run_on_ranks(1, comm_work.check_rows, device_type="cpu", data_size=2) == [[], []]
 
 
-def test_a_group_can_be_closed_again_and_after_the_others():
-    rendezvous = Rendezvous(host=HOST, timeout_s=5)
-    places = [RankPlace(rank=rank, size=2, epoch=0, address=rendezvous.address, host=HOST, timeout_s=5) for rank in range(2)]
+def join_both(*, timeout_s: float) -> list[RankGroup]:
+    rendezvous = Rendezvous(host=HOST, timeout_s=timeout_s)
+    shared = {"size": 2, "epoch": 0, "address": rendezvous.address, "host": HOST, "timeout_s": timeout_s}
     with ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(lambda place: RankGroup.join(place, torch.device("cpu")), places)
+        return list(threads.map(lambda rank: RankGroup.join(RankPlace(rank=rank, **shared), torch.device("cpu")), range(2)))
+
+
+def test_a_group_can_be_closed_again_and_after_the_others():
+    first, second = join_both(timeout_s=5)
+    first.end_set_up()
     for group in (second, first, first):
         group.close()
     with pytest.raises(RuntimeError):
         first.all_reduce(torch.zeros(1))
+
+
+def test_a_rank_may_be_late_until_set_up_is_over():
+    """One that loads or compiles for longer than a collective may take."""
+    groups = join_both(timeout_s=0.5)
+    with ThreadPoolExecutor(1) as thread:
+        early = thread.submit(groups[0].agree_on_least, 3)
+        time.sleep(1.5)
+        assert groups[1].agree_on_least(2) == early.result() == 2
+    for group in groups:
+        group.end_set_up()
+    start_s = time.monotonic()
+    with pytest.raises(RuntimeError, match="500ms"):
+        groups[0].agree_on_least(3)
+    assert time.monotonic() - start_s < 5
 
 
 # --- on two GPUs
