@@ -22,7 +22,7 @@ from .layers.moe import SparseMlp
 from .layers.norm import RmsNorm
 from .layers.rotary import RotaryTable
 from .layers.shared_experts import SharedExperts
-from .layers.stack import halves_pay, run_layers
+from .layers.stack import run_layers
 from .model_shape import ModelShape, MoeShape
 from .weight_source import Placement, WeightSource
 
@@ -82,12 +82,6 @@ class CausalLM(torch.nn.Module):
         if rows is not None:
             addend, residual_TH = sum_terms(addend).index_select(0, rows), residual_TH.index_select(0, rows)
         return self.final_norm.add_and_norm(addend, residual_TH)[0]
-
-    def started_sum_bytes(self, num_tokens: int) -> int:
-        """The largest sum over ranks that steps of up to so many tokens start beside others; 0: they start none."""
-        row_bytes = self.config.hidden_size * self.dtype.itemsize
-        pays = halves_pay(self.decoder_layers, num_tokens, row_bytes=row_bytes, parallel=self.parallel)
-        return -(-num_tokens // 2) * row_bytes if pays else 0
 
     def compute_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """logits [R, V] float32, the whole vocabulary on every rank."""

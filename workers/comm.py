@@ -82,7 +82,7 @@ class RankGroup:
 
     Attributes:
         peers: what small collectives go through; None where the process group serves alone.
-        pushed: what sums beside products go through; None where the process group serves.
+        pushed: what large sums go through; None where the process group serves.
         data: between data ranks, where there are several.
         steps: between their leaders, on a leader.
     """
@@ -166,12 +166,12 @@ class RankGroup:
         )
         return None if buffers is None else PeerCollectives(buffers)
 
-    def open_started_sums(self, max_bytes: int) -> None:
-        """Before the first sum of up to `max_bytes` is started beside products. All ranks do this together, once.
+    def open_large_sums(self, max_bytes: int) -> None:
+        """Before the first sum, with the norm behind it or beside products, of up to `max_bytes`. All ranks together, once.
 
         Two ranks that have memory in common then move it by copy engine, and keep NUM_SLOTS times as much memory for it.
         """
-        if self._beside is None or max_bytes == 0:
+        if self._beside is None or max_bytes <= MAX_ONE_SHOT_SENT_BYTES:
             return
         if self.place.size == NUM_RANKS and self.peers is not None:
             self.pushed = open_pushed_sums(
@@ -183,9 +183,9 @@ class RankGroup:
                 max_bytes=max_bytes,
             )
         if self.pushed is None:
-            logger.info("sums beside products: by NCCL, on %d multiprocessors", _CTAS_BESIDE)
+            logger.info("large sums: by NCCL, beside products on %d multiprocessors", _CTAS_BESIDE)
         else:
-            logger.info("sums beside products: by copy engines, through %.0f MB", NUM_SLOTS * self.pushed.max_bytes / 1e6)
+            logger.info("large sums: by copy engines, through %.0f MB", NUM_SLOTS * self.pushed.max_bytes / 1e6)
 
     @property
     def parallel(self) -> Parallel:
@@ -228,9 +228,14 @@ class RankGroup:
     def all_reduce_norm(
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(s), s), where s is the residual plus the sum of every rank's x: one kernel where x is small."""
+        """(rms_norm(s), s), where s is the residual plus the sum of every rank's x.
+
+        One kernel where x is small; copies and one kernel where it is large and `pushed` is there.
+        """
         if self.peers is not None and (both := self.peers.all_reduce_norm(x_TH, residual_TH, weight_H, eps)) is not None:
             return both
+        if self.pushed is not None and (started := self.pushed.start(x_TH.contiguous())) is not None:
+            return started.wait_and_norm(residual_TH, weight_H, eps)
         return rms_norm(self.all_reduce(x_TH), weight_H, eps, residual_TH=residual_TH)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:

@@ -192,7 +192,7 @@ def run_rank(place: RankPlace, options: argparse.Namespace) -> None:
     group = RankGroup.join(place, device, peer_capacity_bytes=max(options.sizes))
     if group.peers is None:
         raise SystemExit("these ranks cannot share memory; the log above says why")
-    group.open_started_sums(max(options.sizes))
+    group.open_large_sums(max(options.sizes))
     pushed, group.pushed = group.pushed, None  # NCCL's are started too
     for num_bytes in options.sizes:
         measure(group, pushed, device, num_bytes, options)

@@ -26,7 +26,7 @@ Stream = tuple[Addend, torch.Tensor]  # this rank's addend and the residual, [T,
 
 def run_layers(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, batch: ForwardBatch, parallel: Parallel) -> Stream:
     """What the last layer answers, for x whole on each rank."""
-    if halves_pay(layers, len(x_TH), row_bytes=x_TH[:1].nbytes, parallel=parallel):
+    if _halves_pay(layers, x_TH, parallel):
         return _run_in_halves(layers, x_TH, batch, parallel)
     addend: Addend = x_TH
     residual_TH: torch.Tensor | None = None
@@ -37,14 +37,14 @@ def run_layers(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, batch: Forwar
     return addend, residual_TH
 
 
-def halves_pay(layers: Sequence[DecoderLayer], num_tokens: int, *, row_bytes: int, parallel: Parallel) -> bool:
-    """Whether a step is computed in halves. It follows from the number of tokens alone, so that all ranks choose alike.
+def _halves_pay(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, parallel: Parallel) -> bool:
+    """It follows from the number of tokens alone, so that all ranks choose alike.
 
     Of sparse layers only large halves: of few tokens experts take much longer than half for half of them. Data ranks share
     experts, and keep their steps whole.
     """
-    half_tokens = num_tokens // 2
-    if parallel.start_sum is None or half_tokens == 0 or half_tokens * row_bytes < parallel.min_started_bytes:
+    half_tokens = len(x_TH) // 2
+    if parallel.start_sum is None or half_tokens == 0 or x_TH[:half_tokens].nbytes < parallel.min_started_bytes:
         return False
     if all(not isinstance(layer.mlp, SparseMlp) for layer in layers):
         return True

@@ -43,11 +43,12 @@ def test_halves_equal_the_whole(llama: Path) -> None:
 
 
 def test_halves_are_of_large_steps_and_of_larger_ones_where_layers_are_sparse() -> None:
-    parallel = Parallel(start_sum=Starts(), min_started_bytes=4096, min_sparse_half_tokens=1000)
     row_bytes = 64 * 4
-    for name, least in (("dummy:tiny", 2 * 4096 // row_bytes), ("dummy:tiny-moe", 2000)):
+    for name, least in (("dummy:tiny", 20), ("dummy:tiny-moe", 30)):
+        starts = Starts()
+        parallel = Parallel(start_sum=starts, min_started_bytes=10 * row_bytes, min_sparse_half_tokens=15)
         model = build_dummy(name, device="cpu", dtype="float32", parallel=parallel)
-        assert model.started_sum_bytes(least - 1) == 0
-        assert model.started_sum_bytes(least) == least // 2 * row_bytes
-        assert model.started_sum_bytes(least + 1) == (least // 2 + 1) * row_bytes  # the second half
-    assert build_dummy("dummy:tiny", device="cpu").started_sum_bytes(1 << 20) == 0
+        paged = PagedSequences(model, num_sequences=1, max_len=100)
+        for num_tokens, num_halves in ((least - 1, 0), (least, 2)):
+            paged.append({0: [1] * num_tokens})
+            assert starts.most_under_way == num_halves, (name, num_tokens)

@@ -78,8 +78,10 @@ def _random(seed: int, *shape: int, device: torch.device) -> torch.Tensor:
 
 
 def check_sums(group: RankGroup, device: torch.device) -> list[str]:
-    """What is wrong with sums of many shapes, whatever way they take; small ones go through shared memory."""
-    problems = [] if group.peers is not None else ["no shared memory"]
+    """What is wrong with sums of many shapes, whatever way they take; small ones go through shared memory, large ones with the
+    norm behind them by copies."""
+    group.open_large_sums(8192 * 4096 * DTYPE.itemsize)
+    problems = [] if group.peers is not None and group.pushed is not None else ["no shared memory"]
     size, rank = group.place.size, group.place.rank
     for seed, rows in enumerate([1, 3, 128, 1, 257, 64, 8192, 2, 5, 0, 31]):
         for hidden in (4096, 576, 2048):
@@ -196,7 +198,7 @@ def compare_halves(group: RankGroup, device: torch.device, model_name: str, push
     for parallel in (halved, replace(halved, start_sum=None)):
         model = build_dummy(model_name, device=device, dtype=dtype, parallel=parallel)
         if pushes and not hidden:
-            group.open_started_sums(model.started_sum_bytes(num_tokens))
+            group.open_large_sums(32 << 20)
             assert group.pushed is not None
         paged = PagedSequences(model, num_sequences=2, max_len=num_tokens)
         hidden.append(paged.append(prompts).float())
@@ -213,7 +215,7 @@ def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
 def push_sums_often(group: RankGroup, device: torch.device, num_replays: int) -> tuple[float, bool, str]:
     """(the largest error, whether the ranks have the same bits, why it failed), captured and replayed, and one by one."""
     turns = PushedTurns(group.start_sum, rank=group.place.rank, device=device)
-    group.open_started_sums(turns.MAX_BYTES)
+    group.open_large_sums(turns.MAX_BYTES)
     assert group.pushed is not None
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -240,7 +242,7 @@ def push_sums_often(group: RankGroup, device: torch.device, num_replays: int) ->
 
 def push_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tuple[str, float]:
     """(what the first rank says whose sum the other does not start, the seconds that it waited)."""
-    group.open_started_sums(1 << 20)
+    group.open_large_sums(8 << 20)
     assert group.pushed is not None
     group.pushed.peers = PeerCollectives(replace(group.pushed.peers.buffers, timeout_s=timeout_s))
     x = torch.ones(64, 4096, dtype=DTYPE, device=device)
