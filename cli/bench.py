@@ -112,7 +112,7 @@ def _add_engine(parser: argparse.ArgumentParser, *, warmup: str, max_num_seqs: s
     config_flags.add_section(
         parser,
         "engine",
-        defaults={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": "8192 on a GPU", **BENCH_DEFAULTS},
+        defaults={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": "8192 a tensor rank on a GPU", **BENCH_DEFAULTS},
     )
     config_flags.add_section(parser, "parallel", defaults=PARALLEL_DEFAULTS, without=("placement",))
 

@@ -46,8 +46,8 @@ def bench_session(args: argparse.Namespace, rows: Rows, *, max_num_seqs: int) ->
     """Starts an engine for sequences of args.input_len + args.output_len tokens, `max_num_seqs` of them at a time."""
     name = DUMMY_PREFIX + args.shape if args.shape is not None else args.model
     model_config = ModelConfig(model=name, dtype=args.dtype, max_model_len=args.input_len + args.output_len)
-    engine_config = _engine_config(args, max_num_seqs)
     parallel = parse(ParallelConfig, {**PARALLEL_DEFAULTS, **config_flags.section_values(args, "parallel")})
+    engine_config = _engine_config(args, max_num_seqs, parallel.tensor_parallel)
     num_ranks = parallel.num_ranks
     rows.say(f"Starting {name}" + (f" on {num_ranks} ranks" if num_ranks > 1 else ""))
     with BenchEngine(model_config, engine_config, parallel, seed=args.seed) as engine:
@@ -75,12 +75,12 @@ def bench_session(args: argparse.Namespace, rows: Rows, *, max_num_seqs: int) ->
         yield BenchSession(engine=engine, roofline=roofline, facts=facts, start_s=start_s)
 
 
-def _engine_config(args: argparse.Namespace, max_num_seqs: int) -> EngineConfig:
+def _engine_config(args: argparse.Namespace, max_num_seqs: int, num_tensor_ranks: int) -> EngineConfig:
     given = config_flags.section_values(args, "engine")
     values = {"max_num_seqs": max_num_seqs, **BENCH_DEFAULTS, **given}
     config = parse(EngineConfig, values)
     if config.max_num_batched_tokens is None and config.device != "cpu" and torch.cuda.is_available():
-        return replace(config, max_num_batched_tokens=max(8192, config.max_num_seqs))
+        return replace(config, max_num_batched_tokens=max(8192 * num_tensor_ranks, config.max_num_seqs))
     return config
 
 

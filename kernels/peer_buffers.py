@@ -1,8 +1,8 @@
 """Memory through which kernels over the ranks of one machine exchange numbers, and the launch of such kernels.
 
 Each rank has a receive buffer on its GPU that all others map (cuda/peers.cuh has the protocol). The kernels are ops of their
-own: all_reduce.py, reduce_scatter.py, all_gather.py. They serve 2 to 8 ranks on compute capability 9.0, messages that fit the
-buffers, and may be captured in CUDA graphs; what counts the calls is on the device.
+own: all_reduce.py, reduce_scatter.py, all_gather.py, meet.py. They serve 2 to 8 ranks on compute capability 9.0, messages that
+fit the buffers, and may be captured in CUDA graphs; what counts the calls is on the device.
 
 All ranks make the same calls, of the same sizes, in the same order, each on one stream. A call that waits for another rank for
 longer than the buffers' `timeout_s` gives up, and so it does when the host calls `end_waits`: its result, and that of every
@@ -109,8 +109,9 @@ def launch(
     total_units: int,
     chunk_units: int = CHUNK_UNITS,
     more: Sequence[loader.Argument] = (),
+    early_start: bool = True,
 ) -> None:
-    """The kernel of cuda/{source}.cu on `tensors` and `more`; `macros` besides RANKS and UNITS.
+    """The kernel of cuda/{source}.cu on `tensors` and `more`; `macros` besides RANKS and UNITS. `early_start` as loader.launch.
 
     Raises:
         loader.BuildError: it cannot be compiled here.
@@ -136,7 +137,7 @@ def launch(
         grid=(min(triton.cdiv(total_units, chunk_units), num_processors), 1),
         num_threads=num_threads,
         shared_bytes=0,
-        early_start=True,
+        early_start=early_start,
     )
 
 

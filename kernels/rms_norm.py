@@ -1,6 +1,7 @@
-"""Root-mean-square norm, with an optional residual added first.
+"""Root-mean-square norm, with an optional residual added first, and before it what another rank adds to x.
 
-    r = x + residual                      rounded to x.dtype
+    s = x + addend                        rounded to x.dtype
+    r = s + residual                      rounded to x.dtype
     n = r / sqrt(mean(r^2) + eps)         in float32, rounded to x.dtype
     y = n * weight                        rounded to x.dtype
 
@@ -28,29 +29,46 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
 
 @overload
 def rms_norm(
-    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor
+    x_TH: torch.Tensor,
+    weight_H: torch.Tensor,
+    eps: float,
+    *,
+    residual_TH: torch.Tensor,
+    addend_TH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def rms_norm(
-    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor | None = None
+    x_TH: torch.Tensor,
+    weight_H: torch.Tensor,
+    eps: float,
+    *,
+    residual_TH: torch.Tensor | None = None,
+    addend_TH: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The norm of the last dimension: y, contiguous and of x's dtype; with a residual (y, x + residual).
+    """The norm of the last dimension: y, contiguous and of x's dtype; with a residual (y, r). An addend needs a residual.
 
     x may be a strided view whose last dimension is contiguous. ValueError where shapes or dtypes do not fit.
     """
-    _check(x_TH, weight_H, residual_TH)
+    _check(x_TH, weight_H, residual_TH, addend_TH)
     backend = choose_backend("rms_norm", x_TH, weight_H)
     if backend == "cpp":
+        x_TH = x_TH if addend_TH is None else x_TH + addend_TH
         return cpu_ops.rms_norm(x_TH, weight_H, eps, residual_TH=residual_TH)
     if backend == "triton":
-        return _rms_norm_triton(x_TH, weight_H, eps, residual_TH=residual_TH)
-    return rms_norm_ref(x_TH, weight_H, eps, residual_TH=residual_TH)
+        return _rms_norm_triton(x_TH, weight_H, eps, residual_TH=residual_TH, addend_TH=addend_TH)
+    return rms_norm_ref(x_TH, weight_H, eps, residual_TH=residual_TH, addend_TH=addend_TH)
 
 
 def rms_norm_ref(
-    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor | None = None
+    x_TH: torch.Tensor,
+    weight_H: torch.Tensor,
+    eps: float,
+    *,
+    residual_TH: torch.Tensor | None = None,
+    addend_TH: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x_TH = x_TH if addend_TH is None else x_TH + addend_TH
     new_residual_TH = x_TH if residual_TH is None else x_TH + residual_TH
     wide_TH = new_residual_TH.float()
     normed_TH = wide_TH * torch.rsqrt(wide_TH.square().mean(-1, keepdim=True) + eps)
@@ -78,6 +96,7 @@ def row_options(hidden: int) -> dict[str, int]:
 def _rms_norm_kernel(
     x,
     weight,
+    addend,
     residual,
     y,
     new_residual,
@@ -85,9 +104,11 @@ def _rms_norm_kernel(
     num_inner,
     stride_outer,
     stride_inner,
+    stride_addend,
     stride_residual,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EARLY_START: tl.constexpr,
 ):
@@ -101,6 +122,9 @@ def _rms_norm_kernel(
     gain = tl.load(weight + column, inside, other=0.0).to(tl.float32)  # on its way while the kernel before ends
     wait_for_previous(EARLY_START)
     values = tl.load(x + outer * stride_outer + inner * stride_inner + column, inside, other=0.0)
+    if HAS_ADDEND:
+        other = tl.load(addend + row * stride_addend + column, inside, other=0.0)
+        values = (values.to(tl.float32) + other.to(tl.float32)).to(values.dtype)
     if HAS_RESIDUAL:
         added = tl.load(residual + row * stride_residual + column, inside, other=0.0)
         values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
@@ -109,7 +133,12 @@ def _rms_norm_kernel(
 
 
 def _rms_norm_triton(
-    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, *, residual_TH: torch.Tensor | None = None
+    x_TH: torch.Tensor,
+    weight_H: torch.Tensor,
+    eps: float,
+    *,
+    residual_TH: torch.Tensor | None = None,
+    addend_TH: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     y_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     new_residual_TH = None if residual_TH is None else torch.empty_like(y_TH)
@@ -120,6 +149,7 @@ def _rms_norm_triton(
         _rms_norm_kernel[(y_TH.numel() // hidden,)](
             x_OIH,
             weight_H,
+            addend_TH,
             residual_TH,
             y_TH,
             new_residual_TH,
@@ -127,7 +157,9 @@ def _rms_norm_triton(
             x_OIH.shape[1],
             x_OIH.stride(0),
             x_OIH.stride(1),
+            0 if addend_TH is None else addend_TH.stride(0),
             0 if residual_TH is None else residual_TH.stride(0),
+            HAS_ADDEND=addend_TH is not None,
             HAS_RESIDUAL=residual_TH is not None,
             **row_options(hidden),
             **launch_options(x_TH.device),
@@ -135,19 +167,26 @@ def _rms_norm_triton(
     return y_TH if new_residual_TH is None else (y_TH, new_residual_TH)
 
 
-def _check(x_TH: torch.Tensor, weight_H: torch.Tensor, residual_TH: torch.Tensor | None) -> None:
+def _check(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, residual_TH: torch.Tensor | None, addend_TH: torch.Tensor | None
+) -> None:
     if x_TH.dim() == 0 or weight_H.dim() != 1 or weight_H.shape[0] != x_TH.shape[-1]:
         raise ValueError(f"rms_norm: weight {tuple(weight_H.shape)} does not fit x {tuple(x_TH.shape)}")
     if x_TH.stride()[-1] != 1 or weight_H.stride()[0] != 1:
         raise ValueError("rms_norm: the last dimension of x and the weight must be contiguous")
     if residual_TH is None:
+        if addend_TH is not None:
+            raise ValueError("rms_norm: an addend needs a residual")
         return
     if x_TH.dim() != 2:
         raise ValueError(f"rms_norm: a residual needs x of [tokens, hidden], not {tuple(x_TH.shape)}")
-    if residual_TH.shape != x_TH.shape or residual_TH.dtype != x_TH.dtype or residual_TH.device != x_TH.device:
-        raise ValueError(
-            f"rms_norm: residual {tuple(residual_TH.shape)} {residual_TH.dtype} {residual_TH.device} "
-            f"must equal x {tuple(x_TH.shape)} {x_TH.dtype} {x_TH.device}"
-        )
-    if residual_TH.stride(1) != 1:
-        raise ValueError("rms_norm: the last dimension of the residual must be contiguous")
+    for name, tensor in (("residual", residual_TH), ("addend", addend_TH)):
+        if tensor is None:
+            continue
+        if tensor.shape != x_TH.shape or tensor.dtype != x_TH.dtype or tensor.device != x_TH.device:
+            raise ValueError(
+                f"rms_norm: {name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device} "
+                f"must equal x {tuple(x_TH.shape)} {x_TH.dtype} {x_TH.device}"
+            )
+        if tensor.stride(1) != 1:
+            raise ValueError(f"rms_norm: the last dimension of the {name} must be contiguous")

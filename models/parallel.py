@@ -24,14 +24,22 @@ from ..kernels.rms_norm import rms_norm
 
 @dataclass(frozen=True, slots=True)
 class StartedSum:
-    """A sum over ranks under way, into x. Work queued before `wait` runs beside it and may not touch x."""
+    """A sum over ranks under way. Work queued before `finish` runs beside it and may not touch its tensors.
+
+    Attributes:
+        x: this rank's addend, which becomes the sum; with `other` it stays the addend.
+        finish: what is queued behind it finds the tensors as they are at the end.
+        other: what the other of two ranks adds, for whoever reads x to add; to be read before another sum is started.
+    """
 
     x: torch.Tensor
     finish: Callable[[], object]
+    other: torch.Tensor | None = None
 
-    def wait(self) -> torch.Tensor:
+    def wait_and_norm(self, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Parallel.sum_and_norm."""
         self.finish()
-        return self.x
+        return rms_norm(self.x, weight_H, eps, residual_TH=residual_TH, addend_TH=self.other)
 
 
 # What a rank adds to the sum over ranks, the terms of it, or that sum under way.
@@ -110,8 +118,9 @@ class Parallel:
         all_reduce: sums a contiguous tensor over the ranks and returns it; it may work in place.
         all_gather: joins every rank's contiguous, equally shaped tensor along the last dimension, in rank order.
         all_reduce_norm: (x, residual, weight, eps) to what `sum_and_norm` says, for whoever can do it in one.
-        start_sum: begins what all_reduce does of a contiguous tensor, in place; None where nothing could run beside it.
+        start_sum: begins what all_reduce does of a contiguous tensor; None where nothing could run beside it.
         min_started_bytes: a smaller tensor is better summed at once.
+        min_sparse_half_tokens: with sparse layers a step is computed in halves from so many tokens a half on.
         whole_experts: ranks share the experts of a sparse layer (expert parallelism), not each expert's intermediate size.
         data: where there are several data ranks; all ranks of all of them share the experts, so `whole_experts` is set.
     """
@@ -125,6 +134,7 @@ class Parallel:
     all_reduce_norm: AllReduceNorm | None = None
     start_sum: Callable[[torch.Tensor], StartedSum] | None = None
     min_started_bytes: int = 0
+    min_sparse_half_tokens: int = 0
     data: DataParallel | None = None
 
     def __post_init__(self) -> None:
@@ -204,7 +214,7 @@ class Parallel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(s), s), where s is the residual plus the sum of every rank's x."""
         if isinstance(x_TH, StartedSum):
-            return rms_norm(x_TH.wait(), weight_H, eps, residual_TH=residual_TH)
+            return x_TH.wait_and_norm(residual_TH, weight_H, eps)
         if isinstance(x_TH, ExpertTerms):
             if self.size == 1:
                 return sum_terms_and_norm(x_TH, residual_TH, weight_H, eps)

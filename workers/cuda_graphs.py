@@ -13,6 +13,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from ..kernels.cuda.shareable_memory import bytes_at
+
 Result = TypeVar("Result")
 
 
@@ -48,7 +50,7 @@ class GraphRecorder:
     def release(self, result: torch.Tensor) -> torch.Tensor:
         """The same contiguous result without a share in the life of its memory: the next recording may use that too."""
         assert result.is_contiguous()
-        return torch.as_tensor(_Memory(result)).view(result.dtype).view(result.shape)
+        return bytes_at(result.data_ptr(), result.nbytes).view(result.dtype).view(result.shape)
 
 
 @contextmanager
@@ -61,15 +63,3 @@ def _without_collector() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-class _Memory:
-    """A tensor's bytes."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (tensor.nbytes,),
-            "typestr": "|u1",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }

@@ -50,10 +50,12 @@ def open_peer_buffers(
     name: str,
     agree_on_least: Callable[[int], int],
     capacity_bytes: int = CAPACITY_BYTES,
+    room_bytes: int = 0,
 ) -> PeerBuffers | None:
     """Buffers for messages of up to `capacity_bytes`; None, on all ranks, where one of them cannot. Once in a group's life.
 
     Args:
+        room_bytes: more memory that all map, behind each rank's buffer, for whatever else.
         place: among the ranks of the group, whose `name` no other group has.
         agree_on_least: a collective of these ranks, or of more that open buffers at this moment.
 
@@ -66,7 +68,7 @@ def open_peer_buffers(
     addresses: tuple[int, ...] = ()
     state = torch.zeros(4, dtype=torch.int32, device=device)
     try:
-        addresses = _map_all(place, words, receive_bytes(place.size, capacity_bytes), device.index, name=name)
+        addresses = _map_all(place, words, receive_bytes(place.size, capacity_bytes) + room_bytes, device.index, name=name)
     except (CudaError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
     # Nobody writes into a buffer before all have been filled, nor counts before there is a zero.
@@ -85,7 +87,7 @@ def open_peer_buffers(
 
 def _say_why_not(place: RankPlace, reason: str | None) -> None:
     if reason is not None:
-        logger.warning("rank %d has no memory in common with its peers, NCCL sums small messages too: %s", place.rank, reason)
+        logger.warning("rank %d has no memory in common with its peers, NCCL serves in its place: %s", place.rank, reason)
 
 
 def _unfit_reason(place: RankPlace, words: Words, device: torch.device, *, name: str) -> str | None:

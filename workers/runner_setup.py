@@ -56,6 +56,8 @@ def set_up_runner(
         use_threads(engine_config.num_threads or usable_cores())
     max_model_len = _choose_max_model_len(model_config, model.config.max_position)
     num_tokens = _choose_max_num_batched_tokens(engine_config, device)
+    if group is not None:
+        group.open_large_sums(num_tokens * model.config.hidden_size * model.dtype.itemsize)
     kv_cache = _allocate_measured(
         model, engine_config, max_num_batched_tokens=num_tokens, max_model_len=max_model_len, group=group
     )

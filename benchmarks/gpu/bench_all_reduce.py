@@ -10,9 +10,16 @@ calls one behind the other, of
     one_shot_norm    with the residual and the norm in the same kernel
     sum_then_norm    one_shot, then kernels/rms_norm.py
     nccl_then_norm   NCCL's all-reduce, then kernels/rms_norm.py
+    push_then_norm   copies by copy engine (workers/pushed_sums.py), two ranks' sum made in kernels/rms_norm.py
     norm             kernels/rms_norm.py alone
     gather           kernels/all_gather.py, of so many bytes a rank; nccl_gather
     scatter          kernels/reduce_scatter.py, of so many bytes a rank and so many by the number of ranks back; nccl_scatter
+
+and where messages are as large as those of steps in halves (models/layers/stack.py)
+
+    product          of the rows with a matrix of 3 times --hidden columns
+    product_nccl     with NCCL's sum beside it, as those steps start it
+    product_push     with the copies beside it
 
 Rows are --hidden numbers of bfloat16. `wrong` names what differs from NCCL's (must be empty). The largest sizes at which our
 ways are the quickest belong into workers/peer_collectives.py. NVLink multicast stays off.
@@ -37,7 +44,10 @@ from pilotfish.kernels import all_gather, reduce_scatter
 from pilotfish.kernels.all_reduce import all_reduce, all_reduce_norm
 from pilotfish.kernels.peer_buffers import PeerBuffers
 from pilotfish.kernels.rms_norm import rms_norm
+from pilotfish.models.parallel import StartedSum
 from pilotfish.workers.comm import RankGroup, Rendezvous
+from pilotfish.workers.peer_collectives import MAX_ONE_SHOT_SENT_BYTES
+from pilotfish.workers.pushed_sums import PushedSums
 
 HOST, TIMEOUT_S, MAX_RUN_S, EPS, REPLAYS = "127.0.0.1", 60.0, 560.0, 1e-6, 15
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
@@ -78,7 +88,34 @@ def torch_one_shot(x: torch.Tensor) -> Call:
     return lambda: torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", name)
 
 
-def ways(peers: PeerBuffers, x: torch.Tensor, options: argparse.Namespace) -> dict[str, Call]:
+def ways_beside(group: RankGroup, pushed: PushedSums | None, x: torch.Tensor) -> dict[str, Call]:
+    weight, total = torch.randn(x.shape[1], 3 * x.shape[1], dtype=x.dtype, device=x.device), x.clone()
+    product = x @ weight
+
+    def beside(start: Callable[[], StartedSum | None]) -> None:
+        started = start()
+        torch.mm(x, weight, out=product)
+        if started is not None:
+            started.finish()
+
+    calls: dict[str, Call] = {
+        "product": lambda: beside(lambda: None),
+        "product_nccl": lambda: beside(lambda: group.start_sum(total)),
+    }
+    if pushed is not None:
+        calls["product_push"] = lambda: beside(lambda: pushed.start(x))
+    return calls
+
+
+def push_then_norm(
+    pushed: PushedSums, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    started = pushed.start(x)
+    assert started is not None
+    return started.wait_and_norm(residual, weight, EPS)
+
+
+def ways(peers: PeerBuffers, pushed: PushedSums | None, x: torch.Tensor, options: argparse.Namespace) -> dict[str, Call]:
     residual, weight, total = torch.randn_like(x), torch.randn_like(x[0]), x.clone()
     calls: dict[str, Call] = {"nccl": lambda: dist.all_reduce(total)}
     if x.nbytes <= options.torch_max_bytes:
@@ -90,6 +127,8 @@ def ways(peers: PeerBuffers, x: torch.Tensor, options: argparse.Namespace) -> di
     calls["one_shot_norm"] = lambda: all_reduce_norm(x, residual, weight, EPS, peers)
     calls["sum_then_norm"] = lambda: rms_norm(all_reduce(x, peers), weight, EPS, residual_TH=residual)
     calls["nccl_then_norm"] = lambda: (dist.all_reduce(total), rms_norm(total, weight, EPS, residual_TH=residual))
+    if pushed is not None:
+        calls["push_then_norm"] = lambda: push_then_norm(pushed, x, residual, weight)
     calls["norm"] = lambda: rms_norm(x, weight, EPS, residual_TH=residual)
     if all_gather.unfit_reason(x.shape, x.dtype, peers) is None:
         gathered = x.new_empty(peers.size * x.shape[0], x.shape[1])
@@ -102,7 +141,7 @@ def ways(peers: PeerBuffers, x: torch.Tensor, options: argparse.Namespace) -> di
     return calls
 
 
-def find_wrong(peers: PeerBuffers, x: torch.Tensor) -> list[str]:
+def find_wrong(peers: PeerBuffers, pushed: PushedSums | None, x: torch.Tensor) -> list[str]:
     total = x.clone()
     dist.all_reduce(total)
     pairs = {
@@ -110,6 +149,8 @@ def find_wrong(peers: PeerBuffers, x: torch.Tensor) -> list[str]:
         "two_shot": (all_reduce(x, peers, two_shot=True), total),
         "one_shot_norm": (all_reduce_norm(x, torch.zeros_like(x), torch.ones_like(x[0]), EPS, peers)[1], total),
     }
+    if pushed is not None:
+        pairs["push_then_norm"] = push_then_norm(pushed, x, torch.zeros_like(x), torch.ones_like(x[0]))[1], total
     if all_gather.unfit_reason(x.shape, x.dtype, peers) is None:
         gathered = x.new_empty(peers.size * x.shape[0], x.shape[1])
         dist.all_gather_into_tensor(gathered, x)
@@ -118,17 +159,23 @@ def find_wrong(peers: PeerBuffers, x: torch.Tensor) -> list[str]:
         pairs["scatter"] = reduce_scatter.reduce_scatter(x, peers), total.chunk(peers.size)[peers.rank]
     torch.cuda.synchronize()
     wrong = [name for name, (ours, theirs) in pairs.items() if not torch.allclose(ours, theirs, rtol=2.0**-7, atol=1e-2)]
-    return [*wrong, peers.failure] if peers.failure else wrong
+    failures = [peers.failure, "" if pushed is None else pushed.peers.buffers.failure]
+    return [*wrong, *filter(None, failures)]
 
 
-def measure(group: RankGroup, peers: PeerBuffers, device: torch.device, num_bytes: int, options: argparse.Namespace) -> None:
+def measure(
+    group: RankGroup, pushed: PushedSums | None, device: torch.device, num_bytes: int, options: argparse.Namespace
+) -> None:
+    assert group.peers is not None
+    peers = group.peers.buffers
     rows = num_bytes // (2 * options.hidden)
     x = torch.randn(rows, options.hidden, dtype=torch.bfloat16, device=device)
-    wrong = find_wrong(peers, x)
+    wrong = find_wrong(peers, pushed, x)
     num_calls = 64 if num_bytes <= 1 << 20 else 8
-    timed = {
-        name: round(graph_microseconds(group, call, num_calls=num_calls), 2) for name, call in ways(peers, x, options).items()
-    }
+    calls = ways(peers, pushed, x, options)
+    if num_bytes >= MAX_ONE_SHOT_SENT_BYTES:
+        calls |= ways_beside(group, pushed, x)
+    timed = {name: round(graph_microseconds(group, call, num_calls=num_calls), 2) for name, call in calls.items()}
     if group.place.rank == 0:
         print(json.dumps({"bytes": num_bytes, "rows": rows, **timed, "wrong": wrong}), flush=True)
 
@@ -145,8 +192,10 @@ def run_rank(place: RankPlace, options: argparse.Namespace) -> None:
     group = RankGroup.join(place, device, peer_capacity_bytes=max(options.sizes))
     if group.peers is None:
         raise SystemExit("these ranks cannot share memory; the log above says why")
+    group.open_large_sums(max(options.sizes))
+    pushed, group.pushed = group.pushed, None  # NCCL's are started too
     for num_bytes in options.sizes:
-        measure(group, group.peers.buffers, device, num_bytes, options)
+        measure(group, pushed, device, num_bytes, options)
     group.agree_on_least(0)
     dist.destroy_process_group()
 

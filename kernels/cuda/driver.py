@@ -24,6 +24,17 @@ def check(status: int, what: str) -> None:
         raise CudaError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")
 
 
+def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
+    """Queues a copy between addresses of device memory, of which one may lie on another GPU: a copy engine does it.
+
+    May be captured in a CUDA graph. CudaError where the driver refuses.
+    """
+    status = driver().cuMemcpyDtoDAsync_v2(
+        ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes), ctypes.c_void_p(stream)
+    )
+    check(status, f"cuMemcpyDtoDAsync of {num_bytes} bytes")
+
+
 def ensure_context(device_index: int) -> None:
     """A thread that has not called CUDA itself yet has no current context: gives it torch's."""
     context = ctypes.c_void_p()

@@ -11,6 +11,8 @@ import ctypes
 import os
 from dataclasses import dataclass
 
+import torch
+
 from .driver import check, driver, ensure_context
 
 # Numbers of cuda.h.
@@ -79,6 +81,16 @@ def fill(memory: ShareableMemory, word: int) -> None:
     )
     check(status, "cuMemsetD32")
     check(driver().cuCtxSynchronize(), "cuCtxSynchronize")
+
+
+def bytes_at(address: int, num_bytes: int) -> torch.Tensor:
+    """uint8, of this GPU's memory at the address, which has no share in the memory's life."""
+    return torch.as_tensor(_Bytes(address, num_bytes))
+
+
+class _Bytes:
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
 def _map(handle: ctypes.c_uint64, num_bytes: int, device_index: int) -> int:

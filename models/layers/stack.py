@@ -15,17 +15,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.expert_terms import sum_terms
 from ..forward_batch import ForwardBatch
-from ..parallel import Addend, Parallel
+from ..parallel import Addend, Parallel, StartedSum
 from .decoder import DecoderLayer
-from .mlp import Mlp
+from .moe import SparseMlp
 
 Stream = tuple[Addend, torch.Tensor]  # this rank's addend and the residual, [T, H] each
 
 
 def run_layers(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, batch: ForwardBatch, parallel: Parallel) -> Stream:
     """What the last layer answers, for x whole on each rank."""
-    if _pays(layers, x_TH, parallel):
+    if _halves_pay(layers, x_TH, parallel):
         return _run_in_halves(layers, x_TH, batch, parallel)
     addend: Addend = x_TH
     residual_TH: torch.Tensor | None = None
@@ -36,14 +37,18 @@ def run_layers(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, batch: Forwar
     return addend, residual_TH
 
 
-def _pays(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, parallel: Parallel) -> bool:
+def _halves_pay(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, parallel: Parallel) -> bool:
     """It follows from the number of tokens alone, so that all ranks choose alike.
 
-    Not of sparse layers: experts take much longer than half for half of the tokens.
+    Of sparse layers only large halves: of few tokens experts take much longer than half for half of them. Data ranks share
+    experts, and keep their steps whole.
     """
-    if parallel.start_sum is None or len(x_TH) < 2 or not all(isinstance(layer.mlp, Mlp) for layer in layers):
+    half_tokens = len(x_TH) // 2
+    if parallel.start_sum is None or half_tokens == 0 or x_TH[:half_tokens].nbytes < parallel.min_started_bytes:
         return False
-    return x_TH.nbytes // 2 >= parallel.min_started_bytes
+    if all(not isinstance(layer.mlp, SparseMlp) for layer in layers):
+        return True
+    return parallel.data is None and half_tokens >= parallel.min_sparse_half_tokens
 
 
 @dataclass(slots=True)
@@ -54,22 +59,30 @@ class _Half:
 
 
 def _run_in_halves(layers: Sequence[DecoderLayer], x_TH: torch.Tensor, batch: ForwardBatch, parallel: Parallel) -> Stream:
-    assert parallel.start_sum is not None
     batches = batch.halves()
     addends = x_TH.split([len(half.token_ids_T) for half in batches])
     halves = [_Half(half, addend) for half, addend in zip(batches, addends, strict=True)]
     for layer in layers:
         for half in halves:
             addend, half.residual = layer.attend(half.addend, half.residual, half.batch)
-            half.addend = parallel.start_sum(addend)
+            half.addend = _start_sum(addend, parallel)
         for half in halves:
             addend, half.residual = layer.feed_forward(half.addend, half.residual)
             # What the last layer adds is left to the final norm, which sums the few rows that it wants.
-            half.addend = addend if layer is layers[-1] else parallel.start_sum(addend)
+            half.addend = addend if layer is layers[-1] else _start_sum(addend, parallel)
     return _join([half.addend for half in halves]), _join([half.residual for half in halves])
 
 
+def _start_sum(addend: Addend, parallel: Parallel) -> StartedSum:
+    assert parallel.start_sum is not None
+    return parallel.start_sum(_summed(addend))
+
+
 def _join(halves: Sequence[Addend | None]) -> torch.Tensor:
-    tensors = [half for half in halves if isinstance(half, torch.Tensor)]
-    assert len(tensors) == len(halves)
-    return torch.cat(tensors)
+    return torch.cat([_summed(half) for half in halves])
+
+
+def _summed(addend: Addend | None) -> torch.Tensor:
+    assert addend is not None
+    assert not isinstance(addend, StartedSum)
+    return sum_terms(addend)

@@ -45,6 +45,7 @@ VARIANTS = [
     ("all_reduce", {"UNITS": 1, "FLOAT16": 0, "NORM": 0, "TWO_SHOT": 1}),
     ("reduce_scatter", {"UNITS": 1, "FLOAT16": 0}),
     ("all_gather", {"UNITS": 1}),
+    ("meet", {"UNITS": 1}),
 ]
 
 

@@ -49,6 +49,17 @@ def test_kernel_with_residual(device, dtype, case):
     torch.testing.assert_close(y, expected_y, rtol=rtol, atol=atol)
 
 
+def test_an_addend_is_added_and_rounded_before_the_residual(device, dtype):
+    x, addend, residual = torch.randn(3, 7, 96, device=device, dtype=dtype)
+    weight = torch.randn(96, device=device, dtype=dtype)
+    for run in (RUN[device], rms_norm, rms_norm_ref):
+        y, new_residual = run(x, weight, 1e-6, residual_TH=residual, addend_TH=addend)
+        expected_y, expected_residual = run(x + addend, weight, 1e-6, residual_TH=residual)
+        assert torch.equal(new_residual, expected_residual)
+        assert torch.equal(y, expected_y)
+        assert torch.equal(new_residual, x + addend + residual)
+
+
 def test_kernel_reads_views(device, dtype):
     """The heads of a packed qkv, and rows of a wider matrix, without a copy."""
     weight = torch.randn(16, device=device, dtype=dtype)
@@ -86,3 +97,12 @@ def test_float32_weight_with_half_activations(device):
 def test_misfits_are_refused(x, weight, residual):
     with pytest.raises(ValueError, match="rms_norm"):
         rms_norm(x, weight, 1e-6, residual_TH=residual)
+
+
+def test_addends_that_do_not_fit_are_refused():
+    x, weight = torch.zeros(2, 8), torch.zeros(8)
+    with pytest.raises(ValueError, match="an addend needs a residual"):
+        rms_norm(x, weight, 1e-6, addend_TH=x)
+    for addend in (x[:1], x.half(), torch.zeros(8, 2).T):
+        with pytest.raises(ValueError, match="addend"):
+            rms_norm(x, weight, 1e-6, residual_TH=x, addend_TH=addend)

@@ -16,6 +16,7 @@ from pilotfish.models.paged_sequences import PagedSequences
 from pilotfish.workers.comm import RankGroup
 from pilotfish.workers.peer_collectives import MAX_GATHERED_BYTES, MAX_ONE_SHOT_SENT_BYTES, PeerCollectives
 from pilotfish.workers.peer_memory import CAPACITY_BYTES, exchange_descriptors
+from pushed_turns import PushedTurns
 
 EPS = 1e-6
 DTYPE = torch.bfloat16
@@ -77,8 +78,10 @@ def _random(seed: int, *shape: int, device: torch.device) -> torch.Tensor:
 
 
 def check_sums(group: RankGroup, device: torch.device) -> list[str]:
-    """What is wrong with sums of many shapes, whatever way they take; small ones go through shared memory."""
-    problems = [] if group.peers is not None else ["no shared memory"]
+    """What is wrong with sums of many shapes, whatever way they take; small ones go through shared memory, large ones with the
+    norm behind them by copies."""
+    group.open_large_sums(8192 * 4096 * DTYPE.itemsize)
+    problems = [] if group.peers is not None and group.pushed is not None else ["no shared memory"]
     size, rank = group.place.size, group.place.rank
     for seed, rows in enumerate([1, 3, 128, 1, 257, 64, 8192, 2, 5, 0, 31]):
         for hidden in (4096, 576, 2048):
@@ -183,15 +186,20 @@ def wait_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tu
     return "no error", waited_s
 
 
-def compare_halves(group: RankGroup, device: torch.device) -> tuple[list[float], float]:
+def compare_halves(group: RankGroup, device: torch.device, model_name: str, pushes: bool) -> tuple[list[float], float]:
     """(how far each prompt's hidden states, computed in halves, are off those of the whole batch, relative, in norms; how far
     those of another prompt)."""
-    num_tokens = 2 * MAX_ONE_SHOT_SENT_BYTES // (1024 * 2) + 301  # so that each half's sum is a large one
-    prompts = {0: list(range(num_tokens - 700)), 1: list(range(5, 705))}
+    is_sparse = "moe" in model_name
+    dtype = "float32" if is_sparse else "bfloat16"  # in bfloat16 some tokens would choose other experts
+    num_tokens = 1001 if is_sparse else 2 * MAX_ONE_SHOT_SENT_BYTES // (1024 * 2) + 301  # each half's sum is a large one
+    prompts = {row: [token % 500 for token in tokens] for row, tokens in enumerate((range(num_tokens - 700), range(5, 705)))}
+    halved = replace(group.parallel, min_sparse_half_tokens=0, **({"min_started_bytes": 0} if is_sparse else {}))
     hidden = []
-    for parallel in (group.parallel, replace(group.parallel, start_sum=None)):
-        assert (parallel.start_sum is None) == bool(hidden)
-        model = build_dummy("dummy:qwen3-0.6b", device=device, parallel=parallel)
+    for parallel in (halved, replace(halved, start_sum=None)):
+        model = build_dummy(model_name, device=device, dtype=dtype, parallel=parallel)
+        if pushes and not hidden:
+            group.open_large_sums(32 << 20)
+            assert group.pushed is not None
         paged = PagedSequences(model, num_sequences=2, max_len=num_tokens)
         hidden.append(paged.append(prompts).float())
         del model, paged
@@ -204,6 +212,58 @@ def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
+def push_sums_often(group: RankGroup, device: torch.device, num_replays: int) -> tuple[float, bool, str]:
+    """(the largest error, whether the ranks have the same bits, why it failed), captured and replayed, and one by one."""
+    turns = PushedTurns(group.start_sum, rank=group.place.rank, device=device)
+    group.open_large_sums(turns.MAX_BYTES)
+    assert group.pushed is not None
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        turns.run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        outputs = turns.run()
+    group.agree_on_least(0)
+    for replay in range(num_replays):
+        if replay % 3 == turns.rank:
+            torch.cuda._sleep(replay * 7919 % 1_000_000)
+        graph.replay()
+        if replay % 5 == 0:
+            turns.run()  # launched one by one between replays
+    graph.replay()
+    bits = torch.cat(outputs).view(torch.int16).int()
+    of_ranks = group.all_gather(bits).chunk(group.place.size, -1)
+    same = all(torch.equal(of_rank, bits) for of_rank in of_ranks)
+    torch.cuda.synchronize()
+    return float(turns.worst), same, group.pushed.peers.buffers.failure
+
+
+def push_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tuple[str, float]:
+    """(what the first rank says whose sum the other does not start, the seconds that it waited)."""
+    group.open_large_sums(8 << 20)
+    assert group.pushed is not None
+    group.pushed.peers = PeerCollectives(replace(group.pushed.peers.buffers, timeout_s=timeout_s))
+    x = torch.ones(64, 4096, dtype=DTYPE, device=device)
+    group.start_sum(x).finish()  # both come
+    torch.cuda.synchronize()
+    group.check()
+    group.agree_on_least(0)
+    if group.place.rank > 0:
+        return "", 0.0
+    start_s = time.monotonic()
+    for _ in range(10):
+        group.start_sum(x).finish()
+    torch.cuda.synchronize()
+    waited_s = time.monotonic() - start_s
+    try:
+        group.check()
+    except InternalError as error:
+        return error.message, waited_s
+    return "no error", waited_s
+
+
 def capture_group_collectives(group: RankGroup, device: torch.device) -> list[str]:
     """What is wrong with NCCL's in a graph: of messages that are too large for shared memory."""
     rank, size, rows = group.place.rank, group.place.size, CAPACITY_BYTES // 8192 + 1
@@ -213,7 +273,9 @@ def capture_group_collectives(group: RankGroup, device: torch.device) -> list[st
     def work() -> tuple[torch.Tensor, torch.Tensor]:
         started = group.start_sum(x * (rank + 1))
         gathered = group.all_gather(logits + rank)
-        total = group.all_reduce(x * (rank + 1)) + started.wait()
+        total = group.all_reduce(x * (rank + 1))
+        started.finish()
+        total = total + started.x
         token.fill_(rank + 5)
         group.broadcast(token)
         return total, gathered

@@ -53,14 +53,16 @@ def compare_all_with_whole_experts(parallel: Parallel, checkpoints: Sequence[tup
 
 
 def compare_all_in_halves(parallel: Parallel, checkpoints: Sequence[tuple[str, str]]) -> tuple[list[RankRows], int]:
-    """And how many sums were started."""
+    """And how many sums were started; by turns into x, as NCCL does it, and with the other rank's addend brought here."""
     num_started = 0
 
     def start_sum(x: torch.Tensor) -> StartedSum:
         nonlocal num_started
         num_started += 1
-        work = dist.all_reduce(x, async_op=True)
-        return StartedSum(x, work.wait)
+        if num_started % 2:
+            return StartedSum(x, dist.all_reduce(x, async_op=True).wait)
+        addends = [torch.empty_like(x) for _ in range(parallel.size)]
+        return StartedSum(x, dist.all_gather(addends, x, async_op=True).wait, addends[1 - parallel.rank])
 
     return compare_all(replace(parallel, start_sum=start_sum), checkpoints), num_started
 

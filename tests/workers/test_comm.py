@@ -135,8 +135,25 @@ def test_on_two_gpus_a_rank_that_does_not_come_is_named_in_time():
 
 @pytest.mark.gpu2
 @needs_two
-def test_on_two_gpus_halves_equal_the_whole():
-    for errors, of_another in run_on_ranks(2, comm_work.compare_halves, device_type="cuda"):
+def test_on_two_gpus_pushed_sums_are_right_whoever_is_late():
+    for wrong, same, failure in run_on_ranks(2, comm_work.push_sums_often, 20, device_type="cuda"):
+        assert (wrong, same, failure) == (0.0, True, "")
+
+
+@pytest.mark.gpu2
+@needs_two
+def test_on_two_gpus_a_rank_that_does_not_push_is_named_in_time():
+    (message, waited_s), _ = run_on_ranks(2, comm_work.push_in_vain, 2.0, device_type="cuda")
+    assert message.startswith("rank 1 took no part in a collective within 2 s")
+    assert 1.9 < waited_s < 4
+
+
+@pytest.mark.gpu2
+@needs_two
+@pytest.mark.parametrize("pushes", [True, False])
+@pytest.mark.parametrize("model", ["dummy:qwen3-0.6b", "dummy:tiny-moe"])
+def test_on_two_gpus_halves_equal_the_whole(model, pushes):
+    for errors, of_another in run_on_ranks(2, comm_work.compare_halves, model, pushes, device_type="cuda"):
         assert max(errors) < 0.05, errors
         assert of_another > 0.5
 
