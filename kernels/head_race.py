@@ -92,7 +92,12 @@ def _check(x_SK: torch.Tensor, weight_VK: torch.Tensor, rows: RaceRows, first_to
     if first_token % FIRST_TOKEN_MULTIPLE:
         raise ValueError(f"race_head: the first token {first_token} must be a multiple of {FIRST_TOKEN_MULTIPLE}")
     for name, table_M, dtype in (("temperature", rows.temperature_M, torch.float32), ("seeds", rows.seeds_M, torch.int64)):
-        if table_M.dim() != 1 or table_M.dtype != dtype or not table_M.is_contiguous() or len(table_M) != len(rows.seeds_M):
+        if (
+            table_M.dim() != 1
+            or table_M.dtype != dtype
+            or not table_M.is_contiguous()
+            or len(table_M) != len(rows.temperature_M)
+        ):
             raise ValueError(f"race_head: {name} {tuple(table_M.shape)} {table_M.dtype} must be contiguous {dtype}, one a slot")
     columns = {"slots": rows.slots_S, "positions": rows.positions_S, "wants_logits": rows.wants_logits_S}
     for name, column_S in columns.items():

@@ -147,9 +147,7 @@ def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gate
     return None
 
 
-def unfit_sizes(
-    config: Config, num_rows: int, num_inputs: int, *, gated: bool = False, race: bool = False
-) -> str | None:
+def unfit_sizes(config: Config, num_rows: int, num_inputs: int, *, gated: bool = False, race: bool = False) -> str | None:
     """Why the config does not suit these sizes, or None."""
     tile_n, split_k, num_stages = config["tile_n"], config["split_k"], config["num_stages"]
     x_stages = config.get("x_stages", num_stages)
