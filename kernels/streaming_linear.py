@@ -125,7 +125,8 @@ def _launch(
 
 def serves(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gated: bool, race: bool = False) -> bool:
     """Whether the kernel can run; where not, the reason has been logged once. Compiles at the first call."""
-    return loader.is_served(SOURCE, unfit_reason(config, weight_NK, num_rows, gated=gated, race=race), instead="cuBLAS does")
+    instead = "all logits are stored" if race else "cuBLAS does"
+    return loader.is_served(SOURCE, unfit_reason(config, weight_NK, num_rows, gated=gated, race=race), instead=instead)
 
 
 def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gated: bool, race: bool = False) -> str | None:

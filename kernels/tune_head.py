@@ -16,9 +16,10 @@ from .race import HeadScores, RaceRows
 from .rms_norm import rms_norm
 from .sampling import sample
 from .streaming_linear import MAX_STREAMING_ROWS, unfit_sizes
-from .tune_linear import ROWS, SHAPES, streaming_configs
+from .tune_linear import ROWS, SHAPES, WHOLE_SHARED_BYTES, streaming_config, streaming_configs
 from .tuning import Config
 
+MIN_ROWS_OF_ALONE = 64  # a CTA with a multiprocessor of its own: wide tiles, so that x is read less often
 NORMED = 1024  # numbers of a row that the layer before norms
 # temperature, top_k, top_p, min_p: the rows of a step take them in turn
 SAMPLING = {
@@ -60,7 +61,14 @@ class HeadCase:
         if not 0 < self.num_rows <= MAX_STREAMING_ROWS or not loader.can_run_on(torch.device("cuda", 0)):
             return []
         configs = streaming_configs(vocab, num_inputs, self.num_rows, gated=False)
-        return [config for config in configs if unfit_sizes(config, self.num_rows, num_inputs, race=True) is None]
+        if self.num_rows >= MIN_ROWS_OF_ALONE:
+            alone = [(tile_n, x_stages) for tile_n in (128, 192, 256) for x_stages in (None, 3)]
+            configs += [
+                streaming_config(tile_n, 1, WHOLE_SHARED_BYTES, x_stages, num_inputs, self.num_rows, gated=False)
+                for tile_n, x_stages in alone
+            ]
+        fitting = [config for config in configs if unfit_sizes(config, self.num_rows, num_inputs, race=True) is None]
+        return [config for i, config in enumerate(fitting) if config not in fitting[:i]]
 
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:
         """A step's head and draw, on weights in turn; the drawn tokens' logits."""

@@ -192,15 +192,15 @@ def streaming_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated
         once = _fullest(choices, MULTIPROCESSORS, 0.85)
         twice = [choice for choice in _fullest(choices, TARGET_PROGRAMS, 0.7) if choice not in once[:3]]
         chosen = [(*choice, HALF_SHARED_BYTES) for choice in once[:3] + twice[:2]] + [(*once[0], WHOLE_SHARED_BYTES)]
-    configs = [_streaming_config(*choice, None, num_inputs, num_rows, gated=gated) for choice in chosen]
+    configs = [streaming_config(*choice, None, num_inputs, num_rows, gated=gated) for choice in chosen]
     if num_rows >= MIN_ROWS_FOR_X_STAGES:
         tiles = dict.fromkeys([(tile_n, split_k) for tile_n, split_k, _ in chosen] + [(TILES[0], 1)])  # nothing to exchange
         deep = [(*tile, WHOLE_SHARED_BYTES, x_stages) for tile in tiles for x_stages in (3, 5)]
-        configs += [_streaming_config(*choice, num_inputs, num_rows, gated=gated) for choice in deep]
+        configs += [streaming_config(*choice, num_inputs, num_rows, gated=gated) for choice in deep]
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 
-def _streaming_config(
+def streaming_config(
     tile_n: int, split_k: int, shared_bytes: int, x_stages: int | None, num_inputs: int, num_rows: int, *, gated: bool
 ) -> Config:
     """With as many stages as `shared_bytes` hold, but no more than there are steps."""
