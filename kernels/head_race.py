@@ -3,9 +3,9 @@
     logits = x @ weight.T in float32,   score = logit + temperature * g   (sampling.py)
 
 A row without filter, rule or log probabilities needs of its logits the best score alone. So each tile of the vocabulary keeps
-three numbers of such a row (race.py's TileBests), and `sample` or `race_shard` goes on with these. Where that was measured to
-be faster (op "head_race" of tuning.py: {"kernel": "streaming", ...} as in streaming_linear.py, or {"kernel": "logits"}) the
-streaming kernel does it. Elsewhere, and on the CPU, all logits are stored, as `linear` makes them, and there are no bests.
+three numbers of such a row (race.py's TileBests), and `sample` or `race_shard` goes on with these. The kernels for few rows do
+it where that was measured to be faster (op "head_race" of tuning.py; a config of skinny_linear.py that does not split K, or
+{"kernel": "logits"}). Elsewhere, and on the CPU, all logits are stored, as `linear` makes them, and there are no bests.
 
 S rows, K inputs, V vocabulary of this rank, T tiles.
 """
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from . import tuning
 from .dispatch import choose_backend, kernel_mode
 from .linear import check_linear, check_one_dtype, linear, linear_ref
-from .philox import philox_uniform_ref
+from .philox import gumbel_ref, philox_uniform_ref
 from .race import HeadScores, RaceRows, TileBests
-from .sampling import gumbel_ref
-from .streaming_linear import launch_race, serves
+from .skinny_linear import fits_race, skinny_race
+from .streaming_linear import serves
 
 FIRST_TOKEN_MULTIPLE = 4  # random numbers come in blocks of four
 
@@ -36,7 +36,7 @@ def race_head(x_SK: torch.Tensor, weight_VK: torch.Tensor, rows: RaceRows, *, fi
         check_one_dtype("race_head", x_SK, weight_VK)
         config = choose_race_config(weight_VK, len(x_SK))
         if config is not None:
-            return race_head_streaming(x_SK, weight_VK, rows, config, first_token=first_token)
+            return race_head_by(x_SK, weight_VK, rows, config, first_token=first_token)
     return HeadScores(linear(x_SK, weight_VK, out_dtype=torch.float32))
 
 
@@ -65,23 +65,25 @@ def choose_race_config(weight_VK: torch.Tensor, num_rows: int) -> tuning.Config 
     if num_rows == 0 or kernel_mode() == "invariant":
         return None
     config = tuning.lookup("head_race", weight_VK.dtype, tuple(weight_VK.shape), num_rows, weight_VK.device)
-    if config is None or config["kernel"] != "streaming" or not serves(config, weight_VK, num_rows, gated=False, race=True):
-        return None
-    return config
+    if config is not None and config["kernel"] == "streaming":
+        if serves(config, weight_VK, num_rows, gated=False, race=True):
+            return config
+        config = config.get("twin")
+    return config if config is not None and fits_race(config, num_rows, weight_VK.shape[1]) else None
 
 
-def race_head_streaming(
+def race_head_by(
     x_SK: torch.Tensor, weight_VK: torch.Tensor, rows: RaceRows, config: tuning.Config, *, first_token: int = 0
 ) -> HeadScores:
-    """On CUDA. ValueError where the config does not suit."""
-    num_rows, vocab, tile = len(x_SK), len(weight_VK), config["tile_n"]
+    """With a kernel of skinny_linear.py, on CUDA. ValueError where a streaming config does not suit."""
+    num_rows, vocab, tile = len(x_SK), len(weight_VK), config["tile_n" if config["kernel"] == "streaming" else "block_n"]
     logits_SV = torch.empty(num_rows, vocab, dtype=torch.float32, device=x_SK.device)
     num_tiles = -(-vocab // tile)
     columns_3X = logits_SV.new_empty(3, -(-num_rows * num_tiles // 4) * 4)  # all begin at multiples of 16 bytes
     scores_ST, tokens_ST, logits_ST = columns_3X[:, : num_rows * num_tiles].view(3, num_rows, num_tiles).unbind()
     bests = TileBests(scores_ST, tokens_ST.view(torch.int32), logits_ST, tile)
     scores = HeadScores(logits_SV, bests)
-    launch_race(x_SK, weight_VK, rows, scores, config, first_token=first_token)
+    skinny_race(x_SK, weight_VK, rows, scores, config, first_token=first_token)
     return scores
 
 

@@ -22,7 +22,7 @@ from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 from .drawn import ENDS, Drawn, SequenceEnds, append_tokens, ends_for_kernel
-from .philox import philox_uniform_ref, uniform_at, uniform_block
+from .philox import gumbel, gumbel_ref, philox_uniform_ref, uniform_at, uniform_block
 from .race import TileBests
 from .sampling_filter import (
     NUM_RUNGS,
@@ -126,19 +126,6 @@ def _draw_ref(
     uniform_SV = philox_uniform_ref(seeds_S, positions_S, logits_SV.shape[1])
     scores_SV = logits_SV + temperature_S.unsqueeze(1) * gumbel_ref(uniform_SV)
     return scores_SV.masked_fill(logits_SV < threshold_S.unsqueeze(1), float("-inf")).argmax(-1)
-
-
-def gumbel_ref(uniform_SV: torch.Tensor) -> torch.Tensor:
-    """-log(-log(1 - u)); log1p keeps the small exponentials exact, and these win the race."""
-    return -torch.log(-torch.log1p(-uniform_SV))
-
-
-@triton.jit
-def gumbel(uniform):
-    """-log(-log(1 - u)); small exponentials win the race, so below 2^-7 their series keeps what 1 - u would round away."""
-    series = uniform * (1.0 + uniform * (0.5 + uniform * (0.3333333333333333 + uniform * 0.25)))
-    exponential = tl.where(uniform < 0.0078125, series, -tl.log(1.0 - uniform))
-    return -tl.log(exponential)
 
 
 # Scalars only are read through these: a second compilation for another alignment would gain nothing.

@@ -14,9 +14,8 @@ from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend, kernel_mode
 from .drawn import ENDS, Drawn, SequenceEnds, append_tokens, ends_for_kernel
-from .philox import philox_uniform_ref, uniform_block
+from .philox import gumbel, gumbel_ref, philox_uniform_ref, uniform_block
 from .race import TileBests
-from .sampling import gumbel, gumbel_ref
 
 FIRST_TOKEN_MULTIPLE = 4  # random numbers come in blocks of four
 _CHUNK = 1024  # tokens a program: small, so that one row fills a GPU

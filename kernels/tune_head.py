@@ -10,13 +10,14 @@ import torch
 
 from .cuda import loader
 from .graph_timing import num_calls, num_copies
-from .head_race import race_head, race_head_streaming
+from .head_race import race_head, race_head_by
 from .linear import linear
 from .race import HeadScores, RaceRows
 from .rms_norm import rms_norm
 from .sampling import sample
-from .streaming_linear import MAX_STREAMING_ROWS, unfit_sizes
-from .tune_linear import ROWS, SHAPES, WHOLE_SHARED_BYTES, streaming_config, streaming_configs
+from .skinny_linear import fits_race
+from .streaming_linear import MAX_STREAMING_ROWS
+from .tune_linear import ROWS, SHAPES, WHOLE_SHARED_BYTES, skinny_configs, streaming_config, streaming_configs
 from .tuning import Config
 
 MIN_ROWS_OF_ALONE = 64  # a CTA with a multiprocessor of its own: wide tiles, so that x is read less often
@@ -49,7 +50,7 @@ class HeadCase:
 
     @property
     def keeps_twin(self) -> bool:
-        return False
+        return True
 
     def neighbour(self) -> Callable[[], object]:
         """The norm before it."""
@@ -58,16 +59,18 @@ class HeadCase:
 
     def candidates(self) -> list[Config]:
         vocab, num_inputs = self.sizes
-        if not 0 < self.num_rows <= MAX_STREAMING_ROWS or not loader.can_run_on(torch.device("cuda", 0)):
-            return []
-        configs = streaming_configs(vocab, num_inputs, self.num_rows, gated=False)
-        if self.num_rows >= MIN_ROWS_OF_ALONE:
-            alone = [(tile_n, x_stages) for tile_n in (128, 192, 256) for x_stages in (None, 3)]
-            configs += [
-                streaming_config(tile_n, 1, WHOLE_SHARED_BYTES, x_stages, num_inputs, self.num_rows, gated=False)
-                for tile_n, x_stages in alone
-            ]
-        fitting = [config for config in configs if unfit_sizes(config, self.num_rows, num_inputs, race=True) is None]
+        configs = list(skinny_configs(vocab, num_inputs, self.num_rows, gated=False))
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+            configs += [{**config, "early_start": True} for config in configs]
+        if loader.can_run_on(torch.device("cuda", 0)):
+            configs += streaming_configs(vocab, num_inputs, self.num_rows, gated=False)
+            if self.num_rows >= MIN_ROWS_OF_ALONE:
+                alone = [(tile_n, x_stages) for tile_n in (128, 192, 256) for x_stages in (None, 3)]
+                configs += [
+                    streaming_config(tile_n, 1, WHOLE_SHARED_BYTES, x_stages, num_inputs, self.num_rows, gated=False)
+                    for tile_n, x_stages in alone
+                ]
+        fitting = [config for config in configs if fits_race(config, self.num_rows, num_inputs)]
         return [config for i, config in enumerate(fitting) if config not in fitting[:i]]
 
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:
@@ -101,8 +104,8 @@ def _run(
 ) -> torch.Tensor:
     if config is None:
         scores = race_head(x, weight, rows)
-    elif config["kernel"] == "streaming":
-        scores = race_head_streaming(x, weight, rows, config)
+    elif config["kernel"] in ("skinny", "streaming"):
+        scores = race_head_by(x, weight, rows, config)
     else:
         scores = HeadScores(linear(x, weight, out_dtype=torch.float32))
     return sample(scores.logits_SV, **tables, bests=scores.bests).logits_S

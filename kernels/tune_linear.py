@@ -100,7 +100,7 @@ class LinearCase:
         if self.num_rows <= 4 and num_inputs <= MAX_GEMV_INPUTS:
             configs += _gemv_configs(num_inputs)
         if 1 < self.num_rows <= MAX_SKINNY_ROWS:
-            configs += _skinny_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
+            configs += skinny_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
         if capability >= (9, 0):
             configs += [{**config, "early_start": True} for config in configs]
@@ -159,7 +159,7 @@ def _gemv_configs(num_inputs: int) -> Iterable[Config]:
                 yield {"kernel": "gemv", "block_n": block_n, "num_warps": num_warps}
 
 
-def _skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> Iterable[Config]:
+def skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> Iterable[Config]:
     """A few tiles, each with K whole and, if that leaves multiprocessors without work, split."""
     programs_outputs = num_outputs // 2 if gated else num_outputs
     tiles = [(16, 256, 4), (32, 128, 4), (64, 128, 4)] if num_rows <= 16 else [(32, 128, 4), (64, 128, 3), (128, 64, 4)]

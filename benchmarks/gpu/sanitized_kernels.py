@@ -16,7 +16,7 @@ from pilotfish.kernels.attention_config import FusedDecodeConfig
 from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.fused_decode import fused_decode
 from pilotfish.kernels.gated_linear import gated_linear_ref
-from pilotfish.kernels.head_race import race_head_ref, race_head_streaming
+from pilotfish.kernels.head_race import race_head_by, race_head_ref
 from pilotfish.kernels.linear import linear_ref
 from pilotfish.kernels.moe_mlp import moe_mlp_ref, run_experts
 from pilotfish.kernels.norm_and_route import fused_norm_and_route, separate_norm_and_route
@@ -55,7 +55,7 @@ def racing_heads() -> Iterator[Pair]:
         rows = RaceRows((slots % 2).float(), slots, slots, slots, (slots % 3 == 1).long())
         config = {"kernel": "streaming", "tile_n": tile_n, "split_k": 1, "num_stages": 3, "early_start": True}
         config |= {} if x_stages is None else {"x_stages": x_stages}
-        scores, expected = race_head_streaming(x, weight, rows, config), race_head_ref(x, weight, rows, tile=tile_n)
+        scores, expected = race_head_by(x, weight, rows, config), race_head_ref(x, weight, rows, tile=tile_n)
         wanted = slots % 3 == 1
         yield f"logits of {num_rows} rows, {config}", scores.logits_SV[wanted], expected.logits_SV[wanted]
         assert scores.bests is not None

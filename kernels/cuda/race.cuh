@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_racer(Racer* racers, const Race& race, int 
                     wants_logits ? WANTS_LOGITS : temperature};
 }
 
-// --- random numbers: philox.py's, and sampling.py's gumbel
+// --- random numbers: those of philox.py
 
 struct Words {
   u32 word[4];

@@ -1,6 +1,7 @@
 """A head that keeps best scores, not logits: on a GPU against `sample` on all logits; anywhere, what goes on from there."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.head_race import (
     choose_race_config,
     race_head,
+    race_head_by,
     race_head_ref,
-    race_head_streaming,
     tile_bests_ref,
 )
 from pilotfish.kernels.linear import TOLERANCE, linear_ref
@@ -102,6 +103,28 @@ def test_a_broken_row_draws_a_token_and_spoils_no_other(device):
     assert drawn.tokens_S.max() < 150
 
 
+@pytest.mark.parametrize(("num_rows", "block_n", "vocab", "first_token"), [(1, 16, 36, 0), (17, 64, 331, 168)])
+def test_a_skinny_kernel_races(device, dtype, num_rows, block_n, vocab, first_token):
+    config = {"kernel": "skinny", "block_n": block_n, "block_k": 32, "split_k": 1, "num_warps": 4, "num_stages": 2}
+    x, weight = torch.randn(num_rows, 72, device=device).to(dtype), (torch.randn(vocab, 72, device=device) * 0.4).to(dtype)
+    _, rows = make(num_rows, device)
+    x[num_rows // 2] = float("nan")
+    for wished in (rows, replace(rows, wants_logits_S=None)):
+        wanted = torch.zeros_like(rows.slots_S == 0) if wished.wants_logits_S is None else rows.wants_logits_S == 1
+        scores = race_head_by(x, weight, wished, config, first_token=first_token)
+        expected = race_head_ref(x, weight, wished, tile=block_n, first_token=first_token)
+        assert_close(scores.logits_SV[wanted], expected.logits_SV[wanted])
+        assert_close(scores.bests.scores_ST[~wanted], expected.bests.scores_ST[~wanted])
+        assert_close(scores.bests.logits_ST[~wanted], expected.bests.logits_ST[~wanted])
+        assert torch.equal(scores.bests.tokens_ST[~wanted], expected.bests.tokens_ST[~wanted])
+
+
+def assert_close(y, expected):
+    torch.testing.assert_close(
+        y, expected, rtol=TOLERANCE[torch.float32][0], atol=3 * TOLERANCE[torch.float32][1], equal_nan=True
+    )
+
+
 def test_on_the_cpu_there_are_all_logits_and_no_bests():
     x, weight = torch.randn(5, 24), torch.randn(70, 24).bfloat16()
     tensors, rows = make(5, "cpu")
@@ -160,6 +183,16 @@ def test_the_table_chooses_and_what_cannot_run_stores_all_logits(fresh_loader, m
     assert "does not share its inputs" in caplog.text
     entries["head_race"] = {"kernel": "logits"}
     assert choose_race_config(weight, 8) is None
+    skinny = {"kernel": "skinny", "block_n": 64, "block_k": 64, "split_k": 1, "num_warps": 4, "num_stages": 3}
+    for entry, num_rows, expected in (
+        (skinny, 64, skinny),
+        (skinny, 65, None),
+        (skinny | {"split_k": 2}, 8, None),
+        (config_of(split_k=2, twin=skinny), 8, skinny),
+        (config_of(split_k=2, twin={"kernel": "logits"}), 8, None),
+    ):
+        entries["head_race"] = entry
+        assert choose_race_config(weight, num_rows) == expected
     entries["head_race"] = config_of()
     monkeypatch.setattr(head_race, "kernel_mode", lambda: "invariant")
     assert choose_race_config(weight, 8) is None
@@ -186,15 +219,14 @@ def layer(num_rows, vocab, num_inputs, dtype):
 def all_logits(x, weight, rows, config):
     """The kernel's own, with the bits that race."""
     everyone = RaceRows(rows.temperature_M, rows.seeds_M, rows.slots_S, rows.positions_S, torch.ones_like(rows.slots_S))
-    return race_head_streaming(x, weight, everyone, config).logits_SV
+    return race_head_by(x, weight, everyone, config).logits_SV
 
 
 def assert_race_is_right(num_rows, vocab, num_inputs, dtype, config, *, first_token=0):
     x, weight = layer(num_rows, vocab, num_inputs, dtype)
     tensors, rows = make(num_rows, "cuda")
     logits = all_logits(x, weight, rows, config)
-    expected_logits = linear_ref(x, weight, out_dtype=torch.float32)
-    torch.testing.assert_close(logits, expected_logits, rtol=TOLERANCE[torch.float32][0], atol=3 * TOLERANCE[torch.float32][1])
+    assert_close(logits, linear_ref(x, weight, out_dtype=torch.float32))
     expected = tile_bests_ref(logits, rows, tile=config["tile_n"], first_token=first_token)
     nan = float("nan")
     bests = type(expected)(
@@ -253,10 +285,10 @@ def test_on_a_gpu_a_row_that_is_not_finite_spoils_no_other():
     tensors, rows = make(9, "cuda")
     tensors["slots_S"].copy_(torch.tensor([0, 1, 3, 6, 7, 9, 2, 5, 8]))
     rows.wants_logits_S.copy_(FILTERED.cuda()[rows.slots_S % len(SAMPLING)])
-    fine = race_head_streaming(x, weight, rows, config_of())
+    fine = race_head_by(x, weight, rows, config_of())
     expected = sample(fine.logits_SV, **tensors, bests=fine.bests)
     x[1], x[3], x[6] = float("nan"), float("inf"), float("nan")
-    broken = race_head_streaming(x, weight, rows, config_of())
+    broken = race_head_by(x, weight, rows, config_of())
     drawn = sample(broken.logits_SV, **tensors, bests=broken.bests)
     others = [0, 2, 4, 5, 7, 8]
     assert torch.equal(drawn.tokens_S[others], expected.tokens_S[others])
@@ -271,7 +303,7 @@ def test_on_a_gpu_a_captured_head_follows_its_rows():
     tensors, rows = make(16, "cuda")
 
     def step():
-        scores = race_head_streaming(x, weight, rows, config_of(128))
+        scores = race_head_by(x, weight, rows, config_of(128))
         return scores, sample(scores.logits_SV, **tensors, bests=scores.bests)
 
     step()

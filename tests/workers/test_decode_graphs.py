@@ -108,16 +108,19 @@ def test_graphs_equal_eager(run_requests, requests, in_flight, gpu):
     assert run_requests(*requests, **options).tokens == eager.tokens
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(True, marks=ON_GPU)], ids=[""])
-def test_a_head_that_races_gives_the_text_of_all_logits(run_requests, requests, monkeypatch, gpu):
+STREAMING = {"kernel": "streaming", "tile_n": 64, "split_k": 1, "num_stages": 3, "early_start": True}
+SKINNY = {"kernel": "skinny", "block_n": 64, "block_k": 64, "split_k": 1, "num_warps": 4, "num_stages": 3, "early_start": True}
+
+
+@pytest.mark.parametrize("config", [pytest.param(config, marks=ON_GPU, id=config["kernel"]) for config in (STREAMING, SKINNY)])
+def test_a_head_that_races_gives_the_text_of_all_logits(run_requests, requests, monkeypatch, config):
     """Greedy, sampled and filtered rows, with and without rows beside them that have rules; the same bits of each logit."""
-    config = {"kernel": "streaming", "tile_n": 64, "split_k": 1, "num_stages": 3, "early_start": True}
     raced = []
 
     def race(x_SK, weight_VK, rows, *, first_token=0, keep=True):
         if not keep:
             rows = replace(rows, wants_logits_S=torch.ones_like(rows.slots_S))
-        scores = head_race.race_head_streaming(x_SK, weight_VK, rows, config, first_token=first_token)
+        scores = head_race.race_head_by(x_SK, weight_VK, rows, config, first_token=first_token)
         raced.append(keep)
         return scores if keep else HeadScores(scores.logits_SV)
 
