@@ -31,7 +31,7 @@ from .sampling_filter import (
     keep_threshold,
     keep_threshold_ref,
     lower_bound,
-    store_ladder,
+    summarize_chunk,
 )
 
 _CHUNK = 1024  # tokens a program of the first kernel: small, so that one row fills a GPU and top_k has many chunks
@@ -153,38 +153,37 @@ def _summarize_kernel(
     CHUNK: tl.constexpr,
     EARLY_START: tl.constexpr,
 ):
-    """One program a row and some chunks of the vocabulary, every `num_programs`-th.
+    """One program a row and a chunk of the vocabulary.
 
-    Without a filter: the chunk's best score and the lowest token that has it, unless FILTERED_ONLY. With one: its largest
-    logit, and the mass sum exp((logit - largest) / temperature); for top_p alone also the ladder of its masses.
+    Without a filter: the chunk's best score and the lowest token that has it. With one: its largest logit, and the mass
+    sum exp((logit - largest) / temperature); for top_p alone also the ladder of its masses. FILTERED_ONLY: nothing of rows
+    without one; programs are fewer then, and each has every so many chunks.
     """
     let_next_start(EARLY_START)
     wait_for_previous(EARLY_START)
-    row = tl.program_id(0).to(tl.int64)
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    if not FILTERED_ONLY:
+        scores = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
     temperature = tl.load(temperatures + slot)
     top_k, top_p = tl.load(top_ks + slot), tl.load(top_ps + slot)
     filtered = is_filtered(temperature, top_k, top_p, tl.load(min_ps + slot))
-    end = num_chunks
     if FILTERED_ONLY:
-        end = tl.where(filtered, num_chunks, 0)
-    for chunk in range(tl.program_id(1), end, tl.num_programs(1)):
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        scores = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
-        if not FILTERED_ONLY:  # noqa: SIM102 - known to the compiler
-            if (temperature > 0) & (not filtered):
+        for each in range(chunk, tl.where(filtered, num_chunks, 0), tl.num_programs(1)):
+            token = each * CHUNK + tl.arange(0, CHUNK)
+            logits_C = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
+            summarize_chunk(logits_C, temperature, top_k, top_p, row * num_chunks + each, chunk_scores, chunk_masses, ladders)
+    else:
+        out = row * num_chunks + chunk
+        if filtered:
+            summarize_chunk(scores, temperature, top_k, top_p, out, chunk_scores, chunk_masses, ladders)
+        else:
+            if temperature > 0:
                 uniform = uniform_block(tl.load(seeds + slot), tl.load(positions + row), chunk * CHUNK, CHUNK)
                 scores += temperature * gumbel(uniform)
-        best = tl.max(scores, axis=0)
-        out = row * num_chunks + chunk
-        tl.store(chunk_scores + out, best)
-        if filtered:
-            offset = tl.where(best == -float("inf"), 0.0, best)  # -inf minus -inf is not a number
-            masses = tl.exp((scores - offset) / temperature)
-            tl.store(chunk_masses + out, tl.sum(masses, axis=0))
-            if (top_k <= 0) & (top_p < 1):
-                store_ladder(ladders + out * NUM_RUNGS, scores, masses, offset, temperature)
-        else:
+            best = tl.max(scores, axis=0)
+            tl.store(chunk_scores + out, best)
             tl.store(chunk_tokens + out, tl.min(tl.where(scores == best, token, vocab - 1), axis=0))
 
 
