@@ -177,6 +177,7 @@ def test_the_table_chooses_and_what_cannot_run_stores_all_logits(fresh_loader, m
     monkeypatch.setattr(loader, "compile_source", lambda code, name, options: b"cubin")
     assert choose_race_config(weight, 8) == config_of()
     assert choose_race_config(weight, 0) is None
+    loader.warn_unserved.cache_clear()
     with caplog.at_level(logging.WARNING):
         entries["head_race"] = config_of(split_k=2)
         assert choose_race_config(weight, 8) is None
