@@ -13,7 +13,9 @@ from collections.abc import Iterator, Set
 import torch
 
 from ...kernels.embedding import embedding
+from ...kernels.head_race import race_head
 from ...kernels.linear import linear
+from ...kernels.race import HeadScores, RaceRows
 from ..weight_source import Placement, WeightSource
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
@@ -48,6 +50,10 @@ class Embedding(torch.nn.Module):
     def own_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """float32 [R, V]."""
         return linear(hidden_RH, self.head_weight, out_dtype=torch.float32)
+
+    def race(self, hidden_RH: torch.Tensor, rows: RaceRows) -> HeadScores:
+        """The same, of rows that want it; of others the best scores, where that is faster."""
+        return race_head(hidden_RH, self.head_weight, rows, first_token=self.vocab.start)
 
     def gather_logits(self, logits_RV: torch.Tensor) -> torch.Tensor:
         """float32 [R, whole vocabulary], on every rank."""
