@@ -1,10 +1,9 @@
 """Worker processes as Ray actors: detached and named, so that a restarted controller finds them again.
 
-A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed or spread over the nodes), unless it is
-one rank that takes neither a GPU nor a CPU in Ray's books; the tensor ranks of a data rank are neighbours, and the first of
-them takes its requests. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's
-namespace. The ranks end together: when one has died the others are of no use. The actor class is handed in: the controller
-does not know workers/.
+A replica is one actor a rank, all in one Ray placement group (see ray_placement.py), unless it is one rank that takes neither a
+GPU nor a CPU in Ray's books; the tensor ranks of a data rank are neighbours, and the first of them takes its requests. An
+actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The ranks end
+together: when one has died the others are of no use. The actor class is handed in: the controller does not know workers/.
 """
 
 from __future__ import annotations
@@ -121,6 +120,7 @@ class RayLauncher:
                     f"{replica}.{epoch}",
                     bundle or _CPU_BUNDLE,
                     num_ranks=self._num_ranks,
+                    data_ranks=self._config.parallel.data_parallel,
                     placement=self._config.parallel.placement,
                     timeout_s=self._config.fleet.start_timeout_s if self._config.fleet.is_elastic else _ROOM_TIMEOUT_S,
                     on_wait=on_wait,
@@ -283,7 +283,8 @@ class RayLauncher:
 async def _where(group: PlacementGroup | None, num_ranks: int) -> list[dict[str, Any]]:
     """What tells Ray where each rank goes: to its bundle, or, alone, to any node that answers."""
     if group is not None:
-        bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(num_ranks)]
+        numbers = [rank * group.bundle_count // num_ranks for rank in range(num_ranks)]
+        bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number) for number in numbers]
         return [{"scheduling_strategy": bundle} for bundle in bundles]
     selector = await reachable_only()
     return [{"scheduling_strategy": "SPREAD"} | ({"label_selector": selector} if selector else {})]
