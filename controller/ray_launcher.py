@@ -13,8 +13,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.actor import ActorClass, ActorHandle
@@ -29,6 +28,7 @@ from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker
 from ..proto.versions import mismatch, own_versions
 from .authority import Authority
+from .layouts import rank_bundle
 from .node_links import NodeLinks
 from .node_notices import NodeNotices
 from .ray_actors import cause_of_death, until_dead
@@ -97,7 +97,7 @@ class RayWorker:
 
 
 class RayLauncher:
-    """Starts workers in the namespace of the calling actor."""
+    """Starts workers in the namespace of the calling actor. The configuration's device is settled."""
 
     def __init__(self, worker_class: ActorClass, config: ServeConfig, authority: Authority) -> None:
         self._worker_class = worker_class
@@ -107,15 +107,15 @@ class RayLauncher:
         self._notices = NodeNotices()
         self._node = ray.get_runtime_context().get_node_id()
         self._versions = own_versions(ray.util.get_node_ip_address())
-        self._settled_device: Literal["cpu", "cuda"] | None = None
 
     async def launch(self, replica: str, *, epoch: int, model: ModelConfig, on_wait: Callable[[str], None]) -> RayWorker:
         """See `Launcher`."""
-        device = self._device()
+        device = self._config.engine.device
+        assert device != "auto", "deploy has settled it"
         handles: list[ActorHandle] = []
         group = None
         try:
-            if (bundle := self._bundle(device)) or self._num_ranks > 1:
+            if (bundle := rank_bundle(self._config.parallel, device)) or self._num_ranks > 1:
                 group = await place(
                     f"{replica}.{epoch}",
                     bundle or _CPU_BUNDLE,
@@ -133,7 +133,7 @@ class RayLauncher:
                 raise ConfigError(problem)
             if group is not None and self._num_ranks > 1:
                 await self._links.check(handles, group)
-            places = await self._start_ranks(handles, replica, epoch, device, model)
+            places = await self._start_ranks(handles, replica, epoch, model)
         except BaseException as error:
             _end(handles, group)
             if isinstance(error, NoRoom):
@@ -150,11 +150,6 @@ class RayLauncher:
     def _num_ranks(self) -> int:
         return self._config.parallel.num_ranks
 
-    def _bundle(self, device: str) -> dict[str, float]:
-        """What a rank takes in Ray's books."""
-        num_cpus = self._config.parallel.cpus_per_rank
-        return ({"GPU": 1.0} if device == "cuda" else {}) | ({"CPU": num_cpus} if num_cpus else {})
-
     def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
         log = self._config.log
         log_variables = logs.environment(log_level=log.log_level, log_format=log.log_format)
@@ -170,7 +165,7 @@ class RayLauncher:
         ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 
     async def _start_ranks(
-        self, handles: list[ActorHandle], replica: str, epoch: int, device: Literal["cpu", "cuda"], model: ModelConfig
+        self, handles: list[ActorHandle], replica: str, epoch: int, model: ModelConfig
     ) -> list[ServingWorker]:
         """Starts all ranks together, and returns those that serve; the first that cannot start says why."""
         parallel = self._config.parallel
@@ -201,7 +196,7 @@ class RayLauncher:
                 asyncio.ensure_future(
                     handle.start.remote(
                         model_config=model,
-                        engine_config=replace(self._config.engine, device=device),
+                        engine_config=self._config.engine,
                         epoch=epoch,
                         identity=self._authority.issue(worker_name(replica, epoch=epoch, rank=rank)),
                         controller_node=self._node,
@@ -251,25 +246,6 @@ class RayLauncher:
         except (RayError, TimeoutError):
             return None
         return serving
-
-    def _device(self) -> Literal["cpu", "cuda"]:
-        """What auto means in this cluster; all replicas get the same, also when nodes are lost later."""
-        if self._settled_device is None:
-            self._settled_device = self._settle_device()
-        return self._settled_device
-
-    def _settle_device(self) -> Literal["cpu", "cuda"]:
-        device, num_replicas = self._config.engine.device, self._config.fleet.num_replicas
-        num_gpus = int(ray.cluster_resources().get("GPU", 0))
-        if device == "cpu" or (device == "auto" and num_gpus == 0):
-            return "cpu"
-        num_wanted = num_replicas * self._num_ranks
-        if num_gpus < num_wanted and not self._config.fleet.is_elastic:  # then nodes may come
-            raise ConfigError(
-                f"{num_replicas} replicas of {self._num_ranks} ranks need {num_wanted} GPUs, but the Ray cluster has "
-                f"{num_gpus}: that is enough for {num_gpus // self._num_ranks} replicas; or use CPUs with device cpu"
-            )
-        return "cuda"
 
     def _num_node_workers(self) -> int:
         """On a node, as far as can be known: more nodes may come."""
