@@ -55,9 +55,15 @@ class RayWorker:
     """A WorkerProcess: the ranks of one replica, in order."""
 
     def __init__(
-        self, handles: list[ActorHandle], places: list[ServingWorker], group: PlacementGroup | None, notices: NodeNotices
+        self,
+        handles: list[ActorHandle],
+        hosts: list[str],
+        places: list[ServingWorker],
+        group: PlacementGroup | None,
+        notices: NodeNotices,
     ) -> None:
         self._handles = handles
+        self._hosts = hosts
         self._group = group
         self._notices = notices
         self._nodes: list[str] = []  # Ray's ids, once known
@@ -92,8 +98,8 @@ class RayWorker:
         _end(self._handles, self._group)
 
     async def _wait_rank_dead(self, rank: int) -> str:
-        whose = f"rank {rank}: " if len(self._handles) > 1 else ""
-        return whose + await until_dead(self._handles[rank])
+        whose = f"rank {rank} on " if len(self._handles) > 1 else "on "
+        return f"{whose}{self._hosts[rank]}: {await until_dead(self._handles[rank])}"
 
 
 class RayLauncher:
@@ -129,7 +135,8 @@ class RayLauncher:
             where = await _where(group, self._num_ranks)
             for rank in range(self._num_ranks):
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
-            if problem := mismatch(self._versions, await asyncio.gather(*(handle.versions.remote() for handle in handles))):
+            versions = await asyncio.gather(*(handle.versions.remote() for handle in handles))
+            if problem := mismatch(self._versions, versions):
                 raise ConfigError(problem)
             if group is not None and self._num_ranks > 1:
                 await self._links.check(handles, group)
@@ -144,7 +151,7 @@ class RayLauncher:
                 raise WorkerDied(cause_of_death(error)) from error
             raise
         self._links.forget()
-        return RayWorker(handles, places, group, self._notices)
+        return RayWorker(handles, [version["node"] for version in versions], places, group, self._notices)
 
     @property
     def _num_ranks(self) -> int:
@@ -225,27 +232,30 @@ class RayLauncher:
             for epoch in sorted(epochs, reverse=True):
                 group = find_group(f"{replica}.{epoch}")
                 handles = [epochs[epoch][rank] for rank in sorted(epochs[epoch])]
-                places: list[ServingWorker | None] = [None]
+                worker = None
                 if replica not in found and len(handles) == self._num_ranks:
-                    places = [await self._describe(leader) for leader in handles[:: self._config.parallel.tensor_parallel]]
-                serving = [place for place in places if place is not None]
-                if len(serving) == len(places):
-                    found[replica] = RayWorker(handles, serving, group, self._notices)
+                    worker = await self._take_over(handles, group)
+                if worker is not None:
+                    found[replica] = worker
                 else:
                     _end(handles, group)
         return found
 
-    async def _describe(self, leader: ActorHandle) -> ServingWorker | None:
-        """What a replica's leader serves; None if it does not serve, or runs what this controller does not fit."""
+    async def _take_over(self, handles: list[ActorHandle], group: PlacementGroup | None) -> RayWorker | None:
+        """What an earlier controller started; None if it does not serve, or runs what this controller does not fit."""
         try:
             async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
-                if problem := mismatch(self._versions, [await leader.versions.remote()]):
+                versions = await asyncio.gather(*(handle.versions.remote() for handle in handles))
+                if problem := mismatch(self._versions, versions):
                     logger.warning("a worker of an earlier controller is ended: %s", problem)
                     return None
-                serving: ServingWorker | None = await leader.describe.remote()
+                leaders = handles[:: self._config.parallel.tensor_parallel]
+                places = await asyncio.gather(*(leader.describe.remote() for leader in leaders))
         except (RayError, TimeoutError):
             return None
-        return serving
+        if None in places:
+            return None
+        return RayWorker(handles, [version["node"] for version in versions], places, group, self._notices)
 
     def _num_node_workers(self) -> int:
         """On a node, as far as can be known: more nodes may come."""

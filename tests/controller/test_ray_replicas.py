@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import threading
@@ -37,6 +38,8 @@ def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_pa
         reader.wait_for(20)
         (name,) = [name for name in ray.util.list_named_actors() if name.endswith(".1")]
         ray.kill(ray.get_actor(name))
+        named = re.compile(r"rank 1 on [\d.]+: its process ended: .*; the last step was [1-9]\d* \(phase \w+\)")
+        wait_until(lambda: named.search(deployment.status().replicas[0].message), "the dead rank's name", timeout_s=20)
         reader.finish()
         assert reader.token_ids == expected.token_ids
         assert reader.text == expected.text
