@@ -206,7 +206,8 @@ class ParallelConfig:
             ranks; 0 is never. 3000 is a good value for traffic that drifts.
         cpus_per_rank: CPUs that Ray sets aside for each rank on its node. Where ranks have no GPU, Ray can know by this alone
             how many go on a node, and that one more node is needed.
-        placement: of a replica's ranks: pack puts them on as few nodes as they fit, spread on as many as there are.
+        placement: of a replica's ranks: pack puts them on as few nodes as they fit, spread on as many as there are. Of several
+            data ranks each has its tensor ranks on one node, if one is large enough.
         collective_timeout_s: a collective that takes longer ends the replica, whose requests go on elsewhere. While ranks load
             and compile, one may take longer than another: then the limit is that of the start.
     """

@@ -21,6 +21,7 @@ from ..common.config import GatewayConfig, ServeConfig
 from ..common.errors import ConfigError, InternalError, PilotfishError, Unavailable
 from .actor import ControllerActor
 from .authority import Authority
+from .layouts import settle_device
 from .service import Addresses
 
 CONTROLLER_NAME = "controller"
@@ -83,11 +84,12 @@ def deploy(config: ServeConfig, *, model_path: str, worker_class: ActorClass) ->
         worker_class: `ray.remote` of workers.actor.WorkerActor.
 
     Raises:
-        ConfigError: a controller runs in this namespace already.
+        ConfigError: a controller runs in this namespace already, or Ray's nodes are too few or too small for the ranks.
     """
     if find() is not None:
         raise ConfigError("this Ray cluster serves a model already: stop that one first, or use another Ray namespace")
-    config = replace(config, gateway=_with_ports(config.gateway))
+    device = settle_device(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    config = replace(config, engine=replace(config.engine, device=device), gateway=_with_ports(config.gateway))
     handle = (
         ray.remote(ControllerActor)
         .options(

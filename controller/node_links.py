@@ -32,7 +32,7 @@ class NodeLinks:
             Misplaced: two of them do not reach each other, and which.
         """
         nodes = placement_group_table(group)["bundles_to_node_id"]
-        workers = {nodes[rank]: handle for rank, handle in enumerate(ranks)}
+        workers = {nodes[rank * len(nodes) // len(ranks)]: handle for rank, handle in enumerate(ranks)}
         places = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes()}
         tries = {node: [places[other] for other in workers if other != node] for node in workers}
         answers = await asyncio.gather(

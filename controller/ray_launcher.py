@@ -1,10 +1,9 @@
 """Worker processes as Ray actors: detached and named, so that a restarted controller finds them again.
 
-A replica is one actor a rank, all in one Ray placement group (a bundle a rank, packed or spread over the nodes), unless it is
-one rank that takes neither a GPU nor a CPU in Ray's books; the tensor ranks of a data rank are neighbours, and the first of
-them takes its requests. An actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's
-namespace. The ranks end together: when one has died the others are of no use. The actor class is handed in: the controller
-does not know workers/.
+A replica is one actor a rank, all in one Ray placement group (see ray_placement.py), unless it is one rank that takes neither a
+GPU nor a CPU in Ray's books; the tensor ranks of a data rank are neighbours, and the first of them takes its requests. An
+actor's name is "<replica>.<epoch>.<rank>" and the group's "<replica>.<epoch>", in the cluster's namespace. The ranks end
+together: when one has died the others are of no use. The actor class is handed in: the controller does not know workers/.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.actor import ActorClass, ActorHandle
@@ -30,6 +28,7 @@ from ..common.rank_place import LEADER, RankPlace
 from ..common.requests import ServingWorker
 from ..proto.versions import mismatch, own_versions
 from .authority import Authority
+from .layouts import rank_bundle
 from .node_links import NodeLinks
 from .node_notices import NodeNotices
 from .ray_actors import cause_of_death, until_dead
@@ -56,9 +55,15 @@ class RayWorker:
     """A WorkerProcess: the ranks of one replica, in order."""
 
     def __init__(
-        self, handles: list[ActorHandle], places: list[ServingWorker], group: PlacementGroup | None, notices: NodeNotices
+        self,
+        handles: list[ActorHandle],
+        hosts: list[str],
+        places: list[ServingWorker],
+        group: PlacementGroup | None,
+        notices: NodeNotices,
     ) -> None:
         self._handles = handles
+        self._hosts = hosts
         self._group = group
         self._notices = notices
         self._nodes: list[str] = []  # Ray's ids, once known
@@ -93,12 +98,12 @@ class RayWorker:
         _end(self._handles, self._group)
 
     async def _wait_rank_dead(self, rank: int) -> str:
-        whose = f"rank {rank}: " if len(self._handles) > 1 else ""
-        return whose + await until_dead(self._handles[rank])
+        whose = f"rank {rank} on " if len(self._handles) > 1 else "on "
+        return f"{whose}{self._hosts[rank]}: {await until_dead(self._handles[rank])}"
 
 
 class RayLauncher:
-    """Starts workers in the namespace of the calling actor."""
+    """Starts workers in the namespace of the calling actor. The configuration's device is settled."""
 
     def __init__(self, worker_class: ActorClass, config: ServeConfig, authority: Authority) -> None:
         self._worker_class = worker_class
@@ -108,19 +113,20 @@ class RayLauncher:
         self._notices = NodeNotices()
         self._node = ray.get_runtime_context().get_node_id()
         self._versions = own_versions(ray.util.get_node_ip_address())
-        self._settled_device: Literal["cpu", "cuda"] | None = None
 
     async def launch(self, replica: str, *, epoch: int, model: ModelConfig, on_wait: Callable[[str], None]) -> RayWorker:
         """See `Launcher`."""
-        device = self._device()
+        device = self._config.engine.device
+        assert device != "auto", "deploy has settled it"
         handles: list[ActorHandle] = []
         group = None
         try:
-            if (bundle := self._bundle(device)) or self._num_ranks > 1:
+            if (bundle := rank_bundle(self._config.parallel, device)) or self._num_ranks > 1:
                 group = await place(
                     f"{replica}.{epoch}",
                     bundle or _CPU_BUNDLE,
                     num_ranks=self._num_ranks,
+                    data_ranks=self._config.parallel.data_parallel,
                     placement=self._config.parallel.placement,
                     timeout_s=self._config.fleet.start_timeout_s if self._config.fleet.is_elastic else _ROOM_TIMEOUT_S,
                     on_wait=on_wait,
@@ -129,11 +135,12 @@ class RayLauncher:
             where = await _where(group, self._num_ranks)
             for rank in range(self._num_ranks):
                 handles.append(self._make_actor(replica, epoch, rank, device, where[rank]))
-            if problem := mismatch(self._versions, await asyncio.gather(*(handle.versions.remote() for handle in handles))):
+            versions = await asyncio.gather(*(handle.versions.remote() for handle in handles))
+            if problem := mismatch(self._versions, versions):
                 raise ConfigError(problem)
             if group is not None and self._num_ranks > 1:
                 await self._links.check(handles, group)
-            places = await self._start_ranks(handles, replica, epoch, device, model)
+            places = await self._start_ranks(handles, replica, epoch, model)
         except BaseException as error:
             _end(handles, group)
             if isinstance(error, NoRoom):
@@ -144,16 +151,11 @@ class RayLauncher:
                 raise WorkerDied(cause_of_death(error)) from error
             raise
         self._links.forget()
-        return RayWorker(handles, places, group, self._notices)
+        return RayWorker(handles, [version["node"] for version in versions], places, group, self._notices)
 
     @property
     def _num_ranks(self) -> int:
         return self._config.parallel.num_ranks
-
-    def _bundle(self, device: str) -> dict[str, float]:
-        """What a rank takes in Ray's books."""
-        num_cpus = self._config.parallel.cpus_per_rank
-        return ({"GPU": 1.0} if device == "cuda" else {}) | ({"CPU": num_cpus} if num_cpus else {})
 
     def _make_actor(self, replica: str, epoch: int, rank: int, device: str, where: Mapping[str, Any]) -> ActorHandle:
         log = self._config.log
@@ -170,7 +172,7 @@ class RayLauncher:
         ).remote(replica if self._num_ranks == 1 else f"{replica}/{rank}")
 
     async def _start_ranks(
-        self, handles: list[ActorHandle], replica: str, epoch: int, device: Literal["cpu", "cuda"], model: ModelConfig
+        self, handles: list[ActorHandle], replica: str, epoch: int, model: ModelConfig
     ) -> list[ServingWorker]:
         """Starts all ranks together, and returns those that serve; the first that cannot start says why."""
         parallel = self._config.parallel
@@ -201,7 +203,7 @@ class RayLauncher:
                 asyncio.ensure_future(
                     handle.start.remote(
                         model_config=model,
-                        engine_config=replace(self._config.engine, device=device),
+                        engine_config=self._config.engine,
                         epoch=epoch,
                         identity=self._authority.issue(worker_name(replica, epoch=epoch, rank=rank)),
                         controller_node=self._node,
@@ -230,46 +232,30 @@ class RayLauncher:
             for epoch in sorted(epochs, reverse=True):
                 group = find_group(f"{replica}.{epoch}")
                 handles = [epochs[epoch][rank] for rank in sorted(epochs[epoch])]
-                places: list[ServingWorker | None] = [None]
+                worker = None
                 if replica not in found and len(handles) == self._num_ranks:
-                    places = [await self._describe(leader) for leader in handles[:: self._config.parallel.tensor_parallel]]
-                serving = [place for place in places if place is not None]
-                if len(serving) == len(places):
-                    found[replica] = RayWorker(handles, serving, group, self._notices)
+                    worker = await self._take_over(handles, group)
+                if worker is not None:
+                    found[replica] = worker
                 else:
                     _end(handles, group)
         return found
 
-    async def _describe(self, leader: ActorHandle) -> ServingWorker | None:
-        """What a replica's leader serves; None if it does not serve, or runs what this controller does not fit."""
+    async def _take_over(self, handles: list[ActorHandle], group: PlacementGroup | None) -> RayWorker | None:
+        """What an earlier controller started; None if it does not serve, or runs what this controller does not fit."""
         try:
             async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
-                if problem := mismatch(self._versions, [await leader.versions.remote()]):
+                versions = await asyncio.gather(*(handle.versions.remote() for handle in handles))
+                if problem := mismatch(self._versions, versions):
                     logger.warning("a worker of an earlier controller is ended: %s", problem)
                     return None
-                serving: ServingWorker | None = await leader.describe.remote()
+                leaders = handles[:: self._config.parallel.tensor_parallel]
+                places = await asyncio.gather(*(leader.describe.remote() for leader in leaders))
         except (RayError, TimeoutError):
             return None
-        return serving
-
-    def _device(self) -> Literal["cpu", "cuda"]:
-        """What auto means in this cluster; all replicas get the same, also when nodes are lost later."""
-        if self._settled_device is None:
-            self._settled_device = self._settle_device()
-        return self._settled_device
-
-    def _settle_device(self) -> Literal["cpu", "cuda"]:
-        device, num_replicas = self._config.engine.device, self._config.fleet.num_replicas
-        num_gpus = int(ray.cluster_resources().get("GPU", 0))
-        if device == "cpu" or (device == "auto" and num_gpus == 0):
-            return "cpu"
-        num_wanted = num_replicas * self._num_ranks
-        if num_gpus < num_wanted and not self._config.fleet.is_elastic:  # then nodes may come
-            raise ConfigError(
-                f"{num_replicas} replicas of {self._num_ranks} ranks need {num_wanted} GPUs, but the Ray cluster has "
-                f"{num_gpus}: that is enough for {num_gpus // self._num_ranks} replicas; or use CPUs with device cpu"
-            )
-        return "cuda"
+        if None in places:
+            return None
+        return RayWorker(handles, [version["node"] for version in versions], places, group, self._notices)
 
     def _num_node_workers(self) -> int:
         """On a node, as far as can be known: more nodes may come."""
@@ -283,7 +269,8 @@ class RayLauncher:
 async def _where(group: PlacementGroup | None, num_ranks: int) -> list[dict[str, Any]]:
     """What tells Ray where each rank goes: to its bundle, or, alone, to any node that answers."""
     if group is not None:
-        bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(num_ranks)]
+        numbers = [rank * group.bundle_count // num_ranks for rank in range(num_ranks)]
+        bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number) for number in numbers]
         return [{"scheduling_strategy": bundle} for bundle in bundles]
     selector = await reachable_only()
     return [{"scheduling_strategy": "SPREAD"} | ({"label_selector": selector} if selector else {})]

@@ -28,12 +28,16 @@ async def place(
     bundle: Mapping[str, float],
     *,
     num_ranks: int,
+    data_ranks: int,
     placement: str,
     timeout_s: float,
     on_wait: Callable[[str], None],
     without: Sequence[str] = (),
 ) -> PlacementGroup:
     """All ranks at once, on none of the nodes `without`. A group that waits is what makes Ray's autoscaler add nodes.
+
+    Bundles are for equally many neighbouring ranks: for one each, or, where there are several data ranks, for the tensor ranks
+    of one if a node is large enough. Those exchange two messages a layer; data ranks share no more than the experts.
 
     Raises:
         NoRoom: the cluster has not had room for them within `timeout_s`; the message says what is missing.
@@ -42,12 +46,14 @@ async def place(
     what = f"{num_ranks} ranks need {dict(bundle)} each" if num_ranks > 1 else f"it needs {dict(bundle)}"
     while True:
         selector = await reachable_only(without)
+        together = _largest_bundle(bundle, num_ranks // data_ranks) if data_ranks > 1 else 1
+        bundles = [{resource: together * amount for resource, amount in bundle.items()}] * (num_ranks // together)
         group = placement_group(
-            [dict(bundle)] * num_ranks,
+            bundles,
             strategy=_STRATEGIES[placement],
             name=name,
             lifetime="detached",
-            bundle_label_selector=[selector] * num_ranks if selector else None,
+            bundle_label_selector=[selector] * len(bundles) if selector else None,
         )
         ready = asyncio.ensure_future(_as_future(group))
         try:
@@ -74,6 +80,13 @@ async def place(
                 f"{timeout_s:g} s: {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs are free{left_out}. "
                 "Add nodes, end other work or lower tensor_parallel or data_parallel"
             )
+
+
+def _largest_bundle(bundle: Mapping[str, float], num_ranks: int) -> int:
+    """`num_ranks` if some node has that many times the bundle, else 1."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = any(all(node.get(resource, 0.0) >= num_ranks * amount for resource, amount in bundle.items()) for node in nodes)
+    return num_ranks if fits else 1
 
 
 async def reachable_only(without: Sequence[str] = ()) -> dict[str, str]:

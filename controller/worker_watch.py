@@ -50,12 +50,12 @@ class WorkerWatch:
     async def serve(self, replica: Replica, worker: WorkerProcess, *, until: Awaitable[str]) -> str:
         """Returns why the worker is of no use any more, or what `until` says; it has ended then."""
         links = [self._connect(replica, worker, number) for number in range(len(worker.places))]
-        watches = [until, worker.wait_dead(), *map(_until_unfit, links), *map(self._until_stuck, links)]
+        watches = [until, _until_dead(worker, links), *map(_until_unfit, links), *map(self._until_stuck, links)]
         tasks = [asyncio.ensure_future(watch) for watch in watches]
         reason, has_failed = "the controller ends it", False
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            ended = done.pop()
+            ended = next(task for task in tasks if task in done)  # a process that ended is the cause of other complaints
             reason, has_failed = ended.result(), ended is not tasks[0]
             return reason
         finally:
@@ -139,6 +139,13 @@ class _Listener:
     def on_step(self, step: StepOutput) -> bool:
         self._replica.failures = 0
         return self._dispatcher.take_step(self._name, step)
+
+
+async def _until_dead(worker: WorkerProcess, links: Sequence[WorkerLink]) -> str:
+    """What is known of the process that ended, and how far the replica had come."""
+    reason = await worker.wait_dead()
+    last = max(links, key=lambda link: link.step_id)
+    return f"{reason}; the last step was {last.step_id} (phase {last.phase or 'unknown'})"
 
 
 async def _until_unfit(link: WorkerLink) -> str:

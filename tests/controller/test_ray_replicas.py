@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import threading
@@ -16,7 +17,7 @@ import ray
 from pilotfish.common.cluster_state import ReplicaState
 from pilotfish.common.errors import ModelLoadError
 from pilotfish.controller.deployment import deploy
-from pilotfish.controller.ray_placement import is_any_gone
+from pilotfish.controller.ray_placement import is_any_gone, place
 from pilotfish.workers.actor import WorkerActor
 from ray_nodes import RayNodes
 from ray_serving import PROMPT, Reader, Served, all_ready, config, wait_until
@@ -37,6 +38,8 @@ def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_pa
         reader.wait_for(20)
         (name,) = [name for name in ray.util.list_named_actors() if name.endswith(".1")]
         ray.kill(ray.get_actor(name))
+        named = re.compile(r"rank 1 on [\d.]+: its process ended: .*; the last step was [1-9]\d* \(phase \w+\)")
+        wait_until(lambda: named.search(deployment.status().replicas[0].message), "the dead rank's name", timeout_s=20)
         reader.finish()
         assert reader.token_ids == expected.token_ids
         assert reader.text == expected.text
@@ -162,3 +165,23 @@ def test_a_node_with_a_drain_notice_loses_its_replica_and_no_token(local_ray: No
             assert asyncio.run(is_any_gone([doomed]))
         finally:
             deployment.shutdown()
+
+
+def test_tensor_ranks_of_a_data_rank_stay_together(local_ray: None) -> None:
+    """On two nodes with room for three ranks each. Tensor ranks alone go where they are asked to."""
+    bundle = {"CPU": 1.0, "room": 1.0}
+
+    async def node_of_each_rank(*, data_ranks: int, num_ranks: int, placement: str) -> list[str]:
+        where = {"num_ranks": num_ranks, "data_ranks": data_ranks, "placement": placement}
+        group = await place(f"group-{placement}-{data_ranks}", bundle, timeout_s=30, on_wait=print, **where)
+        nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        ray.util.remove_placement_group(group)
+        return [nodes[rank * len(nodes) // num_ranks] for rank in range(num_ranks)]
+
+    with RayNodes() as nodes:
+        both = {nodes.add(CPU=3, room=3), nodes.add(CPU=3, room=3)}
+        for placement in ("spread", "pack"):
+            first, second, third, fourth = asyncio.run(node_of_each_rank(data_ranks=2, num_ranks=4, placement=placement))
+            assert (first, third) == (second, fourth)
+            assert {first, third} == both
+        assert set(asyncio.run(node_of_each_rank(data_ranks=1, num_ranks=2, placement="spread"))) == both

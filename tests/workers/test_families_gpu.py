@@ -26,12 +26,30 @@ OPTIONS = {"device": DEVICE, "max_in_flight": 2, "max_num_seqs": len(PROMPT_LENS
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 192, "intermediate_size": 256, "head_dim": 32}
 SMALL_LATENT = SMALL | {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+# As released: the whole of Qwen3-0.6B, and Qwen3-30B-A3B but for the number of layers and the vocabulary.
+QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "num_attention_heads": 16}
+QWEN3_06B = QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "tie_word_embeddings": True}
+QWEN3_30B_OF_TWO_LAYERS = QWEN3 | {
+    "vocab_size": VOCAB,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 FLOAT32: list[tuple[str, dict[str, Any]]] = [
     ("GptOssForCausalLM", SMALL),
     ("Qwen2MoeForCausalLM", SMALL | {"shared_expert_intermediate_size": 64}),
     ("Glm4MoeForCausalLM", SMALL | {"n_group": 4, "topk_group": 2, "use_qk_norm": True}),
     ("DeepseekV2ForCausalLM", SMALL_LATENT | {"q_lora_rank": None}),
     ("DeepseekV3ForCausalLM", SMALL_LATENT | {"num_attention_heads": 32, "num_key_value_heads": 32}),
+    ("Qwen3ForCausalLM", QWEN3_06B),
+    ("Qwen3MoeForCausalLM", QWEN3_30B_OF_TWO_LAYERS),
 ]
 
 # Widths of heads and of experts as released, but few layers and experts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -14,6 +15,7 @@ from pilotfish.common.errors import InternalError
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.workers.comm import Rendezvous
 from pilotfish.workers.engine import Engine, Phase
+from pilotfish.workers.rank_watch import BEAT_INTERVAL_S, MAX_SILENT_LOOKS
 from pilotfish.workers.ranks import lead
 from rank_process import ENGINE, Collected, places, replica
 
@@ -82,7 +84,9 @@ def test_a_stopped_rank_is_named(tiny_llama: Path) -> None:
         time.sleep(1)  # for a first beat
         os.kill(followers.processes[0].pid or 0, signal.SIGSTOP)
         message = wait_until_failed(leader, timeout_s=10)
-        assert message.startswith("rank 1 on 127.0.0.1 has been silent for")
+        said = re.match(r"rank 1 on 127\.0\.0\.1 has been silent for [\d.]+ s; its last step was \d+ \(phase \w+\)", message)
+        assert said, message
+        assert BEAT_INTERVAL_S * (MAX_SILENT_LOOKS + 2) < 5  # by when it has to be named
         os.kill(followers.processes[0].pid or 0, signal.SIGCONT)
 
 
