@@ -153,6 +153,34 @@ async def test_what_is_held_for_a_replica_that_goes_is_not_forgotten(start_clust
     await eventually(lambda: all_ready(cluster, 1))
 
 
+async def test_a_replica_whose_worker_has_just_gone_can_go(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is still called ready, but the dispatcher has forgotten it already."""
+    cluster = await start_cluster(step_s=0.002, fleet={"num_replicas": 2, **SIZES})
+    streams = [await begun(cluster, max_tokens=200) for _ in range(2)]
+    worker, fleet = worker_of(cluster, "replica-0"), fleet_of(cluster)
+    has_gone, may_be_heard_of = asyncio.Event(), asyncio.Event()
+
+    async def end() -> None:
+        has_gone.set()
+        await may_be_heard_of.wait()
+
+    monkeypatch.setattr(worker, "end", end)
+    await worker.kill()
+    async with asyncio.timeout(10):
+        await has_gone.wait()
+    replica = next(replica for replica in fleet.staying if replica.name == "replica-0")
+    assert replica.state is ReplicaState.READY
+    fleet.let_go(replica, "a test", within_s=10.0)
+    may_be_heard_of.set()
+    for handle, answer in streams:
+        check(await read(handle, into=answer), 200)
+    await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
+    assert len(cluster.launcher.launched) == 2  # and no successor was started
+    check_books(cluster)
+
+
 async def test_a_replica_that_starts_can_go(start_cluster: StartCluster) -> None:
     class SlowLauncher(LocalLauncher):
         num_cancelled = 0
