@@ -124,12 +124,13 @@ class Dispatcher:
             raise self._queue.refusal(tenant, priority=priority, retry_key=retry_key, now_ms=_now_ms())
 
     def enqueue(self, stream: RequestStream, *, retry_key: str = "") -> None:
-        """Queue all choices of a request; `retry_key` names its caller over several attempts.
+        """Queue all choices of a request, where there is a place for its first one: a full queue would never have as many free
+        as it needs. `retry_key` names its caller over several attempts.
 
         Raises:
-            Overloaded: there is no room for all of them; the caller ends the stream, which takes out those that were queued.
+            Overloaded: there is no place.
         """
-        for sequence in stream.sequences:
+        for number, sequence in enumerate(stream.sequences):
             self._queue.push(
                 sequence,
                 request_id=sequence.request.request_id,
@@ -138,6 +139,7 @@ class Dispatcher:
                 priority=sequence.request.priority,
                 cost=self._charges.estimate(sequence),
                 retry_key=retry_key,
+                is_more=number > 0,
             )
             self.pump()
 

@@ -241,7 +241,7 @@ class Intake:
         self._dispatcher.check_room(
             self._num_preparing, tenant=tenant.name, priority=arrival.priority, retry_key=arrival.retry_key
         )
-        self.tenants.limits(tenant).enter(_now_ms())
+        self.tenants.limits(tenant).enter(_now_ms(), retry_key=arrival.retry_key)
         return self._add(arrival)
 
     def _add(self, arrival: Arrival) -> RequestStream:

@@ -104,19 +104,11 @@ class _Class(Generic[T]):
         room = self.max_queued - self.num_entries
         if self._is_shared:  # so many more that the tenant then has at most _TIMES_FREE times what is free
             room = min(room, -((line.num_entries - _TIMES_FREE * room) // (_TIMES_FREE + 1)))
-        if room <= 0:
-            return False
-        if line.promises.redeem(key, now_ms):
-            return True
-        num_held = min(line.promises.num_due(now_ms), self.max_queued // 2)  # many may not come back
-        if room <= num_held:
-            return False
-        line.promises.drop(key, now_ms)
-        return True
+        return line.promises.lets_in(key, now_ms, num_free=room, max_held=self.max_queued // 2)  # many may not come back
 
 
 class AdmissionQueue(Generic[T]):
-    """At most `max_queued` items of each class.
+    """At most `max_queued` items of each class, and what belongs to the last of them.
 
     `weights` are those of the tenants that may come; others weigh 1. Times are milliseconds of the caller's clock and never
     decrease. Costs are in any one unit.
@@ -142,12 +134,14 @@ class AdmissionQueue(Generic[T]):
         priority: int = 0,
         cost: float = 1.0,
         retry_key: str = "",
+        is_more: bool = False,
     ) -> None:
         """Queue an item.
 
         Args:
             cost: an estimate, charged when the item is popped; `correct` it when the true one is known.
             retry_key: tells this caller's attempts from those of others of its tenant.
+            is_more: of a call that has a place already, and is let in whole: it needs no other.
 
         Raises:
             Overloaded: there is no place; `retry_after_s` says when one is held for this caller.
@@ -158,7 +152,7 @@ class AdmissionQueue(Generic[T]):
         class_name = priority_class(priority)
         queue = self._classes[class_name]
         line = queue.line(tenant)
-        if not queue.take_place(line, retry_key, now_ms):
+        if not is_more and not queue.take_place(line, retry_key, now_ms):
             raise self.refusal(tenant, priority=priority, retry_key=retry_key, now_ms=now_ms)
         if not queue.num_entries:
             self._class_shares.activate(class_name)
@@ -177,7 +171,8 @@ class AdmissionQueue(Generic[T]):
         class_name = priority_class(priority)
         queue = self._classes[class_name]
         line = queue.line(tenant)
-        retry_after_s = line.promises.make(retry_key, gap_ms=line.drain.gap_ms(now_ms), now_ms=now_ms) / 1000
+        wait_ms, gap_ms = line.drain.wait_ms(now_ms), line.drain.gap_ms(now_ms)
+        retry_after_s = line.promises.make(retry_key, wait_ms=wait_ms, gap_ms=gap_ms, now_ms=now_ms) / 1000
         counts = f"{queue.num_entries} of {queue.max_queued} places are taken, {line.num_entries} of them by this tenant"
         message = f"the queue of {class_name} requests is full: {counts}; try again in {retry_after_s:.1f} s"
         return Overloaded(message, retry_after_s=retry_after_s)

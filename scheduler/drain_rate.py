@@ -30,6 +30,15 @@ class DrainRate:
         """Nothing waits any more, for another reason than a departure."""
         self._since_ms = None
 
+    def wait_ms(self, now_ms: float) -> float:
+        """Until the next departure: what is left of the gaps that were longer than this one is already, on average; where none
+        was, as long again."""
+        standing_ms = 0.0 if self._since_ms is None else now_ms - self._since_ms
+        if not self._gaps:
+            return max(_PRIOR_GAP_MS, standing_ms)
+        left_ms = [gap_ms - standing_ms for gap_ms in self._gaps if gap_ms > standing_ms]
+        return max(sum(left_ms) / len(left_ms) if left_ms else standing_ms, _MIN_GAP_MS)
+
     def gap_ms(self, now_ms: float) -> float:
         """Mean time between departures; a line that stands still for longer than that is getting slower."""
         standing_ms = 0.0 if self._since_ms is None else now_ms - self._since_ms

@@ -243,12 +243,19 @@ async def test_a_full_queue_refuses_at_once_and_a_deadline_empties_it(start_clus
     await nothing_runs(cluster)
 
 
-async def test_choices_that_do_not_all_fit_are_all_refused(start_cluster: StartCluster) -> None:
+async def test_choices_are_let_in_together(start_cluster: StartCluster) -> None:
+    """Else a request for many would come back in vain for as long as the queue is full."""
     cluster = await start_cluster(max_num_seqs=2, gateway={"max_queued_requests": 2})
     cluster.launcher.launched[0].engine.gate.clear()
+    for _ in range(3 + 1):  # two places, one ahead, and half of the queue
+        await generate(cluster)
+    handle = await generate(cluster, sampling={"n": 6})
+    assert cluster.service.status().num_queued == 1 + 6
     with pytest.raises(Overloaded):
         await generate(cluster, sampling={"n": 6})
+    assert cluster.service.status().num_queued == 1 + 6
     cluster.launcher.launched[0].engine.gate.set()
+    assert len((await read(handle)).choices) == 6
     await nothing_runs(cluster)
 
 
