@@ -23,6 +23,7 @@ from ..common.hashing import block_hashes, root_hash
 from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
 from ..common.routing import RouteDecision
 from ..scheduler.admission import BATCH, INTERACTIVE, AdmissionQueue, priority_class
+from ..scheduler.drain_rate import Pace
 from ..scheduler.return_queue import ReturnQueue
 from ..scheduler.router import Choice, ReplicaLimits, Router, RouterConfig
 from ..scheduler.snapshot import RunningRequest
@@ -88,7 +89,9 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._observers = observers
         self._replicas: dict[str, _Replica] = {}
-        self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued, weights=tenant_weights)
+        self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(
+            max_queued=max_queued, weights=tenant_weights, expected_pace=self._expected_pace
+        )
         self._charges = Charges(self.router, self._queue)
         self._versions = VersionChoice(self.router, block_size=block_size)
         self._returned: ReturnQueue[SequenceState] = ReturnQueue()
@@ -323,6 +326,14 @@ class Dispatcher:
         if self.num_queued and self.router.can_start(name):
             self.pump()
         return complete
+
+    def _expected_pace(self) -> Pace:
+        """Of the queue, before answers have ended while it was full."""
+        name = next((name for name, replica in self._replicas.items() if replica.accepting), None)
+        if name is None or not self._running:
+            return Pace()
+        answer_ms = self._charges.answer_ms(name)
+        return Pace(wait_ms=answer_ms, gap_ms=answer_ms / len(self._running))
 
     def _next(self, candidates: Sequence[str]) -> SequenceState | None:
         if not self._suspects:

@@ -13,11 +13,11 @@ take four times the places that stay free and no more, so that there is room for
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from ..common.errors import InvalidRequest, Overloaded
-from .drain_rate import DrainRate
+from .drain_rate import DrainRate, Pace
 from .fair_shares import FairShares
 from .retry_promises import RetryPromises
 from .sequence import line_key
@@ -111,11 +111,19 @@ class AdmissionQueue(Generic[T]):
     """At most `max_queued` items of each class, and what belongs to the last of them.
 
     `weights` are those of the tenants that may come; others weigh 1. Times are milliseconds of the caller's clock and never
-    decrease. Costs are in any one unit.
+    decrease. Costs are in any one unit. `expected_pace` is asked for what the line has not shown yet.
     """
 
-    def __init__(self, *, max_queued: int, weights: Mapping[str, float] | None = None, aging_ms: int = 10_000) -> None:
+    def __init__(
+        self,
+        *,
+        max_queued: int,
+        weights: Mapping[str, float] | None = None,
+        aging_ms: int = 10_000,
+        expected_pace: Callable[[], Pace] = Pace,
+    ) -> None:
         self._aging_ms = aging_ms
+        self._expected_pace = expected_pace
         self._classes: dict[str, _Class[T]] = {name: _Class(name, max_queued, weights or {}) for name in CLASS_WEIGHTS}
         self._class_shares = FairShares(CLASS_WEIGHTS)
         self._entries: dict[str, _Entry[T]] = {}
@@ -171,7 +179,8 @@ class AdmissionQueue(Generic[T]):
         class_name = priority_class(priority)
         queue = self._classes[class_name]
         line = queue.line(tenant)
-        wait_ms, gap_ms = line.drain.wait_ms(now_ms), line.drain.gap_ms(now_ms)
+        expected = self._expected_pace()
+        wait_ms, gap_ms = line.drain.wait_ms(now_ms, expected), line.drain.gap_ms(now_ms, expected)
         retry_after_s = line.promises.make(retry_key, wait_ms=wait_ms, gap_ms=gap_ms, now_ms=now_ms) / 1000
         counts = f"{queue.num_entries} of {queue.max_queued} places are taken, {line.num_entries} of them by this tenant"
         message = f"the queue of {class_name} requests is full: {counts}; try again in {retry_after_s:.1f} s"

@@ -8,7 +8,7 @@ wait the longer.
 from __future__ import annotations
 
 from ..common.errors import Overloaded
-from .drain_rate import DrainRate
+from .drain_rate import DrainRate, Pace
 from .retry_promises import RetryPromises
 
 _MAX_PROMISES = 16_384
@@ -64,7 +64,7 @@ class TenantLimits:
         self.enter_again(now_ms)
 
     def _refusal(self, max_requests: int, retry_key: str, now_ms: float) -> Overloaded:
-        wait_ms, gap_ms = self._drain.wait_ms(now_ms), self._drain.gap_ms(now_ms)
+        wait_ms, gap_ms = self._drain.wait_ms(now_ms, Pace()), self._drain.gap_ms(now_ms, Pace())
         wait_s = self._promises.make(retry_key, wait_ms=wait_ms, gap_ms=gap_ms, now_ms=now_ms) / 1000
         message = f"{self._tenant} has {self.num_in_flight} requests in flight, of the {max_requests} that are its limit"
         return Overloaded(f"{message}; try again in {wait_s:.1f} s", retry_after_s=wait_s)

@@ -10,6 +10,7 @@ import random
 import pytest
 from pilotfish.common.errors import Overloaded
 from pilotfish.scheduler.admission import AdmissionQueue
+from pilotfish.scheduler.drain_rate import Pace
 from pilotfish.scheduler.retry_promises import RetryPromises
 
 
@@ -59,7 +60,8 @@ class Overload:
 
     def __init__(self, seed: int, *, whole_seconds: bool = False, service_ms: tuple[float, float] = (200, 600)) -> None:
         self.rng = random.Random(seed)
-        self.queue: AdmissionQueue[int] = AdmissionQueue(max_queued=20)
+        answer_ms = sum(service_ms) / 2
+        self.queue: AdmissionQueue[int] = AdmissionQueue(max_queued=20, expected_pace=lambda: Pace(answer_ms, answer_ms / 4))
         self.whole_seconds = whole_seconds
         self.service_ms = service_ms
         self.now = 0.0
@@ -138,8 +140,7 @@ def test_equal_requests_that_came_at_once_end_at_once_and_are_told_so(whole_seco
         overload.at(overload.now + 10.0 * (number - 100), "new", number)
     warm = overload.run(10_000_000)
     print(f"{cold:.2f} of the retries got a place, then {warm:.2f}; {took_s:.0f} s")
-    assert cold > 0.5
-    assert warm > 0.8
+    assert min(cold, warm) > 0.8
     assert took_s < 1.2 * 90 / 4 * 7, "the servers had enough to do"
 
 
