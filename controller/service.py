@@ -108,6 +108,8 @@ class ToController(Protocol):
     def limits(self) -> ModelLimits: ...
     def info(self) -> WorkerInfo | None: ...
     def status(self) -> ClusterState: ...
+    @property
+    def is_serving(self) -> bool: ...
     async def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]: ...
 
 
@@ -199,7 +201,9 @@ class InferenceService:
                 or not of this tenant.
             InvalidRequest: the client has what this answer does not have.
         """
-        return RequestHandle(*await self._intake.resume(request_id, received, tenant=tenant))
+        stream, reader = await self._intake.resume(request_id, received, tenant=tenant)
+        logs.request_id.set(request_id)
+        return RequestHandle(stream, reader)
 
     async def abort(self, request_id: str, *, tenant: Tenant = ANONYMOUS) -> bool:
         """End a request; its reader gets Cancelled. False if this tenant has none in flight of this id."""
@@ -243,6 +247,12 @@ class InferenceService:
             grpc_address=self.addresses.grpc,
             http_address=self.addresses.http,
         )
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests are taken. Raises Unavailable: the controller is away."""
+        self._intake.status()
+        return self._intake.is_serving
 
     async def explain_route(self, request_id: str, *, tenant: Tenant = ANONYMOUS) -> tuple[RouteDecision, ...]:
         """The router's choices for a request that runs or has ended not long ago, oldest first.

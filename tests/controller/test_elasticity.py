@@ -286,6 +286,8 @@ async def test_the_fleet_follows_its_load_to_zero_and_back(start_cluster: StartC
     assert "no request for 0.2" in down.reason
     assert all(worker._dead.is_set() for worker in cluster.launcher.launched)
     assert fleet_of(cluster).is_serving  # whoever comes now waits, and is not refused
+    assert (await get(cluster, "/health"))[0] == 200  # or a balancer would send nobody
+    assert [card.name for card in service.models()] == ["tiny"]
     num_launched = len(cluster.launcher.launched)
     check(await read(await generate(cluster, max_tokens=20)), 20)
     assert len(cluster.launcher.launched) == num_launched + 1
@@ -380,6 +382,22 @@ async def test_the_only_replica_of_a_node_that_goes_serves_until_another_does(st
     launcher.go.set()
     check(await read(early, into=answer), 600)
     assert answer.usage.replica == "replica-1"
+    await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
+
+
+async def test_a_node_that_goes_may_leave_no_room_for_a_while(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a loss without notice, the fleet comes back to its number when there is room."""
+    monkeypatch.setattr(fleet_module, "_RESTART_PAUSE_S", (0.05,))
+    launcher = LocalLauncher(engine_options={"step_s": 0.002})
+    cluster = await start_cluster(launcher=launcher)
+    handle, answer = await begun(cluster, max_tokens=600)
+    launcher.failures = [NoRoom("a rank needs a GPU")] * 3
+    worker_of(cluster, "replica-0").notice.set_result(60.0)
+    await eventually(lambda: not launcher.failures)
+    assert states(cluster)["replica-1"] is not ReplicaState.FAILED
+    check(await read(handle, into=answer), 600)
     await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
 
 
