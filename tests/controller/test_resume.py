@@ -179,6 +179,7 @@ async def test_a_later_reader_ends_an_earlier_one(start_cluster: StartCluster) -
 CASES: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 11, "n": 3},
     {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 0, "presence_penalty": 0.5},
+    {"temperature": 1.0, "seed": 7, "n": 3, "logprobs": 0, "stop": 20},
 ]
 
 
@@ -191,10 +192,13 @@ async def test_a_controller_restart_mid_stream_loses_and_repeats_nothing(
         journal_path=journal_path, launcher=LocalLauncher(engine_options={"step_s": 0.004, "uses_seeds": True})
     )
     door.redirect(first.service.addresses.grpc)
-    undisturbed = await client.generate(PROMPT, max_tokens=200, **{"seed": 0, **sampling})
-    stream = client.stream_generate(PROMPT, max_tokens=200, **{"seed": 0, **sampling})
+    if "stop" in sampling:  # it ends the first choice before the break
+        text = (await client.generate(PROMPT, max_tokens=200, **{**sampling, "stop": []})).text
+        sampling = {**sampling, "stop": [text[sampling["stop"] : sampling["stop"] + 8]]}
+    undisturbed = await client.generate(PROMPT, max_tokens=200, **sampling)
+    stream = client.stream_generate(PROMPT, max_tokens=200, **sampling)
     await anext(stream)
-    while min(len(choice.token_ids) for choice in stream.completion.choices) < 30:
+    while any(len(choice.token_ids) < 30 and choice.finish_reason is None for choice in stream.completion.choices):
         await anext(stream)
     worker = first.launcher.launched[0]
     num_submitted = len(worker.engine.submitted)
@@ -202,7 +206,8 @@ async def test_a_controller_restart_mid_stream_loses_and_repeats_nothing(
     completion = await stream.read_all()
     for choice, other in zip(completion.choices, undisturbed.choices, strict=True):
         assert choice.token_ids == other.token_ids
-        assert (choice.text, choice.finish_reason, choice.logprobs) == (other.text, other.finish_reason, other.logprobs)
+        assert (choice.text, choice.logprobs) == (other.text, other.logprobs)
+        assert (choice.finish_reason, choice.stop_reason) == (other.finish_reason, other.stop_reason)
     assert completion.usage is not None
     assert undisturbed.usage is not None
     assert completion.usage.prompt_tokens == undisturbed.usage.prompt_tokens
