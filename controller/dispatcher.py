@@ -126,9 +126,9 @@ class Dispatcher:
         if num_arriving >= self._max_queued:
             raise self._queue.refusal(tenant, priority=priority, retry_key=retry_key, now_ms=_now_ms())
 
-    def enqueue(self, stream: RequestStream, *, retry_key: str = "") -> None:
+    def enqueue(self, stream: RequestStream, *, retry_key: str = "", is_more: bool = False) -> None:
         """Queue all choices of a request, where there is a place for its first one: a full queue would never have as many free
-        as it needs. `retry_key` names its caller over several attempts.
+        as it needs. `retry_key` names its caller over several attempts; `is_more`: the call that it is of has a place already.
 
         Raises:
             Overloaded: there is no place.
@@ -142,7 +142,7 @@ class Dispatcher:
                 priority=sequence.request.priority,
                 cost=self._charges.estimate(sequence),
                 retry_key=retry_key,
-                is_more=number > 0,
+                is_more=is_more or number > 0,
             )
             self.pump()
 
@@ -209,6 +209,12 @@ class Dispatcher:
             held.stream.fail(error)
         while (sequence := self._returned.pop() or self._queue.pop(_now_ms())) is not None:
             sequence.stream.fail(error)
+
+    def fail_all(self, error: PilotfishError) -> None:
+        """No replica will go on with anything."""
+        for sequence in list(self._running.values()):
+            sequence.stream.fail(error)
+        self.fail_queued(error)
 
     def pump(self) -> None:
         """Hand out what is held and then what is queued, while a replica has room."""

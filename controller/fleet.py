@@ -164,10 +164,10 @@ class Fleet:
         deadline = time.monotonic() + grace_s
         while self._dispatcher.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 - seconds, once
             await asyncio.sleep(0.05)
+        self._dispatcher.fail_all(Unavailable("the server is shutting down"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._dispatcher.fail_queued(Unavailable("the server is shutting down"))
 
     def limits(self) -> ModelLimits:
         """What every replica can take, or could, where there is none now.

@@ -203,6 +203,7 @@ class GatewayConnection:
             retry_key=submit.retry_key,
             trace_headers=submit.trace_headers,
             resumable=submit.resumable,
+            is_more=submit.is_more,
             entry=entry,
         )
         if submit.again:

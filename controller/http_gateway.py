@@ -152,6 +152,7 @@ class HttpGateway:
                             tenant=request.state.tenant,
                             retry_key=request.headers.get("idempotency-key") or body.request_id or "",
                             trace_headers=request.headers,
+                            is_more=number > 0,
                             **what,
                         )
                     )

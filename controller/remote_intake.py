@@ -141,6 +141,7 @@ class RemoteIntake:
             timeout_s=arrival.timeout_s,
             age_s=stream.age_s,
             resumable=arrival.resumable,
+            is_more=arrival.is_more,
             retry_key=arrival.retry_key,
             trace_headers={name: arrival.trace_headers[name] for name in _TRACE_HEADERS if name in arrival.trace_headers},
         )

@@ -140,6 +140,7 @@ class InferenceService:
         retry_key: str = "",
         trace_headers: Mapping[str, str] = NO_HEADERS,
         resumable: bool = False,
+        is_more: bool = False,
     ) -> RequestHandle:
         """Accept a request: either `prompt` (text or token ids) or chat `messages`.
 
@@ -153,6 +154,8 @@ class InferenceService:
             retry_key: names the caller over several attempts of one call, for the place that a full queue holds for it.
             trace_headers: W3C `traceparent` and `tracestate`, where the caller traces; read only where this controller does.
             resumable: a reader that leaves does not end it (see `resume`), and it survives this controller.
+            is_more: of a call whose first request was let in: neither a full queue nor its tenant's number of requests refuses
+                it.
 
         Raises:
             InvalidRequest, ModelNotFound, Overloaded (with retry_after_s), Unavailable (no replica can take it),
@@ -167,6 +170,7 @@ class InferenceService:
                 tenant=tenant,
                 retry_key=retry_key,
                 resumable=resumable,
+                is_more=is_more,
                 trace_headers=trace_headers,
             )
         except PilotfishError as error:

@@ -385,6 +385,22 @@ async def test_the_only_replica_of_a_node_that_goes_serves_until_another_does(st
     await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
 
 
+async def test_a_notice_hurries_a_replica_that_drains(start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_NOTICE_MARGIN_S", 0.05)
+    cluster = await start_cluster(step_s=0.002, fleet={"num_replicas": 2, "drain_timeout_s": 600.0, **SIZES})
+    streams = [await begun(cluster, max_tokens=400) for _ in range(2)]
+    fleet_of(cluster).resize(1, "a test")
+    (leaving,) = (name for name, state in states(cluster).items() if state is ReplicaState.DRAINING)
+    doomed = worker_of(cluster, leaving)
+    doomed.engine.gate.clear()  # nothing ends there any more
+    doomed.notice.set_result(0.1)
+    for handle, answer in streams:
+        check(await read(handle, into=answer), 400)
+        assert answer.usage.replica != leaving
+    doomed.engine.gate.set()
+    assert len(cluster.launcher.launched) == 2  # nothing is started for one that was to go
+
+
 async def test_a_node_that_goes_may_leave_no_room_for_a_while(
     start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,12 +408,12 @@ async def test_a_node_that_goes_may_leave_no_room_for_a_while(
     monkeypatch.setattr(fleet_module, "_RESTART_PAUSE_S", (0.05,))
     launcher = LocalLauncher(engine_options={"step_s": 0.002})
     cluster = await start_cluster(launcher=launcher)
-    handle, answer = await begun(cluster, max_tokens=600)
+    handle, answer = await begun(cluster, max_tokens=300)
     launcher.failures = [NoRoom("a rank needs a GPU")] * 3
     worker_of(cluster, "replica-0").notice.set_result(60.0)
     await eventually(lambda: not launcher.failures)
     assert states(cluster)["replica-1"] is not ReplicaState.FAILED
-    check(await read(handle, into=answer), 600)
+    check(await read(handle, into=answer), 300)
     await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
 
 

@@ -205,6 +205,22 @@ async def test_a_full_queue_is_a_429_with_retry_after(start_cluster: StartCluste
     assert {answer[0] for answer in answers} == {200, 429}
 
 
+async def test_a_call_with_several_prompts_is_let_in_whole(start_cluster: StartCluster) -> None:
+    """Else it would come back in vain for as long as the queue is full."""
+    tenants = {"anonymous": TenantConfig(max_requests=3)}
+    cluster = await start_cluster(max_num_seqs=1, gateway={"max_queued_requests": 1}, tenants=tenants)
+    engine = cluster.launcher.launched[0].engine
+    engine.gate.clear()
+    alone = [asyncio.create_task(post(cluster, "/v1/completions", {"prompt": "x", "max_tokens": 2})) for _ in range(2)]
+    await eventually(lambda: cluster.service.status().num_running == 2)  # one ahead
+    call = asyncio.create_task(post(cluster, "/v1/completions", {"prompt": ["a", "b", "c"], "max_tokens": 2}))
+    await eventually(lambda: cluster.service.status().num_queued == 3)
+    assert (await post(cluster, "/v1/completions", {"prompt": "x"}))[0] == 429
+    engine.gate.set()
+    assert [status for status, _, _ in await asyncio.gather(*alone, call)] == [200, 200, 200]
+    assert len((await call)[2]["choices"]) == 3
+
+
 async def test_what_ends_one_prompt_ends_the_others_of_its_call(start_cluster: StartCluster) -> None:
     cluster = await start_cluster(step_s=0.01)
     call = asyncio.create_task(

@@ -370,6 +370,26 @@ async def test_a_journal_entry_is_the_request_again(start_cluster: StartCluster,
     assert not list(cluster.controller._intake.streams._journal.entries())
 
 
+async def test_a_full_disk_refuses_what_would_not_survive_and_costs_nothing_else(
+    start_cluster: StartCluster, tmp_path: Path
+) -> None:
+    cluster = await start_cluster(journal_path=tmp_path / "journal.sqlite", step_s=0.002, gateway={"resume_window_s": 0.1})
+    service, journal = cluster.service, cluster.controller._intake.streams._journal
+    early = await service.start_request(request_id="early", prompt=PROMPT, sampling={"max_tokens": 50}, resumable=True)
+    assert journal._database is not None
+    journal._database.execute("PRAGMA query_only = ON")  # every write fails
+    with pytest.raises(Unavailable, match=r"cannot write its journal .* has to free space"):
+        await service.start_request(prompt=PROMPT, sampling={"max_tokens": 5}, resumable=True)
+    plain = await service.start_request(prompt=PROMPT, sampling={"max_tokens": 50})
+    for handle in (early, plain):
+        assert (await read(handle)).choices[0].token_ids == expected_tokens(PROMPT, 50)
+    await eventually(lambda: not cluster.controller._intake.streams._ended)
+    assert service.status().num_running == 0
+    journal._database.execute("PRAGMA query_only = OFF")
+    later = await service.start_request(prompt=PROMPT, sampling={"max_tokens": 5}, resumable=True)
+    assert (await read(later)).choices[0].token_ids == expected_tokens(PROMPT, 5)
+
+
 def test_a_journal_that_cannot_be_kept_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Exception, match="cannot keep the journal of requests"):

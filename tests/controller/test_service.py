@@ -394,7 +394,7 @@ async def test_models_and_status(start_cluster: StartCluster) -> None:
     assert replica.last_step_id >= 20
 
 
-async def test_shutdown_ends_queued_and_running_requests(start_cluster: StartCluster) -> None:
+async def test_shutdown_ends_queued_and_running_requests(start_cluster: StartCluster, caplog: pytest.LogCaptureFixture) -> None:
     cluster = await start_cluster(max_num_seqs=1, step_s=0.01)
     handles = [await generate(cluster, sampling={"max_tokens": 4000}) for _ in range(4)]
     stopping = asyncio.create_task(cluster.controller.stop())
@@ -405,6 +405,7 @@ async def test_shutdown_ends_queued_and_running_requests(start_cluster: StartClu
     with pytest.raises(Unavailable, match="shutting down"):
         await generate(cluster)
     await cluster.controller.stop()
+    assert "goes on elsewhere" not in caplog.text
 
 
 async def test_shutdown_with_grace_lets_running_requests_end(start_cluster: StartCluster) -> None:
