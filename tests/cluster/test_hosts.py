@@ -52,6 +52,7 @@ def test_a_host_that_is_cut_off_is_replaced_at_once(cluster: RayHosts, expected:
         cluster.network.heal()  # before Ray gives the host up, which would cost the next test half a minute
     stream.finish(expected)
     cluster.wait_for_nodes(3)
+    wait_until(lambda: list(cluster.ranks()) == [other_than(home)], "the end of the ranks that were cut off", 60)
 
 
 def test_a_killed_host_is_replaced(cluster: RayHosts, expected: tuple[str, list[int]]) -> None:
