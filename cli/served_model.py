@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from ..common.config import ServeConfig
-from ..models.build import check_ranks
 from ..models.store import resolve
 from ..models.store_progress import terminal_progress
 from ..scheduler.expert_balancer import first_slots
@@ -21,6 +20,8 @@ def find_served_model(config: ServeConfig) -> str:
         path = str(resolve(config.model.model, pull_missing=True, progress=progress).path)
     parallel = config.parallel
     if parallel.num_ranks > 1:
+        from ..models.build import check_ranks  # with torch, most of what a command's start would take
+
         rule = None
         if parallel.rebalance_interval_steps:
             rule = partial(first_slots, num_redundant=parallel.redundant_experts, num_ranks=parallel.num_ranks)

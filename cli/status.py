@@ -79,8 +79,9 @@ def _replica_lines(replica: ReplicaStatus) -> list[str]:
     lines = ["", head]
     info, load = replica.info, replica.load
     if info is not None:
+        of_ranks = f" on the first of {info.num_ranks} ranks" if info.num_ranks > 1 else ""
         lines += [
-            f"  {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters, {info.dtype} on {info.device}, "
+            f"  {info.architecture}, {info.num_parameters / 1e6:.0f} M parameters{of_ranks}, {info.dtype} on {info.device}, "
             f"loaded in {info.load_seconds:.1f} s",
             f"  up to {info.max_num_seqs} sequences of {info.max_model_len} tokens, "
             f"{info.max_num_batched_tokens} tokens a step",

@@ -95,7 +95,7 @@ class GatewayConfig:
     Attributes:
         host: address both listen on.
         grpc_port, http_port: 0 takes a free port, which `status` and the start message show.
-        max_queued_requests: requests waiting for a replica beyond this are refused at once with OVERLOADED.
+        max_queued_requests: while so many choices of requests wait for a replica, others are refused at once with OVERLOADED.
         max_body_bytes: larger requests are refused with REQUEST_TOO_LARGE.
         max_connections: to each of the two; over HTTP one that only waits gives way to a new one.
         client_timeout_s: how long a client may take to send a request once it has begun, or to take some of what is sent to it.

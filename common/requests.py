@@ -175,7 +175,10 @@ class StepOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerInfo:
-    """Facts a worker found at start: what it serves and how much fits. `kernels` maps device kind to backend."""
+    """Facts a worker found at start: what it serves and how much fits. `kernels` maps device kind to backend.
+
+    Of several ranks that compute one model together, parameters and bytes are those of the first.
+    """
 
     model_name: str
     model_path: str
@@ -196,6 +199,7 @@ class WorkerInfo:
     epoch: int = 0
     pid: int = 0
     model_version: str = ""
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,6 +33,11 @@ class Charges:
     def tokens_to_come(self, sequence: SequenceState) -> float:
         return min(sequence.request.sampling.max_tokens - len(sequence.output_token_ids), self.expected_output_tokens)
 
+    def answer_ms(self, replica: str) -> float:
+        """How long an answer takes there, beside those that run."""
+        num_active = max(self._router.num_active(replica), 1)
+        return self.expected_output_tokens * self._router.step_times.of(replica).decode_ms(num_active)
+
     def estimate(self, sequence: SequenceState) -> float:
         """Before it is known where it will run; it is charged when it leaves the queue."""
         sequence.charged_ms = self._expected_ms(sequence, next(iter(self._kv_capacity_tokens), ""), num_cached=0)

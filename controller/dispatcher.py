@@ -23,6 +23,7 @@ from ..common.hashing import block_hashes, root_hash
 from ..common.requests import BlockStored, EngineRequest, FinishReason, SequenceOutput, StepOutput, WorkerInfo
 from ..common.routing import RouteDecision
 from ..scheduler.admission import BATCH, INTERACTIVE, AdmissionQueue, priority_class
+from ..scheduler.drain_rate import Pace
 from ..scheduler.return_queue import ReturnQueue
 from ..scheduler.router import Choice, ReplicaLimits, Router, RouterConfig
 from ..scheduler.snapshot import RunningRequest
@@ -88,7 +89,9 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._observers = observers
         self._replicas: dict[str, _Replica] = {}
-        self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(max_queued=max_queued, weights=tenant_weights)
+        self._queue: AdmissionQueue[SequenceState] = AdmissionQueue(
+            max_queued=max_queued, weights=tenant_weights, expected_pace=self._expected_pace
+        )
         self._charges = Charges(self.router, self._queue)
         self._versions = VersionChoice(self.router, block_size=block_size)
         self._returned: ReturnQueue[SequenceState] = ReturnQueue()
@@ -123,13 +126,14 @@ class Dispatcher:
         if num_arriving >= self._max_queued:
             raise self._queue.refusal(tenant, priority=priority, retry_key=retry_key, now_ms=_now_ms())
 
-    def enqueue(self, stream: RequestStream, *, retry_key: str = "") -> None:
-        """Queue all choices of a request; `retry_key` names its caller over several attempts.
+    def enqueue(self, stream: RequestStream, *, retry_key: str = "", is_more: bool = False) -> None:
+        """Queue all choices of a request, where there is a place for its first one: a full queue would never have as many free
+        as it needs. `retry_key` names its caller over several attempts; `is_more`: the call that it is of has a place already.
 
         Raises:
-            Overloaded: there is no room for all of them; the caller ends the stream, which takes out those that were queued.
+            Overloaded: there is no place.
         """
-        for sequence in stream.sequences:
+        for number, sequence in enumerate(stream.sequences):
             self._queue.push(
                 sequence,
                 request_id=sequence.request.request_id,
@@ -138,6 +142,7 @@ class Dispatcher:
                 priority=sequence.request.priority,
                 cost=self._charges.estimate(sequence),
                 retry_key=retry_key,
+                is_more=is_more or number > 0,
             )
             self.pump()
 
@@ -204,6 +209,12 @@ class Dispatcher:
             held.stream.fail(error)
         while (sequence := self._returned.pop() or self._queue.pop(_now_ms())) is not None:
             sequence.stream.fail(error)
+
+    def fail_all(self, error: PilotfishError) -> None:
+        """No replica will go on with anything."""
+        for sequence in list(self._running.values()):
+            sequence.stream.fail(error)
+        self.fail_queued(error)
 
     def pump(self) -> None:
         """Hand out what is held and then what is queued, while a replica has room."""
@@ -321,6 +332,14 @@ class Dispatcher:
         if self.num_queued and self.router.can_start(name):
             self.pump()
         return complete
+
+    def _expected_pace(self) -> Pace:
+        """Of the queue, before answers have ended while it was full."""
+        name = next((name for name, replica in self._replicas.items() if replica.accepting), None)
+        if name is None or not self._running:
+            return Pace()
+        answer_ms = self._charges.answer_ms(name)
+        return Pace(wait_ms=answer_ms, gap_ms=answer_ms / len(self._running))
 
     def _next(self, candidates: Sequence[str]) -> SequenceState | None:
         if not self._suspects:

@@ -74,6 +74,7 @@ class Fleet:
         self._is_restart = False
         self._num_past_restarts = 0
         self._limits: ModelLimits | None = None
+        self._info: WorkerInfo | None = None
 
     @property
     def num_restarts(self) -> int:
@@ -163,10 +164,10 @@ class Fleet:
         deadline = time.monotonic() + grace_s
         while self._dispatcher.num_running and time.monotonic() < deadline:  # noqa: ASYNC110 - seconds, once
             await asyncio.sleep(0.05)
+        self._dispatcher.fail_all(Unavailable("the server is shutting down"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._dispatcher.fail_queued(Unavailable("the server is shutting down"))
 
     def limits(self) -> ModelLimits:
         """What every replica can take, or could, where there is none now.
@@ -182,6 +183,7 @@ class Fleet:
         serving = [replica for replica in self._replicas if replica.state is not ReplicaState.FAILED]
         infos = [place.serving.info for replica in serving for place in replica.places]
         if infos:
+            self._info = infos[0]
             self._limits = ModelLimits(
                 max_model_len=min(info.max_model_len for info in infos),
                 vocab_size=min(info.vocab_size for info in infos),
@@ -189,8 +191,8 @@ class Fleet:
             )
 
     def info(self) -> WorkerInfo | None:
-        """The facts of one replica's worker, None before any has started."""
-        return next((replica.info for replica in self._replicas if replica.info), None)
+        """The facts of one replica's worker, or of the last one where there is none now; None before any has started."""
+        return self._info
 
     def statuses(self) -> tuple[ReplicaStatus, ...]:
         """Of every place that takes requests."""
@@ -351,7 +353,7 @@ class Fleet:
         until = time.monotonic() + left_s
         replica.serve_until, replica.leave_by = min(replica.serve_until, until), min(replica.leave_by, until)
         if not replica.leaving.is_set():
-            self.add()
+            self.add().has_served = True  # there was room for it: what happens to the other now is no failed start
             when = f" in {left_s + _NOTICE_MARGIN_S:.0f} s" if math.isfinite(left_s) else ""
             self.let_go(replica, f"its node is about to go{when}", within_s=0.0, serve_s=left_s)
 

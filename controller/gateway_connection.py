@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from ..common import logs
 from ..common.cluster_state import ClusterState
 from ..common.errors import Cancelled, InternalError, InvalidRequest, PilotfishError
 from ..common.requests import FinishReason
@@ -31,11 +32,11 @@ from .streams import RequestStream
 logger = logging.getLogger(__name__)
 
 
-def typed(error: Exception) -> PilotfishError:
+def typed(error: Exception, request_id: str) -> PilotfishError:
     """An error to answer with; a defect's details are in the log."""
     if isinstance(error, PilotfishError):
         return error
-    logger.exception("a request of a gateway failed", exc_info=error)
+    logger.exception("a request of a gateway failed", exc_info=error, extra=logs.about(request_id))
     return InternalError(f"pilotfish failed ({type(error).__name__}); the controller's log has the details")
 
 
@@ -169,12 +170,12 @@ class GatewayConnection:
             try:
                 await self._submit(submit)
             except Exception as error:  # noqa: BLE001 - a process's edge: logged and answered
-                self.end(submit.number, typed(error))
+                self.end(submit.number, typed(error, submit.entry.request_id))
         for resume in message.resumes:
             try:
                 self._resume(resume)
             except Exception as error:  # noqa: BLE001 - a process's edge: logged and answered
-                self.end(resume.number, typed(error))
+                self.end(resume.number, typed(error, resume.request_id))
         for stopped in message.stopped:
             if (reader := self._readers.get(stopped.number)) is not None:
                 self._stop(reader, stopped.choice, num_tokens=stopped.num_tokens, reason=stopped.stop_reason)
@@ -202,6 +203,7 @@ class GatewayConnection:
             retry_key=submit.retry_key,
             trace_headers=submit.trace_headers,
             resumable=submit.resumable,
+            is_more=submit.is_more,
             entry=entry,
         )
         if submit.again:

@@ -22,9 +22,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..common import logs
-from ..common.cluster_state import ModelCard, ReplicaState
+from ..common.cluster_state import ModelCard
 from ..common.config import GatewayConfig
 from ..common.errors import InternalError, ModelNotFound, PilotfishError, clipped
+from ..text.prepare import check_request_id
 from ..text.tokenizer import Tokenizer
 from . import dashboard
 from .events import Delta, Started, Usage
@@ -131,6 +132,8 @@ class HttpGateway:
 
     async def _respond(self, request: Request, body: RequestBody, kind: str, whats: list[dict[str, Any]]) -> Response:
         call_id = body.request_id or ("chatcmpl-" if kind == "chat" else "cmpl-") + uuid.uuid4().hex[:24]
+        check_request_id(call_id)
+        logs.request_id.set(call_id)  # here, for what follows runs in tasks of its own
         if body.user is not None:
             logger.info("request %s is from user %r", call_id, body.user, extra=logs.about(call_id, user=body.user))
         sampling = body.sampling()
@@ -149,6 +152,7 @@ class HttpGateway:
                             tenant=request.state.tenant,
                             retry_key=request.headers.get("idempotency-key") or body.request_id or "",
                             trace_headers=request.headers,
+                            is_more=number > 0,
                             **what,
                         )
                     )
@@ -187,8 +191,9 @@ class HttpGateway:
         raise ModelNotFound(f"the model {name!r} is not served here; GET /v1/models lists what is")
 
     async def _health(self, _request: Request) -> Response:
-        """200 while a replica makes progress or has nothing to do. It is open to all, so it says no more than that."""
-        healthy = any(replica.state is ReplicaState.READY for replica in self._service.status().replicas)
+        """200 while a replica makes progress or has nothing to do, or the next request brings one. It is open to all, so it
+        says no more than that."""
+        healthy = self._service.is_serving
         return json_response({"status": "ok" if healthy else "unavailable"}, status=200 if healthy else 503)
 
     async def _show_metrics(self, _request: Request) -> Response:
@@ -210,7 +215,11 @@ class _Call:
         self._choices_per_prompt = choices_per_prompt
 
     async def whole(self, writer: Callable[[Started], ResponseWriter]) -> dict[str, Any]:
-        results = await asyncio.gather(*(self._collect(number, handle) for number, handle in enumerate(self._handles)))
+        try:
+            results = await asyncio.gather(*(self._collect(number, handle) for number, handle in enumerate(self._handles)))
+        finally:
+            for handle in self._handles:  # nobody waits for the others of one that has failed
+                handle.cancel()
         choices = [choice for _, of_prompt, _ in results for choice in of_prompt]
         return writer(results[0][0]).whole(choices, usage_json(usage for _, _, usage in results))
 

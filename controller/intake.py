@@ -50,6 +50,7 @@ class Arrival:
         retry_key: names the caller over several attempts of one call, for the place that a full queue holds for it.
         trace_headers: W3C `traceparent` and `tracestate`, where the caller traces.
         resumable: its client may lose its connection, and come back.
+        is_more: of a call that was let in with another request of it, and is let in whole.
         entry: what it is made of, where a gateway process reads it; when that has lost its connection the request goes on.
     """
 
@@ -61,6 +62,7 @@ class Arrival:
     retry_key: str = ""
     trace_headers: Mapping[str, str] = field(default_factory=dict)
     resumable: bool = False
+    is_more: bool = False
     entry: JournalEntry | None = None
 
 
@@ -126,7 +128,7 @@ class Intake:
                 self._tracing.accepted(
                     stream.request_id, num_prompt_tokens=prepared.num_prompt_tokens, num_choices=len(prepared.requests)
                 )
-            self._dispatcher.enqueue(stream, retry_key=arrival.retry_key)
+            self._dispatcher.enqueue(stream, retry_key=arrival.retry_key, is_more=arrival.is_more)
         except PilotfishError as error:
             self._refuse(stream, error)
             self.report_refused(error)
@@ -238,10 +240,13 @@ class Intake:
             raise Unavailable("the server is shutting down")
         tenant = arrival.tenant
         self.streams.check_free(arrival.request_id)
+        if arrival.is_more:
+            self.tenants.limits(tenant).enter_again(_now_ms())
+            return self._add(arrival)
         self._dispatcher.check_room(
             self._num_preparing, tenant=tenant.name, priority=arrival.priority, retry_key=arrival.retry_key
         )
-        self.tenants.limits(tenant).enter(_now_ms())
+        self.tenants.limits(tenant).enter(_now_ms(), retry_key=arrival.retry_key)
         return self._add(arrival)
 
     def _add(self, arrival: Arrival) -> RequestStream:

@@ -8,19 +8,22 @@ nothing waits for the disk itself. The file has what users wrote, so only its ow
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, Unavailable
 from ..common.sampling_params import SamplingParams
 from ..proto import common_pb2, journal_pb2
 from ..proto.codec import request_from_proto, request_to_proto
 from .choice_text import MakeText
 from .front_end import Prepared, prepared_choices, prompt_hashes
 from .streams import RequestStream
+
+logger = logging.getLogger(__name__)
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, entry BLOB NOT NULL) WITHOUT ROWID"
 
@@ -52,15 +55,29 @@ class Journal:
             raise ConfigError(f"cannot keep the journal of requests at {path}: {error}") from error
 
     def add(self, entry: journal_pb2.JournalEntry) -> None:
-        if self._database is not None:
-            values = (entry.request_id, entry.SerializeToString())
+        """Raises Unavailable: it cannot be written, so the request would not survive the controller as its client expects."""
+        if self._database is None:
+            return
+        values = (entry.request_id, entry.SerializeToString())
+        try:
             self._database.execute("INSERT OR REPLACE INTO requests VALUES (?, ?)", values)
+        except sqlite3.Error as error:
+            logger.error("the journal of requests at %s cannot be written: %s", self._path, error)
+            raise Unavailable(
+                f"the server cannot write its journal of requests ({error}), so it takes none that may be resumed; its "
+                "operator has to free space on the controller's disk"
+            ) from error
 
     def remove(self, request_ids: Iterable[str]) -> None:
-        if self._database is not None:
-            self._database.execute("BEGIN")
-            self._database.executemany("DELETE FROM requests WHERE request_id = ?", ((name,) for name in request_ids))
-            self._database.execute("COMMIT")
+        """What cannot be removed stays until the end: a successor would hold it for a while, and then forget it."""
+        if self._database is None:
+            return
+        try:
+            with self._database:
+                self._database.execute("BEGIN")
+                self._database.executemany("DELETE FROM requests WHERE request_id = ?", ((name,) for name in request_ids))
+        except sqlite3.Error as error:
+            logger.error("requests that have ended stay in the journal at %s: %s", self._path, error)
 
     def entries(self) -> Iterator[journal_pb2.JournalEntry]:
         """What an earlier controller left."""

@@ -78,6 +78,7 @@ class RemoteIntake:
         self._last_number = 0
         self._num_preparing = 0
         self._view: pb.ClusterView | None = None
+        self._info: WorkerInfo | None = None
         self._limits: ModelLimits | None = None
         self._unavailable: PilotfishError = Unavailable(_STARTING, retry_after_s=1.0)
         self._away_timer: asyncio.TimerHandle | None = None
@@ -140,6 +141,7 @@ class RemoteIntake:
             timeout_s=arrival.timeout_s,
             age_s=stream.age_s,
             resumable=arrival.resumable,
+            is_more=arrival.is_more,
             retry_key=arrival.retry_key,
             trace_headers={name: arrival.trace_headers[name] for name in _TRACE_HEADERS if name in arrival.trace_headers},
         )
@@ -201,10 +203,8 @@ class RemoteIntake:
         return self._limits
 
     def info(self) -> WorkerInfo | None:
-        """The facts of one replica's worker, None before any has started."""
-        if self._view is None:
-            return None
-        return next((replica.info for replica in status_from_proto(self._view.status).replicas if replica.info), None)
+        """The facts of one replica's worker, or of the last one where there is none now; None before any has started."""
+        return self._info
 
     def status(self) -> ClusterState:
         """As the controller last said, a second ago at most. Raises Unavailable: it is away."""
@@ -272,6 +272,7 @@ class RemoteIntake:
 
     def _look(self, view: pb.ClusterView) -> None:
         self._view = view
+        self._info = next((replica.info for replica in status_from_proto(view.status).replicas if replica.info), self._info)
         self.changed.set()
         if view.HasField("limits"):
             self._limits = ModelLimits(

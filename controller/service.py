@@ -108,6 +108,8 @@ class ToController(Protocol):
     def limits(self) -> ModelLimits: ...
     def info(self) -> WorkerInfo | None: ...
     def status(self) -> ClusterState: ...
+    @property
+    def is_serving(self) -> bool: ...
     async def explain_route(self, request_id: str) -> tuple[RouteDecision, ...]: ...
 
 
@@ -138,6 +140,7 @@ class InferenceService:
         retry_key: str = "",
         trace_headers: Mapping[str, str] = NO_HEADERS,
         resumable: bool = False,
+        is_more: bool = False,
     ) -> RequestHandle:
         """Accept a request: either `prompt` (text or token ids) or chat `messages`.
 
@@ -151,6 +154,8 @@ class InferenceService:
             retry_key: names the caller over several attempts of one call, for the place that a full queue holds for it.
             trace_headers: W3C `traceparent` and `tracestate`, where the caller traces; read only where this controller does.
             resumable: a reader that leaves does not end it (see `resume`), and it survives this controller.
+            is_more: of a call whose first request was let in: neither a full queue nor its tenant's number of requests refuses
+                it.
 
         Raises:
             InvalidRequest, ModelNotFound, Overloaded (with retry_after_s), Unavailable (no replica can take it),
@@ -165,6 +170,7 @@ class InferenceService:
                 tenant=tenant,
                 retry_key=retry_key,
                 resumable=resumable,
+                is_more=is_more,
                 trace_headers=trace_headers,
             )
         except PilotfishError as error:
@@ -199,7 +205,9 @@ class InferenceService:
                 or not of this tenant.
             InvalidRequest: the client has what this answer does not have.
         """
-        return RequestHandle(*await self._intake.resume(request_id, received, tenant=tenant))
+        stream, reader = await self._intake.resume(request_id, received, tenant=tenant)
+        logs.request_id.set(request_id)
+        return RequestHandle(stream, reader)
 
     async def abort(self, request_id: str, *, tenant: Tenant = ANONYMOUS) -> bool:
         """End a request; its reader gets Cancelled. False if this tenant has none in flight of this id."""
@@ -243,6 +251,12 @@ class InferenceService:
             grpc_address=self.addresses.grpc,
             http_address=self.addresses.http,
         )
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests are taken. Raises Unavailable: the controller is away."""
+        self._intake.status()
+        return self._intake.is_serving
 
     async def explain_route(self, request_id: str, *, tenant: Tenant = ANONYMOUS) -> tuple[RouteDecision, ...]:
         """The router's choices for a request that runs or has ended not long ago, oldest first.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from ..common import logs
 from ..scheduler.router import Router
 from .front_end import prompt_hashes
 from .sequence_state import SequenceState
@@ -48,7 +49,9 @@ class VersionChoice:
             candidates = of[version]
         if sequence.version != version:
             if sequence.output_token_ids:
-                logger.warning("%s goes on with version %r of the model", sequence.request.request_id, version)
+                name = sequence.request.request_id
+                about = logs.about(sequence.stream.request_id, version=version)
+                logger.warning("%s goes on with version %r of the model", name, version, extra=about)
             sequence.version = version
             sequence.prompt_hashes = prompt_hashes(sequence.request, self._block_size, version=version)
         return candidates

@@ -2,8 +2,9 @@
 
     token_id = token_ids[slot, position],   cache_slot = block_tables[slot, position // L] * L + position % L
 
-Columns say what is wanted: the slot and the position of each row, the number of the output it draws (not read here), and the
-page that the token is the first of, else -1. A new page is written to block_tables[slot, position // L] before that is read.
+Columns say what is wanted: the slot and the position of each row, the number of the output it draws and whether its logits are
+wanted (neither is read here), and the page that the token is the first of, else -1. A new page is written to
+block_tables[slot, position // L] before that is read.
 
 S rows, M slots, C tokens a slot, B blocks a slot, L page length.
 """
@@ -17,9 +18,9 @@ import triton.language as tl
 from .dependent_launch import launch_options, wait_for_previous
 from .dispatch import choose_backend
 
-NUM_DECODE_COLUMNS = 4
+NUM_DECODE_COLUMNS = 5
 NO_NEW_PAGE = -1
-_SLOT, _POSITION, _, _NEW_PAGE = range(NUM_DECODE_COLUMNS)
+_SLOT, _POSITION, _, _, _NEW_PAGE = range(NUM_DECODE_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class DecodeInputs:
 
 
 def gather_decode_inputs(
-    columns_4S: torch.Tensor,
+    columns_5S: torch.Tensor,
     token_ids_MC: torch.Tensor,
     block_tables_MB: torch.Tensor,
     *,
@@ -44,21 +45,21 @@ def gather_decode_inputs(
 
     Running it again changes nothing. Rows with a new page have slots of their own.
     """
-    _check(columns_4S, token_ids_MC, block_tables_MB)
+    _check(columns_5S, token_ids_MC, block_tables_MB)
     run = gather_decode_inputs_ref
-    if choose_backend("gather_decode_inputs", columns_4S, token_ids_MC, block_tables_MB) == "triton":
+    if choose_backend("gather_decode_inputs", columns_5S, token_ids_MC, block_tables_MB) == "triton":
         run = _gather_decode_inputs_triton
-    return run(columns_4S, token_ids_MC, block_tables_MB, page_len=page_len)
+    return run(columns_5S, token_ids_MC, block_tables_MB, page_len=page_len)
 
 
 def gather_decode_inputs_ref(
-    columns_4S: torch.Tensor,
+    columns_5S: torch.Tensor,
     token_ids_MC: torch.Tensor,
     block_tables_MB: torch.Tensor,
     *,
     page_len: int,
 ) -> DecodeInputs:
-    slots_S, positions_S, new_pages_S = columns_4S[_SLOT], columns_4S[_POSITION], columns_4S[_NEW_PAGE]
+    slots_S, positions_S, new_pages_S = columns_5S[_SLOT], columns_5S[_POSITION], columns_5S[_NEW_PAGE]
     blocks_S = positions_S // page_len
     pages_S = torch.where(new_pages_S < 0, block_tables_MB[slots_S, blocks_S], new_pages_S.int())
     block_tables_MB.index_put_((slots_S, blocks_S), pages_S)
@@ -115,23 +116,23 @@ def _gather_kernel(
 
 
 def _gather_decode_inputs_triton(
-    columns_4S: torch.Tensor,
+    columns_5S: torch.Tensor,
     token_ids_MC: torch.Tensor,
     block_tables_MB: torch.Tensor,
     *,
     page_len: int,
 ) -> DecodeInputs:
-    num_rows, num_blocks = columns_4S.shape[1], block_tables_MB.shape[1]
+    num_rows, num_blocks = columns_5S.shape[1], block_tables_MB.shape[1]
     inputs = DecodeInputs(
-        token_ids_S=columns_4S.new_empty(num_rows),
-        cache_slots_S=columns_4S.new_empty(num_rows),
+        token_ids_S=columns_5S.new_empty(num_rows),
+        cache_slots_S=columns_5S.new_empty(num_rows),
         block_tables_SB=block_tables_MB.new_empty(num_rows, num_blocks),
         context_lens_S=block_tables_MB.new_empty(num_rows),
-        lengths_S=columns_4S.new_empty(num_rows),
+        lengths_S=columns_5S.new_empty(num_rows),
     )
     if num_rows:
         _gather_kernel[(num_rows,)](
-            columns_4S,
+            columns_5S,
             token_ids_MC,
             block_tables_MB,
             inputs.token_ids_S,
@@ -147,17 +148,17 @@ def _gather_decode_inputs_triton(
             PAGE_LEN=page_len,
             BLOCK=128,
             num_warps=1,
-            **launch_options(columns_4S.device),
+            **launch_options(columns_5S.device),
         )
     return inputs
 
 
-def _check(columns_4S: torch.Tensor, token_ids_MC: torch.Tensor, block_tables_MB: torch.Tensor) -> None:
-    if columns_4S.dim() != 2 or len(columns_4S) != NUM_DECODE_COLUMNS:
-        raise ValueError(f"gather_decode_inputs: columns {tuple(columns_4S.shape)} must be [{NUM_DECODE_COLUMNS}, rows]")
+def _check(columns_5S: torch.Tensor, token_ids_MC: torch.Tensor, block_tables_MB: torch.Tensor) -> None:
+    if columns_5S.dim() != 2 or len(columns_5S) != NUM_DECODE_COLUMNS:
+        raise ValueError(f"gather_decode_inputs: columns {tuple(columns_5S.shape)} must be [{NUM_DECODE_COLUMNS}, rows]")
     if token_ids_MC.dim() != 2 or block_tables_MB.dim() != 2 or len(token_ids_MC) != len(block_tables_MB):
         raise ValueError("gather_decode_inputs: token ids and block tables must be [slots, ...] of the same slots")
-    if columns_4S.dtype != torch.int64 or (token_ids_MC.dtype, block_tables_MB.dtype) != (torch.int32,) * 2:
+    if columns_5S.dtype != torch.int64 or (token_ids_MC.dtype, block_tables_MB.dtype) != (torch.int32,) * 2:
         raise ValueError("gather_decode_inputs: columns must be int64, the tables int32")
-    if not all(tensor.is_contiguous() for tensor in (columns_4S, token_ids_MC, block_tables_MB)):
+    if not all(tensor.is_contiguous() for tensor in (columns_5S, token_ids_MC, block_tables_MB)):
         raise ValueError("gather_decode_inputs: all tensors must be contiguous")

@@ -91,6 +91,28 @@ def uniform_at(seed, position, draw):
 
 
 @triton.jit
+def uniform_columns(seeds_M, positions_M, first_draw, BLOCK: tl.constexpr):
+    """u [BLOCK, M] of the draws of `uniform_block`, each column by its own seed and position."""
+    counter_QM = (first_draw // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)[:, None] + (positions_M * 0).to(tl.uint32)[None, :]
+    w0, w1, w2, w3 = _words(seeds_M[None, :], positions_M[None, :], counter_QM)
+    words_QM4 = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return _to_uniform(tl.reshape(tl.permute(words_QM4, (0, 2, 3, 1)), [BLOCK, positions_M.shape[0]]))
+
+
+def gumbel_ref(uniform_SV: torch.Tensor) -> torch.Tensor:
+    """-log(-log(1 - u)); log1p keeps the small exponentials exact, and these win the race."""
+    return -torch.log(-torch.log1p(-uniform_SV))
+
+
+@triton.jit
+def gumbel(uniform):
+    """-log(-log(1 - u)); small exponentials win the race, so below 2^-7 their series keeps what 1 - u would round away."""
+    series = uniform * (1.0 + uniform * (0.5 + uniform * (0.3333333333333333 + uniform * 0.25)))
+    exponential = tl.where(uniform < 0.0078125, series, -tl.log(1.0 - uniform))
+    return -tl.log(exponential)
+
+
+@triton.jit
 def _philox_uniform_kernel(seeds, positions, uniform, num_draws, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK

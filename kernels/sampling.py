@@ -6,7 +6,7 @@
 g is Gumbel noise, so that the argmax is a draw from softmax(kept logits / temperature); temperature 0 is the plain argmax.
 The noise belongs to (seed, position, token id) alone: the draw does not depend on the batch or on the device (but for
 rounding, where two scores tie within float32), and a shard of the vocabulary can run its own part of the race
-(sharded_sampling.py).
+(sharded_sampling.py), or the head that makes the logits can (head_race.py).
 Of equal scores the lowest id wins.
 
 S rows, V vocabulary, M slots: the parameters lie in tables by slot. Source: Gumbel 1954; Maddison et al. 2014, "A* Sampling".
@@ -22,7 +22,8 @@ from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend
 from .drawn import ENDS, Drawn, SequenceEnds, append_tokens, ends_for_kernel
-from .philox import philox_uniform_ref, uniform_at, uniform_block
+from .philox import gumbel, gumbel_ref, philox_uniform_ref, uniform_at, uniform_block
+from .race import TileBests
 from .sampling_filter import (
     NUM_RUNGS,
     gather_candidates,
@@ -30,10 +31,11 @@ from .sampling_filter import (
     keep_threshold,
     keep_threshold_ref,
     lower_bound,
-    store_ladder,
+    summarize_chunk,
 )
 
 _CHUNK = 1024  # tokens a program of the first kernel: small, so that one row fills a GPU and top_k has many chunks
+_PROGRAMS_AT_ONCE = 2048  # of the first kernel on a GPU: 16 on each of 128 multiprocessors
 _CAPACITY = 32768  # candidates of a filtered row; where more are left, the whole row is searched
 _TABLES = ("temperature", "top_k", "top_p", "min_p", "seeds")
 _TABLE_DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64)
@@ -50,19 +52,23 @@ def sample(
     slots_S: torch.Tensor,
     positions_S: torch.Tensor,
     ends: SequenceEnds | None = None,
+    bests: TileBests | None = None,
 ) -> Drawn:
     """Row s draws by the parameters in slots_S[s] of the tables, any of 0..M-1: not checked. Appends the tokens at `ends`.
 
     Logits, temperature, top_p and min_p are float32; top_k is int32; seeds, slots and positions are int64.
     Off: temperature 0 (greedy), top_k <= 0, top_p >= 1, min_p <= 0. A logit of -inf is not drawn while another
     is finite; a row of nothing but NaN or -inf draws some token of the vocabulary, and the other rows do not notice.
+    With `bests`, which the head of a GPU makes, the logits of rows without a filter are not read.
     ValueError where shapes or dtypes do not fit.
     """
     tables = (temperature_M, top_k_M, top_p_M, min_p_M, seeds_M)
     _check(logits_SV, tables, slots_S, positions_S)
     backend = choose_backend("sample", logits_SV)
     if backend == "triton":
-        return draw_triton(logits_SV, tables, slots_S, positions_S, ends)[0]
+        return draw_triton(logits_SV, tables, slots_S, positions_S, ends, bests)[0]
+    if bests is not None:
+        raise ValueError("sample: only the kernel of a GPU goes on with a head's bests")
     return _draw_each(cpu_ops.sample if backend == "cpp" else _draw_ref, logits_SV, tables, slots_S, positions_S, ends)
 
 
@@ -122,19 +128,6 @@ def _draw_ref(
     return scores_SV.masked_fill(logits_SV < threshold_S.unsqueeze(1), float("-inf")).argmax(-1)
 
 
-def gumbel_ref(uniform_SV: torch.Tensor) -> torch.Tensor:
-    """-log(-log(1 - u)); log1p keeps the small exponentials exact, and these win the race."""
-    return -torch.log(-torch.log1p(-uniform_SV))
-
-
-@triton.jit
-def gumbel(uniform):
-    """-log(-log(1 - u)); small exponentials win the race, so below 2^-7 their series keeps what 1 - u would round away."""
-    series = uniform * (1.0 + uniform * (0.5 + uniform * (0.3333333333333333 + uniform * 0.25)))
-    exponential = tl.where(uniform < 0.0078125, series, -tl.log(1.0 - uniform))
-    return -tl.log(exponential)
-
-
 # Scalars only are read through these: a second compilation for another alignment would gain nothing.
 _PARAMETERS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "slots", "positions"]
 
@@ -155,37 +148,43 @@ def _summarize_kernel(
     ladders,
     vocab,
     stride_logits,
+    num_chunks,
+    FILTERED_ONLY: tl.constexpr,
     CHUNK: tl.constexpr,
     EARLY_START: tl.constexpr,
 ):
     """One program a row and a chunk of the vocabulary.
 
     Without a filter: the chunk's best score and the lowest token that has it. With one: its largest logit, and the mass
-    sum exp((logit - largest) / temperature); for top_p alone also the ladder of its masses.
+    sum exp((logit - largest) / temperature); for top_p alone also the ladder of its masses. FILTERED_ONLY: nothing of rows
+    without one; programs are fewer then, and each has every so many chunks.
     """
     let_next_start(EARLY_START)
     wait_for_previous(EARLY_START)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
-    scores = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
+    if not FILTERED_ONLY:
+        scores = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
     temperature = tl.load(temperatures + slot)
     top_k, top_p = tl.load(top_ks + slot), tl.load(top_ps + slot)
     filtered = is_filtered(temperature, top_k, top_p, tl.load(min_ps + slot))
-    if (temperature > 0) & (not filtered):
-        uniform = uniform_block(tl.load(seeds + slot), tl.load(positions + row), chunk * CHUNK, CHUNK)
-        scores += temperature * gumbel(uniform)
-    best = tl.max(scores, axis=0)
-    out = row * tl.num_programs(1) + chunk
-    tl.store(chunk_scores + out, best)
-    if filtered:
-        offset = tl.where(best == -float("inf"), 0.0, best)  # -inf minus -inf is not a number
-        masses = tl.exp((scores - offset) / temperature)
-        tl.store(chunk_masses + out, tl.sum(masses, axis=0))
-        if (top_k <= 0) & (top_p < 1):
-            store_ladder(ladders + out * NUM_RUNGS, scores, masses, offset, temperature)
+    if FILTERED_ONLY:
+        for each in range(chunk, tl.where(filtered, num_chunks, 0), tl.num_programs(1)):
+            token = each * CHUNK + tl.arange(0, CHUNK)
+            logits_C = tl.load(logits + row * stride_logits + token, token < vocab, other=-float("inf"))
+            summarize_chunk(logits_C, temperature, top_k, top_p, row * num_chunks + each, chunk_scores, chunk_masses, ladders)
     else:
-        tl.store(chunk_tokens + out, tl.min(tl.where(scores == best, token, vocab - 1), axis=0))
+        out = row * num_chunks + chunk
+        if filtered:
+            summarize_chunk(scores, temperature, top_k, top_p, out, chunk_scores, chunk_masses, ladders)
+        else:
+            if temperature > 0:
+                uniform = uniform_block(tl.load(seeds + slot), tl.load(positions + row), chunk * CHUNK, CHUNK)
+                scores += temperature * gumbel(uniform)
+            best = tl.max(scores, axis=0)
+            tl.store(chunk_scores + out, best)
+            tl.store(chunk_tokens + out, tl.min(tl.where(scores == best, token, vocab - 1), axis=0))
 
 
 @triton.jit
@@ -215,9 +214,11 @@ def _draw_kernel(
     slots,
     positions,
     chunk_scores,
-    chunk_tokens,
     chunk_masses,
     ladders,
+    best_scores,
+    best_tokens,
+    best_logits,
     candidates,
     candidate_tokens,
     tokens,
@@ -230,26 +231,33 @@ def _draw_kernel(
     vocab,
     stride_logits,
     num_chunks,
+    num_bests,
+    stride_best_logits,
+    BEST_WIDTH: tl.constexpr,
+    BLOCK_BESTS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_RACE: tl.constexpr,
     EARLY_START: tl.constexpr,
 ):
-    """One program a row. Without a filter only the best chunk is left to find."""
+    """One program a row. Without a filter only the best of the row's bests is left to find: of chunks, or of a head's tiles.
+
+    The logit of token i lies at best_logits[row, i // BEST_WIDTH].
+    """
     let_next_start(EARLY_START)
     wait_for_previous(EARLY_START)
     program = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + program)
     temperature = tl.load(temperatures + slot)
     top_k, top_p, min_p = tl.load(top_ks + slot), tl.load(top_ps + slot), tl.load(min_ps + slot)
-    row = logits + program * stride_logits
-    chunk = tl.arange(0, BLOCK_CHUNKS)
-    in_row = program * num_chunks + chunk
-    scores = tl.load(chunk_scores + in_row, chunk < num_chunks, other=-float("inf"))
-    largest = tl.max(scores, axis=0)
     threshold = tl.full([], -float("inf"), tl.float32)
     if is_filtered(temperature, top_k, top_p, min_p):
+        row = logits + program * stride_logits
+        chunk = tl.arange(0, BLOCK_CHUNKS)
+        in_row = program * num_chunks + chunk
+        scores = tl.load(chunk_scores + in_row, chunk < num_chunks, other=-float("inf"))
+        largest = tl.max(scores, axis=0)
         masses = tl.load(chunk_masses + in_row, chunk < num_chunks, other=0.0)
         total = tl.sum(masses * tl.exp((scores - largest) / temperature), axis=0)
         bound = lower_bound(
@@ -273,12 +281,16 @@ def _draw_kernel(
         threshold = keep_threshold(values, num_values, bound, largest, total, temperature, top_k, top_p, min_p, BLOCK)
         seed, position = tl.load(seeds + slot), tl.load(positions + program)
         winner = _race(values, value_tokens, num_values, all_fit, threshold, temperature, seed, position, vocab, BLOCK_RACE)
+        logit = tl.load(row + winner)
     else:
-        winners = tl.load(chunk_tokens + in_row, chunk < num_chunks, other=vocab - 1)
-        winner = tl.min(tl.where(scores == largest, winners, vocab - 1), axis=0)
+        place = tl.arange(0, BLOCK_BESTS)
+        bests = tl.load(best_scores + program * num_bests + place, place < num_bests, other=-float("inf"))
+        winners = tl.load(best_tokens + program * num_bests + place, place < num_bests, other=vocab - 1)
+        winner = tl.min(tl.where(bests == tl.max(bests, axis=0), winners, vocab - 1), axis=0)
+        logit = tl.load(best_logits + program * stride_best_logits + winner // BEST_WIDTH)
     tl.store(tokens + program, winner.to(tl.int64))
     append_tokens(end_token_ids, end_slots, end_lengths, end_stride, program, winner, True)
-    tl.store(token_logits + program, tl.load(row + winner))
+    tl.store(token_logits + program, logit)
     tl.store(thresholds + program, threshold)
 
 
@@ -288,6 +300,7 @@ def draw_triton(
     slots_S: torch.Tensor,
     positions_S: torch.Tensor,
     ends: SequenceEnds | None = None,
+    bests: TileBests | None = None,
 ) -> tuple[Drawn, torch.Tensor]:
     """(what is drawn, threshold_S), in two launches; the device alone knows which rows have filters.
 
@@ -304,16 +317,38 @@ def draw_triton(
     sizes = [num_rows * num_chunks * width for width in (1, 1, 1, NUM_RUNGS.value)] + [num_rows * capacity] * 2
     scratch = logits_SV.new_empty(sum(sizes))
     chunk_scores, chunk_masses, chunk_tokens, ladders, candidates, candidate_tokens = scratch.split(sizes)
+    chunk_tokens = chunk_tokens.view(torch.int32)
     parameters = (*tables, slots_S, positions_S)
     early = launch_options(logits_SV.device)
-    chunks = (chunk_scores, chunk_tokens.view(torch.int32), chunk_masses, ladders)
-    _summarize_kernel[(num_rows, num_chunks)](
-        logits_SV, *parameters, *chunks, vocab, logits_SV.stride(0), CHUNK=chunk, num_warps=4, **early
+    # With bests most rows may have nothing to do, and programs that only find that out cost time.
+    num_programs = num_chunks if bests is None else min(num_chunks, triton.cdiv(_PROGRAMS_AT_ONCE, num_rows))
+    _summarize_kernel[(num_rows, num_programs)](
+        logits_SV,
+        *parameters,
+        chunk_scores,
+        chunk_tokens,
+        chunk_masses,
+        ladders,
+        vocab,
+        logits_SV.stride(0),
+        num_chunks,
+        FILTERED_ONLY=bests is not None,
+        CHUNK=chunk,
+        num_warps=4,
+        **early,
     )
+    if bests is None:
+        best_columns, num_bests, best_width = (chunk_scores, chunk_tokens, logits_SV), num_chunks, 1
+    else:
+        best_columns = (bests.scores_ST, bests.tokens_ST, bests.logits_ST)
+        num_bests, best_width = bests.scores_ST.shape[1], bests.tile
     _draw_kernel[(num_rows,)](
         logits_SV,
         *parameters,
-        *chunks,
+        chunk_scores,
+        chunk_masses,
+        ladders,
+        *best_columns,
         candidates,
         candidate_tokens.view(torch.int32),
         drawn.tokens_S,
@@ -323,6 +358,10 @@ def draw_triton(
         vocab,
         logits_SV.stride(0),
         num_chunks,
+        num_bests,
+        best_columns[2].stride(0),
+        BEST_WIDTH=best_width,
+        BLOCK_BESTS=triton.next_power_of_2(num_bests),
         BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
         CAPACITY=capacity,
         BLOCK=min(triton.next_power_of_2(vocab), 8192),

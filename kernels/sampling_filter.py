@@ -111,10 +111,22 @@ def min_p_threshold(largest, temperature, min_p):
 
 
 @triton.jit
-def store_ladder(ladder, logits, masses, largest, temperature):
+def _store_ladder(ladder, logits, masses, largest, temperature):
     for rung in range(NUM_RUNGS):
         above = logits >= largest - rung * _RUNG * temperature
         tl.store(ladder + rung, tl.sum(tl.where(above, masses, 0.0), axis=0))
+
+
+@triton.jit
+def summarize_chunk(logits_C, temperature, top_k, top_p, out, chunk_scores, chunk_masses, ladders):
+    """Of chunk `out` its largest logit, its mass and, for top_p alone, its ladder."""
+    largest = tl.max(logits_C, axis=0)
+    tl.store(chunk_scores + out, largest)
+    offset = tl.where(largest == -float("inf"), 0.0, largest)  # -inf minus -inf is not a number
+    masses = tl.exp((logits_C - offset) / temperature)
+    tl.store(chunk_masses + out, tl.sum(masses, axis=0))
+    if (top_k <= 0) & (top_p < 1):
+        _store_ladder(ladders + out * NUM_RUNGS, logits_C, masses, offset, temperature)
 
 
 @triton.jit

@@ -14,8 +14,8 @@ from .cpu import ops as cpu_ops
 from .dependent_launch import launch_options, let_next_start, wait_for_previous
 from .dispatch import choose_backend, kernel_mode
 from .drawn import ENDS, Drawn, SequenceEnds, append_tokens, ends_for_kernel
-from .philox import philox_uniform_ref, uniform_block
-from .sampling import gumbel, gumbel_ref
+from .philox import gumbel, gumbel_ref, philox_uniform_ref, uniform_block
+from .race import TileBests
 
 FIRST_TOKEN_MULTIPLE = 4  # random numbers come in blocks of four
 _CHUNK = 1024  # tokens a program: small, so that one row fills a GPU
@@ -30,17 +30,21 @@ def race_shard(
     slots_S: torch.Tensor,
     positions_S: torch.Tensor,
     first_token: int,
+    bests: TileBests | None = None,
 ) -> torch.Tensor:
     """float32 [3, S]: the best score of each row's tokens first_token to first_token + V - 1, its logit, its token's bits.
 
     Of equal scores the lowest token's. A row of nothing but NaN or -inf has the score -inf and some token of the shard.
+    With `bests`, which the head of a GPU makes, the logits are not read.
     Dtypes as in `sample`. ValueError where shapes or dtypes do not fit or `first_token` is no multiple of four.
     """
     _check(logits_SV, slots_S, positions_S, first_token)
     parameters = (temperature_M, seeds_M, slots_S, positions_S)
     backend = choose_backend("race_shard", logits_SV)
     if backend == "triton":
-        return race_shard_triton(logits_SV, *parameters, first_token=first_token)
+        return race_shard_triton(logits_SV, *parameters, first_token=first_token, bests=bests)
+    if bests is not None:
+        raise ValueError("race_shard: only the kernel of a GPU goes on with a head's bests")
     if backend == "reference":
         return race_shard_ref(logits_SV, *parameters, first_token=first_token)
     scores_S, own_S = cpu_ops.race(
@@ -133,30 +137,31 @@ def _race_kernel(
 
 
 @triton.jit
-def _best_chunk_kernel(
-    logits,
-    chunk_scores,
-    chunk_tokens,
+def _best_kernel(
+    best_scores,
+    best_tokens,
+    best_logits,
     entries,
     vocab,
     stride_logits,
     num_rows,
-    num_chunks,
+    num_bests,
     first_token,
-    BLOCK_CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_BESTS: tl.constexpr,
     EARLY_START: tl.constexpr,
 ):
-    """One program a row."""
+    """One program a row: the best of its chunks, or of a head's tiles. Token i's logit lies at best_logits[row, i // WIDTH]."""
     let_next_start(EARLY_START)
     wait_for_previous(EARLY_START)
-    row, chunk = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_CHUNKS)
-    in_row = row * num_chunks + chunk
-    scores = tl.load(chunk_scores + in_row, chunk < num_chunks, other=-float("inf"))
-    tokens = tl.load(chunk_tokens + in_row, chunk < num_chunks, other=vocab - 1)
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_BESTS)
+    in_row = row * num_bests + place
+    scores = tl.load(best_scores + in_row, place < num_bests, other=-float("inf"))
+    tokens = tl.load(best_tokens + in_row, place < num_bests, other=vocab - 1)
     best = tl.max(scores, axis=0)
     token = tl.min(tl.where(scores == best, tokens, vocab - 1), axis=0)
     tl.store(entries + row, best)
-    tl.store(entries + num_rows + row, tl.load(logits + row * stride_logits + token))
+    tl.store(entries + num_rows + row, tl.load(best_logits + row * stride_logits + token // WIDTH))
     tl.store(entries + 2 * num_rows + row, (first_token + token).to(tl.int32).to(tl.float32, bitcast=True))
 
 
@@ -168,42 +173,45 @@ def race_shard_triton(
     positions_S: torch.Tensor,
     *,
     first_token: int,
+    bests: TileBests | None = None,
 ) -> torch.Tensor:
     num_rows, vocab = logits_SV.shape
     entries_3S = logits_SV.new_empty(3, num_rows)
     if num_rows == 0:
         return entries_3S
-    chunk = min(max(triton.next_power_of_2(vocab), 16), _CHUNK)
-    num_chunks = triton.cdiv(vocab, chunk)
-    chunk_scores, chunk_tokens = logits_SV.new_empty(2, num_rows, num_chunks).unbind()
-    chunk_tokens, early = chunk_tokens.view(torch.int32), launch_options(logits_SV.device)
-    _race_kernel[(num_rows, num_chunks)](
-        logits_SV,
-        temperature_M,
-        seeds_M,
-        slots_S,
-        positions_S,
-        chunk_scores,
-        chunk_tokens,
-        vocab,
-        logits_SV.stride(0),
-        first_token,
-        CHUNK=chunk,
-        num_warps=4,
-        **early,
-    )
-    _best_chunk_kernel[(num_rows,)](
-        logits_SV,
-        chunk_scores,
-        chunk_tokens,
+    early = launch_options(logits_SV.device)
+    if bests is None:
+        chunk = min(max(triton.next_power_of_2(vocab), 16), _CHUNK)
+        num_bests, width = triton.cdiv(vocab, chunk), 1
+        chunk_scores, chunk_tokens = logits_SV.new_empty(2, num_rows, num_bests).unbind()
+        columns = (chunk_scores, chunk_tokens.view(torch.int32), logits_SV)
+        _race_kernel[(num_rows, num_bests)](
+            logits_SV,
+            temperature_M,
+            seeds_M,
+            slots_S,
+            positions_S,
+            *columns[:2],
+            vocab,
+            logits_SV.stride(0),
+            first_token,
+            CHUNK=chunk,
+            num_warps=4,
+            **early,
+        )
+    else:
+        columns, num_bests, width = (bests.scores_ST, bests.tokens_ST, bests.logits_ST), bests.scores_ST.shape[1], bests.tile
+    _best_kernel[(num_rows,)](
+        *columns,
         entries_3S,
         vocab,
-        logits_SV.stride(0),
+        columns[2].stride(0),
         num_rows,
-        num_chunks,
+        num_bests,
         first_token,
-        BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
-        num_warps=1,
+        WIDTH=width,
+        BLOCK_BESTS=triton.next_power_of_2(num_bests),
+        num_warps=1 if width == 1 else 4,
         **early,
     )
     return entries_3S

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 
 from .gated_activation import activate
-from .streaming_linear import launch_streaming, unfit_sizes
+from .race import HeadScores, RaceRows, race_tile
+from .streaming_linear import launch_race, launch_streaming, unfit_sizes
 from .tuning import Config
 
 MAX_SKINNY_ROWS = 64
@@ -49,6 +50,23 @@ def skinny_linear(
         for x_rows, y_rows in zip(x_MK.split(at_once), y.split(at_once), strict=True):
             launch(x_rows, weight_NK, bias_N, y_rows, activation or "", config)
     return y
+
+
+def skinny_race(
+    x_MK: torch.Tensor, weight_NK: torch.Tensor, rows: RaceRows, scores: HeadScores, config: Config, *, first_token: int
+) -> None:
+    """Fills the scores, as head_race.py says, of at least one row. The config `fits_race`."""
+    if config["kernel"] == "streaming":
+        launch_race(x_MK, weight_NK, rows, scores, config, first_token=first_token)
+    else:
+        _launch_skinny(x_MK, weight_NK, None, scores.logits_SV, "", config, race=(rows, scores, first_token))
+
+
+def fits_race(config: Config, num_rows: int, num_inputs: int) -> bool:
+    """Whether `skinny_race` takes the kernel of `config`, and these sizes are within its limits."""
+    if config["kernel"] == "streaming":
+        return unfit_sizes(config, num_rows, num_inputs, race=True) is None
+    return config["kernel"] == "skinny" and num_rows <= MAX_SKINNY_ROWS and config["split_k"] == 1
 
 
 def invariant_config(element_size: int) -> Config:
@@ -153,7 +171,10 @@ def _launch_gemv(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+_RACE = ["slots", "positions", "wants_logits", "temperatures", "seeds", "scores", "tokens", "logits"]
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=_RACE)
 def _skinny_kernel(
     x,
     weight,
@@ -164,6 +185,15 @@ def _skinny_kernel(
     num_outputs,
     stride_x,
     stride_w,
+    slots,
+    positions,
+    wants_logits,
+    temperatures,
+    seeds,
+    scores,
+    tokens,
+    logits,
+    first_token,
     NUM_INPUTS: tl.constexpr,
     SPLIT_INPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -175,7 +205,7 @@ def _skinny_kernel(
 ):
     """One program BLOCK_N outputs of every row over SPLIT_INPUTS of the inputs.
 
-    If those are not all of them it writes float32 parts [splits, rows, rows of the weight], without bias.
+    If those are not all of them it writes float32 parts [splits, rows, rows of the weight], without bias. With slots it races.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
@@ -203,7 +233,24 @@ def _skinny_kernel(
             up_NM = tl.dot(up_tile, x_tile, up_NM, input_precision="ieee")
 
     inside_NM = inside_N[:, None] & inside_M[None, :]
-    if SPLIT_INPUTS < NUM_INPUTS:
+    if slots is not None:
+        race_tile(
+            sum_NM,
+            tl.program_id(0) * BLOCK_N,
+            num_rows,
+            num_outputs,
+            y,
+            slots,
+            positions,
+            wants_logits,
+            temperatures,
+            seeds,
+            scores,
+            tokens,
+            logits,
+            first_token,
+        )
+    elif SPLIT_INPUTS < NUM_INPUTS:
         row_len = num_outputs * 2 if ACTIVATION != "" else num_outputs
         part_NM = parts + (tl.program_id(1) * num_rows + m)[None, :] * row_len + n[:, None]
         tl.store(part_NM, sum_NM, inside_NM)
@@ -260,7 +307,13 @@ def _add_parts_kernel(
 
 
 def _launch_skinny(
-    x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, y: torch.Tensor, activation: str, config: Config
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    y: torch.Tensor,
+    activation: str,
+    config: Config,
+    race: tuple[RaceRows, HeadScores, int] | None = None,
 ) -> None:
     (num_rows, num_outputs), num_inputs = y.shape, weight_NK.shape[1]
     split_inputs = triton.cdiv(triton.cdiv(num_inputs, config["split_k"]), config["block_k"]) * config["block_k"]
@@ -278,6 +331,7 @@ def _launch_skinny(
         num_outputs,
         x_MK.stride(0),
         weight_NK.stride(0),
+        *_race_arguments(race),
         NUM_INPUTS=num_inputs,
         SPLIT_INPUTS=split_inputs,
         ACTIVATION=activation,
@@ -307,3 +361,14 @@ def _launch_skinny(
             num_warps=4,
             **_launch_options(config),
         )
+
+
+def _race_arguments(race: tuple[RaceRows, HeadScores, int] | None) -> tuple[torch.Tensor | int | None, ...]:
+    """For the parameters of _RACE and `first_token`."""
+    if race is None:
+        return (*[None] * len(_RACE), 0)
+    rows, scores, first_token = race
+    bests = scores.bests
+    assert bests is not None
+    of_rows = (rows.slots_S, rows.positions_S, rows.wants_logits_S, rows.temperature_M, rows.seeds_M)
+    return (*of_rows, bests.scores_ST, bests.tokens_ST, bests.logits_ST, first_token)

@@ -9,6 +9,7 @@ before the kernel waits for the one before it.
 M rows, K inputs, N outputs (rows of the weight). A config (kernels/tuning.py) is
     {"kernel": "streaming", "tile_n": 64 | 128 | 192 | 256, "split_k": 1..8, "num_stages", "x_stages", "early_start", "twin"}
 where "twin" is the config of what serves the layer where this kernel cannot run; without "x_stages" x has no stages of its own.
+A head that races (head_race.py) is the same kernel with another end (cuda/race.cuh), and does not share its inputs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import triton
 
 from .cuda import loader
 from .gated_activation import ACTIVATIONS
+from .race import HeadScores, RaceRows
 from .tuning import Config
 
 MAX_STREAMING_ROWS = 128
@@ -57,12 +59,41 @@ def launch_streaming(
     x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, y: torch.Tensor, activation: str, config: Config
 ) -> None:
     """Writes y [M, N], or [M, N / 2] with an activation. ValueError where `unfit_reason` has one."""
+    _launch(x_MK, weight_NK, bias_N, y, activation, config, race=None)
+
+
+def launch_race(
+    x_MK: torch.Tensor, weight_NK: torch.Tensor, rows: RaceRows, scores: HeadScores, config: Config, *, first_token: int
+) -> None:
+    """Fills the scores, as head_race.py says. ValueError where `unfit_reason` has one."""
+    bests = scores.bests
+    assert bests is not None
+    assert bests.tile == config["tile_n"]
+    tensors = (
+        *(rows.slots_S, rows.positions_S, rows.wants_logits_S, rows.temperature_M, rows.seeds_M),
+        *(bests.scores_ST, bests.tokens_ST, bests.logits_ST),
+    )
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    race = (ctypes.c_uint64 * (len(addresses) + 1))(*addresses, first_token)
+    _launch(x_MK, weight_NK, None, scores.logits_SV, "", config, race=race)
+
+
+def _launch(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    y: torch.Tensor,
+    activation: str,
+    config: Config,
+    *,
+    race: ctypes.Array[ctypes.c_uint64] | None,
+) -> None:
     num_rows, num_outputs = y.shape
-    reason = unfit_reason(config, weight_NK, num_rows, gated=bool(activation))
+    reason = unfit_reason(config, weight_NK, num_rows, gated=bool(activation), race=race is not None)
     if reason is not None:
         raise ValueError(f"streaming_linear: {reason}")
     plan = plan_launch(config, num_rows, num_outputs, weight_NK.shape[1], bool(activation))
-    kernel = _load(plan, weight_NK)
+    kernel = _load(plan, weight_NK, race=race is not None)
     assert kernel is not None  # unfit_reason has loaded it
     x_MK = _aligned(x_MK)
     loader.launch(
@@ -82,6 +113,7 @@ def launch_streaming(
             ctypes.c_int(plan.reuses_stages),
             ctypes.c_int(ACTIVATIONS.index(activation) if activation else 0),
             ctypes.c_int(y.dtype == torch.float32),
+            *(() if race is None else (race,)),
         ),
         grid=(plan.num_splits, plan.num_tiles),
         num_threads=plan.num_threads,
@@ -91,15 +123,16 @@ def launch_streaming(
     )
 
 
-def serves(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gated: bool) -> bool:
+def serves(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gated: bool, race: bool = False) -> bool:
     """Whether the kernel can run; where not, the reason has been logged once. Compiles at the first call."""
-    return loader.is_served(SOURCE, unfit_reason(config, weight_NK, num_rows, gated=gated), instead="cuBLAS does")
+    instead = "all logits are stored" if race else "cuBLAS does"
+    return loader.is_served(SOURCE, unfit_reason(config, weight_NK, num_rows, gated=gated, race=race), instead=instead)
 
 
-def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gated: bool) -> str | None:
+def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gated: bool, race: bool = False) -> str | None:
     """Why the kernel cannot run with this config on this weight, or None."""
     num_outputs, num_inputs = weight_NK.shape
-    reason = unfit_sizes(config, num_rows, num_inputs, gated=gated)
+    reason = unfit_sizes(config, num_rows, num_inputs, gated=gated, race=race)
     if reason is not None:
         return reason
     if weight_NK.dtype not in (torch.bfloat16, torch.float16):
@@ -110,12 +143,12 @@ def unfit_reason(config: Config, weight_NK: torch.Tensor, num_rows: int, *, gate
     if reason is not None:
         return reason
     plan = plan_launch(config, num_rows, num_outputs // 2 if gated else num_outputs, num_inputs, gated)
-    if _load(plan, weight_NK) is None:
+    if _load(plan, weight_NK, race=race) is None:
         return f"it cannot be compiled: {loader.unavailable_reason()}"
     return None
 
 
-def unfit_sizes(config: Config, num_rows: int, num_inputs: int, *, gated: bool = False) -> str | None:
+def unfit_sizes(config: Config, num_rows: int, num_inputs: int, *, gated: bool = False, race: bool = False) -> str | None:
     """Why the config does not suit these sizes, or None."""
     tile_n, split_k, num_stages = config["tile_n"], config["split_k"], config["num_stages"]
     x_stages = config.get("x_stages", num_stages)
@@ -125,6 +158,7 @@ def unfit_sizes(config: Config, num_rows: int, num_inputs: int, *, gated: bool =
         (1 <= split_k <= MAX_SPLITS, f"split_k {split_k} is not 1 to {MAX_SPLITS}"),
         (2 <= num_stages <= MAX_STAGES, f"num_stages {num_stages} is not 2 to {MAX_STAGES}"),
         (2 <= x_stages <= MAX_STAGES, f"x_stages {x_stages} is not 2 to {MAX_STAGES}"),
+        (split_k == 1 or not race, f"split_k {split_k}, a head that races does not share its inputs"),
         (split_k <= triton.cdiv(num_inputs, STEP_INPUTS), f"{num_inputs} inputs are too few to split by {split_k}"),
     )
     for is_kept, reason in limits:
@@ -212,8 +246,8 @@ def split_steps(plan: Plan) -> list[range]:
     return [range(start, end) for start, end in pairwise(starts)]
 
 
-def _load(plan: Plan, weight_NK: torch.Tensor) -> loader.Kernel | None:
-    macros = (*plan.macros, ("FLOAT16", int(weight_NK.dtype == torch.float16)))
+def _load(plan: Plan, weight_NK: torch.Tensor, *, race: bool) -> loader.Kernel | None:
+    macros = (*plan.macros, ("FLOAT16", int(weight_NK.dtype == torch.float16)), *((("RACE", 1),) if race else ()))
     return loader.load(SOURCE, macros, weight_NK.device.index)
 
 

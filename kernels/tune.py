@@ -27,6 +27,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from .graph_timing import time_in_graph
+from .tune_head import HeadCase, head_cases
 from .tune_linear import ROWS, SHAPES, LinearCase, linear_cases
 from .tune_moe import MOE_ROWS, MoeCase, moe_cases
 from .tune_route import ROUTE_ROWS, RouteCase, route_cases
@@ -211,6 +212,11 @@ def chosen_linear_cases(args: argparse.Namespace) -> list[LinearCase]:
     return linear_cases(_shapes(args), args.nk, args.rows or ROWS, num_ranks=args.tensor_parallel)
 
 
+def chosen_head_cases(args: argparse.Namespace) -> list[HeadCase]:
+    """The heads of add_case_arguments' arguments."""
+    return head_cases(_shapes(args), args.rows or ROWS, num_ranks=args.tensor_parallel)
+
+
 def chosen_moe_cases(args: argparse.Namespace) -> list[MoeCase]:
     """The experts of add_case_arguments' arguments."""
     return moe_cases(_shapes(args), args.rows or MOE_ROWS, num_ranks=args.tensor_parallel)
@@ -235,6 +241,7 @@ def parse_layers(text: str) -> list[str]:
 
 LAYERS: dict[str, Callable[[argparse.Namespace], Sequence[Case]]] = {
     "linear": chosen_linear_cases,
+    "head": chosen_head_cases,
     "moe": chosen_moe_cases,
     "route": chosen_route_cases,
 }

@@ -100,7 +100,7 @@ class LinearCase:
         if self.num_rows <= 4 and num_inputs <= MAX_GEMV_INPUTS:
             configs += _gemv_configs(num_inputs)
         if 1 < self.num_rows <= MAX_SKINNY_ROWS:
-            configs += _skinny_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
+            configs += skinny_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
         if capability >= (9, 0):
             configs += [{**config, "early_start": True} for config in configs]
@@ -159,7 +159,7 @@ def _gemv_configs(num_inputs: int) -> Iterable[Config]:
                 yield {"kernel": "gemv", "block_n": block_n, "num_warps": num_warps}
 
 
-def _skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> Iterable[Config]:
+def skinny_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated: bool) -> Iterable[Config]:
     """A few tiles, each with K whole and, if that leaves multiprocessors without work, split."""
     programs_outputs = num_outputs // 2 if gated else num_outputs
     tiles = [(16, 256, 4), (32, 128, 4), (64, 128, 4)] if num_rows <= 16 else [(32, 128, 4), (64, 128, 3), (128, 64, 4)]
@@ -192,15 +192,15 @@ def streaming_configs(num_outputs: int, num_inputs: int, num_rows: int, *, gated
         once = _fullest(choices, MULTIPROCESSORS, 0.85)
         twice = [choice for choice in _fullest(choices, TARGET_PROGRAMS, 0.7) if choice not in once[:3]]
         chosen = [(*choice, HALF_SHARED_BYTES) for choice in once[:3] + twice[:2]] + [(*once[0], WHOLE_SHARED_BYTES)]
-    configs = [_streaming_config(*choice, None, num_inputs, num_rows, gated=gated) for choice in chosen]
+    configs = [streaming_config(*choice, None, num_inputs, num_rows, gated=gated) for choice in chosen]
     if num_rows >= MIN_ROWS_FOR_X_STAGES:
         tiles = dict.fromkeys([(tile_n, split_k) for tile_n, split_k, _ in chosen] + [(TILES[0], 1)])  # nothing to exchange
         deep = [(*tile, WHOLE_SHARED_BYTES, x_stages) for tile in tiles for x_stages in (3, 5)]
-        configs += [_streaming_config(*choice, num_inputs, num_rows, gated=gated) for choice in deep]
+        configs += [streaming_config(*choice, num_inputs, num_rows, gated=gated) for choice in deep]
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 
-def _streaming_config(
+def streaming_config(
     tile_n: int, split_k: int, shared_bytes: int, x_stages: int | None, num_inputs: int, num_rows: int, *, gated: bool
 ) -> Config:
     """With as many stages as `shared_bytes` hold, but no more than there are steps."""

@@ -11,6 +11,7 @@ import torch
 
 from ..common.errors import ModelLoadError
 from ..kernels.expert_terms import sum_terms
+from ..kernels.race import HeadScores, RaceRows
 from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
 from .layers.attention import Attention
@@ -90,6 +91,10 @@ class CausalLM(torch.nn.Module):
     def compute_own_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """logits float32 of this rank's share of the vocabulary (`vocab`)."""
         return self.embedding.own_logits(hidden_RH)
+
+    def race_own(self, hidden_RH: torch.Tensor, rows: RaceRows) -> HeadScores:
+        """What a draw reads of `compute_own_logits`; see kernels/head_race.py."""
+        return self.embedding.race(hidden_RH, rows)
 
     def gather_logits(self, own_logits: torch.Tensor) -> torch.Tensor:
         """logits [R, V] of every rank's `compute_own_logits`."""

@@ -96,7 +96,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("model_name", "model_path", "architecture", "device", "dtype", "vocab_size", "max_model_len", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "num_parameters", "weight_bytes", "kv_cache_bytes", "load_seconds", "kernels", "epoch", "pid", "model_version")
+    __slots__ = ("model_name", "model_path", "architecture", "device", "dtype", "vocab_size", "max_model_len", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "num_parameters", "weight_bytes", "kv_cache_bytes", "load_seconds", "kernels", "epoch", "pid", "model_version", "num_ranks")
     class KernelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class WorkerInfo(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     model_path: str
     architecture: str
@@ -142,7 +143,8 @@ class WorkerInfo(_message.Message):
     epoch: int
     pid: int
     model_version: str
-    def __init__(self, model_name: _Optional[str] = ..., model_path: _Optional[str] = ..., architecture: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., num_parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., load_seconds: _Optional[float] = ..., kernels: _Optional[_Mapping[str, str]] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., model_version: _Optional[str] = ...) -> None: ...
+    num_ranks: int
+    def __init__(self, model_name: _Optional[str] = ..., model_path: _Optional[str] = ..., architecture: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., num_parameters: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., load_seconds: _Optional[float] = ..., kernels: _Optional[_Mapping[str, str]] = ..., epoch: _Optional[int] = ..., pid: _Optional[int] = ..., model_version: _Optional[str] = ..., num_ranks: _Optional[int] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_cached_blocks", "num_used_blocks", "queued_tokens", "num_preemptions", "expert_balance")

@@ -27,7 +27,7 @@ from pilotfish.proto import inference_pb2 as pilotfish_dot_proto_dot_inference__
 from pilotfish.proto import journal_pb2 as pilotfish_dot_proto_dot_journal__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpilotfish/proto/gateway.proto\x12\x0cpilotfish.v1\x1a\x1cpilotfish/proto/common.proto\x1a\x1fpilotfish/proto/inference.proto\x1a\x1dpilotfish/proto/journal.proto\"f\n\x0cGatewayHello\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x05\"h\n\x0b\x43hoiceSoFar\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.pilotfish.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x03 \x01(\t\"\xf6\x02\n\rGatewaySubmit\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x1a.pilotfish.v1.JournalEntry\x12\x15\n\rprompt_hashes\x18\x03 \x03(\x0c\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\x12\x11\n\tresumable\x18\x06 \x01(\x08\x12\x11\n\tretry_key\x18\x07 \x01(\t\x12\x44\n\rtrace_headers\x18\x08 \x03(\x0b\x32-.pilotfish.v1.GatewaySubmit.TraceHeadersEntry\x12\r\n\x05\x61gain\x18\t \x01(\x08\x12*\n\x07\x63hoices\x18\n \x03(\x0b\x32\x19.pilotfish.v1.ChoiceSoFar\x12\x15\n\rmodel_version\x18\x0b \x01(\t\x1a\x33\n\x11TraceHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"o\n\rGatewayResume\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12*\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x19.pilotfish.v1.ChoiceSoFar\"X\n\rChoiceStopped\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\x05\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x13\n\x0bstop_reason\x18\x04 \x01(\t\"V\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"S\n\x0bStreamEnded\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12&\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x15.pilotfish.v1.Failure\x12\x0c\n\x04left\x18\x03 \x01(\x08\"\xdb\x02\n\x0eGatewayMessage\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.pilotfish.v1.GatewayHello\x12,\n\x07submits\x18\x02 \x03(\x0b\x32\x1b.pilotfish.v1.GatewaySubmit\x12,\n\x07resumes\x18\x03 \x03(\x0b\x32\x1b.pilotfish.v1.GatewayResume\x12,\n\x07stopped\x18\x04 \x03(\x0b\x32\x1b.pilotfish.v1.ChoiceStopped\x12(\n\x05\x65nded\x18\x05 \x03(\x0b\x32\x19.pilotfish.v1.StreamEnded\x12:\n\x07refused\x18\x06 \x03(\x0b\x32).pilotfish.v1.GatewayMessage.RefusedEntry\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xca\x01\n\rOutputColumns\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\x05\x12\x0f\n\x07offsets\x18\x03 \x03(\x05\x12\x12\n\nnum_tokens\x18\x04 \x03(\x05\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12\x32\n\x0e\x66inish_reasons\x18\x06 \x03(\x0e\x32\x1a.pilotfish.v1.FinishReason\x12+\n\x07\x64\x65tails\x18\x07 \x03(\x0b\x32\x1a.pilotfish.v1.OutputDetail\"|\n\x0cOutputDetail\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12,\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1a.pilotfish.v1.TokenLogprob\x12)\n\x03run\x18\x03 \x01(\x0b\x32\x17.pilotfish.v1.ChoiceRunH\x00\x88\x01\x01\x42\x06\n\x04_run\"[\n\tChoiceRun\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x10\n\x08queue_ms\x18\x04 \x01(\x01\"j\n\x0bStreamTaken\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x1a.pilotfish.v1.JournalEntry\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\"V\n\rGatewayLimits\x12\x15\n\rmax_model_len\x18\x01 \x01(\x05\x12\x12\n\nvocab_size\x18\x02 \x01(\x05\x12\x1a\n\x12kv_capacity_tokens\x18\x03 \x01(\x03\"\xbf\x01\n\x0b\x43lusterView\x12\x33\n\x06status\x18\x01 \x01(\x0b\x32#.pilotfish.v1.ClusterStatusResponse\x12\x12\n\nis_serving\x18\x02 \x01(\x08\x12-\n\x06limits\x18\x03 \x01(\x0b\x32\x1b.pilotfish.v1.GatewayLimitsH\x00\x12,\n\x0bunavailable\x18\x04 \x01(\x0b\x32\x15.pilotfish.v1.FailureH\x00\x42\n\n\x08requests\"\xbe\x01\n\x0e\x43ontrollerTick\x12(\n\x05taken\x18\x01 \x03(\x0b\x32\x19.pilotfish.v1.StreamTaken\x12,\n\x07outputs\x18\x02 \x01(\x0b\x32\x1b.pilotfish.v1.OutputColumns\x12(\n\x05\x65nded\x18\x03 \x03(\x0b\x32\x19.pilotfish.v1.StreamEnded\x12*\n\x07\x63luster\x18\x04 \x01(\x0b\x32\x19.pilotfish.v1.ClusterView\"9\n\x13GatewayAbortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x10\n\x0eMetricsRequest\"6\n\x0fMetricsResponse\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x12\n\nmedia_type\x18\x02 \x01(\t2\xc0\x02\n\x0bGatewayLink\x12I\n\x07\x43onnect\x12\x1c.pilotfish.v1.GatewayMessage\x1a\x1c.pilotfish.v1.ControllerTick(\x01\x30\x01\x12G\n\x05\x41\x62ort\x12!.pilotfish.v1.GatewayAbortRequest\x1a\x1b.pilotfish.v1.AbortResponse\x12U\n\x0c\x45xplainRoute\x12!.pilotfish.v1.ExplainRouteRequest\x1a\".pilotfish.v1.ExplainRouteResponse\x12\x46\n\x07Metrics\x12\x1c.pilotfish.v1.MetricsRequest\x1a\x1d.pilotfish.v1.MetricsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpilotfish/proto/gateway.proto\x12\x0cpilotfish.v1\x1a\x1cpilotfish/proto/common.proto\x1a\x1fpilotfish/proto/inference.proto\x1a\x1dpilotfish/proto/journal.proto\"f\n\x0cGatewayHello\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x05\"h\n\x0b\x43hoiceSoFar\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.pilotfish.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x03 \x01(\t\"\x87\x03\n\rGatewaySubmit\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x1a.pilotfish.v1.JournalEntry\x12\x15\n\rprompt_hashes\x18\x03 \x03(\x0c\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\x12\x11\n\tresumable\x18\x06 \x01(\x08\x12\x11\n\tretry_key\x18\x07 \x01(\t\x12\x44\n\rtrace_headers\x18\x08 \x03(\x0b\x32-.pilotfish.v1.GatewaySubmit.TraceHeadersEntry\x12\r\n\x05\x61gain\x18\t \x01(\x08\x12*\n\x07\x63hoices\x18\n \x03(\x0b\x32\x19.pilotfish.v1.ChoiceSoFar\x12\x15\n\rmodel_version\x18\x0b \x01(\t\x12\x0f\n\x07is_more\x18\x0c \x01(\x08\x1a\x33\n\x11TraceHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"o\n\rGatewayResume\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12*\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x19.pilotfish.v1.ChoiceSoFar\"X\n\rChoiceStopped\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\x05\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x13\n\x0bstop_reason\x18\x04 \x01(\t\"V\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"S\n\x0bStreamEnded\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12&\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x15.pilotfish.v1.Failure\x12\x0c\n\x04left\x18\x03 \x01(\x08\"\xdb\x02\n\x0eGatewayMessage\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.pilotfish.v1.GatewayHello\x12,\n\x07submits\x18\x02 \x03(\x0b\x32\x1b.pilotfish.v1.GatewaySubmit\x12,\n\x07resumes\x18\x03 \x03(\x0b\x32\x1b.pilotfish.v1.GatewayResume\x12,\n\x07stopped\x18\x04 \x03(\x0b\x32\x1b.pilotfish.v1.ChoiceStopped\x12(\n\x05\x65nded\x18\x05 \x03(\x0b\x32\x19.pilotfish.v1.StreamEnded\x12:\n\x07refused\x18\x06 \x03(\x0b\x32).pilotfish.v1.GatewayMessage.RefusedEntry\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xca\x01\n\rOutputColumns\x12\x0f\n\x07numbers\x18\x01 \x03(\x04\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\x05\x12\x0f\n\x07offsets\x18\x03 \x03(\x05\x12\x12\n\nnum_tokens\x18\x04 \x03(\x05\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12\x32\n\x0e\x66inish_reasons\x18\x06 \x03(\x0e\x32\x1a.pilotfish.v1.FinishReason\x12+\n\x07\x64\x65tails\x18\x07 \x03(\x0b\x32\x1a.pilotfish.v1.OutputDetail\"|\n\x0cOutputDetail\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12,\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1a.pilotfish.v1.TokenLogprob\x12)\n\x03run\x18\x03 \x01(\x0b\x32\x17.pilotfish.v1.ChoiceRunH\x00\x88\x01\x01\x42\x06\n\x04_run\"[\n\tChoiceRun\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x10\n\x08queue_ms\x18\x04 \x01(\x01\"j\n\x0bStreamTaken\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x1a.pilotfish.v1.JournalEntry\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\"V\n\rGatewayLimits\x12\x15\n\rmax_model_len\x18\x01 \x01(\x05\x12\x12\n\nvocab_size\x18\x02 \x01(\x05\x12\x1a\n\x12kv_capacity_tokens\x18\x03 \x01(\x03\"\xbf\x01\n\x0b\x43lusterView\x12\x33\n\x06status\x18\x01 \x01(\x0b\x32#.pilotfish.v1.ClusterStatusResponse\x12\x12\n\nis_serving\x18\x02 \x01(\x08\x12-\n\x06limits\x18\x03 \x01(\x0b\x32\x1b.pilotfish.v1.GatewayLimitsH\x00\x12,\n\x0bunavailable\x18\x04 \x01(\x0b\x32\x15.pilotfish.v1.FailureH\x00\x42\n\n\x08requests\"\xbe\x01\n\x0e\x43ontrollerTick\x12(\n\x05taken\x18\x01 \x03(\x0b\x32\x19.pilotfish.v1.StreamTaken\x12,\n\x07outputs\x18\x02 \x01(\x0b\x32\x1b.pilotfish.v1.OutputColumns\x12(\n\x05\x65nded\x18\x03 \x03(\x0b\x32\x19.pilotfish.v1.StreamEnded\x12*\n\x07\x63luster\x18\x04 \x01(\x0b\x32\x19.pilotfish.v1.ClusterView\"9\n\x13GatewayAbortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x10\n\x0eMetricsRequest\"6\n\x0fMetricsResponse\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x12\n\nmedia_type\x18\x02 \x01(\t2\xc0\x02\n\x0bGatewayLink\x12I\n\x07\x43onnect\x12\x1c.pilotfish.v1.GatewayMessage\x1a\x1c.pilotfish.v1.ControllerTick(\x01\x30\x01\x12G\n\x05\x41\x62ort\x12!.pilotfish.v1.GatewayAbortRequest\x1a\x1b.pilotfish.v1.AbortResponse\x12U\n\x0c\x45xplainRoute\x12!.pilotfish.v1.ExplainRouteRequest\x1a\".pilotfish.v1.ExplainRouteResponse\x12\x46\n\x07Metrics\x12\x1c.pilotfish.v1.MetricsRequest\x1a\x1d.pilotfish.v1.MetricsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,41 +43,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHOICESOFAR']._serialized_start=245
   _globals['_CHOICESOFAR']._serialized_end=349
   _globals['_GATEWAYSUBMIT']._serialized_start=352
-  _globals['_GATEWAYSUBMIT']._serialized_end=726
-  _globals['_GATEWAYSUBMIT_TRACEHEADERSENTRY']._serialized_start=675
-  _globals['_GATEWAYSUBMIT_TRACEHEADERSENTRY']._serialized_end=726
-  _globals['_GATEWAYRESUME']._serialized_start=728
-  _globals['_GATEWAYRESUME']._serialized_end=839
-  _globals['_CHOICESTOPPED']._serialized_start=841
-  _globals['_CHOICESTOPPED']._serialized_end=929
-  _globals['_FAILURE']._serialized_start=931
-  _globals['_FAILURE']._serialized_end=1017
-  _globals['_STREAMENDED']._serialized_start=1019
-  _globals['_STREAMENDED']._serialized_end=1102
-  _globals['_GATEWAYMESSAGE']._serialized_start=1105
-  _globals['_GATEWAYMESSAGE']._serialized_end=1452
-  _globals['_GATEWAYMESSAGE_REFUSEDENTRY']._serialized_start=1406
-  _globals['_GATEWAYMESSAGE_REFUSEDENTRY']._serialized_end=1452
-  _globals['_OUTPUTCOLUMNS']._serialized_start=1455
-  _globals['_OUTPUTCOLUMNS']._serialized_end=1657
-  _globals['_OUTPUTDETAIL']._serialized_start=1659
-  _globals['_OUTPUTDETAIL']._serialized_end=1783
-  _globals['_CHOICERUN']._serialized_start=1785
-  _globals['_CHOICERUN']._serialized_end=1876
-  _globals['_STREAMTAKEN']._serialized_start=1878
-  _globals['_STREAMTAKEN']._serialized_end=1984
-  _globals['_GATEWAYLIMITS']._serialized_start=1986
-  _globals['_GATEWAYLIMITS']._serialized_end=2072
-  _globals['_CLUSTERVIEW']._serialized_start=2075
-  _globals['_CLUSTERVIEW']._serialized_end=2266
-  _globals['_CONTROLLERTICK']._serialized_start=2269
-  _globals['_CONTROLLERTICK']._serialized_end=2459
-  _globals['_GATEWAYABORTREQUEST']._serialized_start=2461
-  _globals['_GATEWAYABORTREQUEST']._serialized_end=2518
-  _globals['_METRICSREQUEST']._serialized_start=2520
-  _globals['_METRICSREQUEST']._serialized_end=2536
-  _globals['_METRICSRESPONSE']._serialized_start=2538
-  _globals['_METRICSRESPONSE']._serialized_end=2592
-  _globals['_GATEWAYLINK']._serialized_start=2595
-  _globals['_GATEWAYLINK']._serialized_end=2915
+  _globals['_GATEWAYSUBMIT']._serialized_end=743
+  _globals['_GATEWAYSUBMIT_TRACEHEADERSENTRY']._serialized_start=692
+  _globals['_GATEWAYSUBMIT_TRACEHEADERSENTRY']._serialized_end=743
+  _globals['_GATEWAYRESUME']._serialized_start=745
+  _globals['_GATEWAYRESUME']._serialized_end=856
+  _globals['_CHOICESTOPPED']._serialized_start=858
+  _globals['_CHOICESTOPPED']._serialized_end=946
+  _globals['_FAILURE']._serialized_start=948
+  _globals['_FAILURE']._serialized_end=1034
+  _globals['_STREAMENDED']._serialized_start=1036
+  _globals['_STREAMENDED']._serialized_end=1119
+  _globals['_GATEWAYMESSAGE']._serialized_start=1122
+  _globals['_GATEWAYMESSAGE']._serialized_end=1469
+  _globals['_GATEWAYMESSAGE_REFUSEDENTRY']._serialized_start=1423
+  _globals['_GATEWAYMESSAGE_REFUSEDENTRY']._serialized_end=1469
+  _globals['_OUTPUTCOLUMNS']._serialized_start=1472
+  _globals['_OUTPUTCOLUMNS']._serialized_end=1674
+  _globals['_OUTPUTDETAIL']._serialized_start=1676
+  _globals['_OUTPUTDETAIL']._serialized_end=1800
+  _globals['_CHOICERUN']._serialized_start=1802
+  _globals['_CHOICERUN']._serialized_end=1893
+  _globals['_STREAMTAKEN']._serialized_start=1895
+  _globals['_STREAMTAKEN']._serialized_end=2001
+  _globals['_GATEWAYLIMITS']._serialized_start=2003
+  _globals['_GATEWAYLIMITS']._serialized_end=2089
+  _globals['_CLUSTERVIEW']._serialized_start=2092
+  _globals['_CLUSTERVIEW']._serialized_end=2283
+  _globals['_CONTROLLERTICK']._serialized_start=2286
+  _globals['_CONTROLLERTICK']._serialized_end=2476
+  _globals['_GATEWAYABORTREQUEST']._serialized_start=2478
+  _globals['_GATEWAYABORTREQUEST']._serialized_end=2535
+  _globals['_METRICSREQUEST']._serialized_start=2537
+  _globals['_METRICSREQUEST']._serialized_end=2553
+  _globals['_METRICSRESPONSE']._serialized_start=2555
+  _globals['_METRICSRESPONSE']._serialized_end=2609
+  _globals['_GATEWAYLINK']._serialized_start=2612
+  _globals['_GATEWAYLINK']._serialized_end=2932
 # @@protoc_insertion_point(module_scope)

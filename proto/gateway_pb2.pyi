@@ -34,7 +34,7 @@ class ChoiceSoFar(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stop_reason: _Optional[str] = ...) -> None: ...
 
 class GatewaySubmit(_message.Message):
-    __slots__ = ("number", "entry", "prompt_hashes", "timeout_s", "age_s", "resumable", "retry_key", "trace_headers", "again", "choices", "model_version")
+    __slots__ = ("number", "entry", "prompt_hashes", "timeout_s", "age_s", "resumable", "retry_key", "trace_headers", "again", "choices", "model_version", "is_more")
     class TraceHeadersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class GatewaySubmit(_message.Message):
     AGAIN_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    IS_MORE_FIELD_NUMBER: _ClassVar[int]
     number: int
     entry: _journal_pb2.JournalEntry
     prompt_hashes: _containers.RepeatedScalarFieldContainer[bytes]
@@ -64,7 +65,8 @@ class GatewaySubmit(_message.Message):
     again: bool
     choices: _containers.RepeatedCompositeFieldContainer[ChoiceSoFar]
     model_version: str
-    def __init__(self, number: _Optional[int] = ..., entry: _Optional[_Union[_journal_pb2.JournalEntry, _Mapping]] = ..., prompt_hashes: _Optional[_Iterable[bytes]] = ..., timeout_s: _Optional[float] = ..., age_s: _Optional[float] = ..., resumable: _Optional[bool] = ..., retry_key: _Optional[str] = ..., trace_headers: _Optional[_Mapping[str, str]] = ..., again: _Optional[bool] = ..., choices: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ..., model_version: _Optional[str] = ...) -> None: ...
+    is_more: bool
+    def __init__(self, number: _Optional[int] = ..., entry: _Optional[_Union[_journal_pb2.JournalEntry, _Mapping]] = ..., prompt_hashes: _Optional[_Iterable[bytes]] = ..., timeout_s: _Optional[float] = ..., age_s: _Optional[float] = ..., resumable: _Optional[bool] = ..., retry_key: _Optional[str] = ..., trace_headers: _Optional[_Mapping[str, str]] = ..., again: _Optional[bool] = ..., choices: _Optional[_Iterable[_Union[ChoiceSoFar, _Mapping]]] = ..., model_version: _Optional[str] = ..., is_more: _Optional[bool] = ...) -> None: ...
 
 class GatewayResume(_message.Message):
     __slots__ = ("number", "request_id", "tenant", "choices")

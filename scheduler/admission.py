@@ -13,11 +13,11 @@ take four times the places that stay free and no more, so that there is room for
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from ..common.errors import InvalidRequest, Overloaded
-from .drain_rate import DrainRate
+from .drain_rate import DrainRate, Pace
 from .fair_shares import FairShares
 from .retry_promises import RetryPromises
 from .sequence import line_key
@@ -104,26 +104,26 @@ class _Class(Generic[T]):
         room = self.max_queued - self.num_entries
         if self._is_shared:  # so many more that the tenant then has at most _TIMES_FREE times what is free
             room = min(room, -((line.num_entries - _TIMES_FREE * room) // (_TIMES_FREE + 1)))
-        if room <= 0:
-            return False
-        if line.promises.redeem(key, now_ms):
-            return True
-        num_held = min(line.promises.num_due(now_ms), self.max_queued // 2)  # many may not come back
-        if room <= num_held:
-            return False
-        line.promises.drop(key, now_ms)
-        return True
+        return line.promises.lets_in(key, now_ms, num_free=room, max_held=self.max_queued // 2)  # many may not come back
 
 
 class AdmissionQueue(Generic[T]):
-    """At most `max_queued` items of each class.
+    """At most `max_queued` items of each class, and what belongs to the last of them.
 
     `weights` are those of the tenants that may come; others weigh 1. Times are milliseconds of the caller's clock and never
-    decrease. Costs are in any one unit.
+    decrease. Costs are in any one unit. `expected_pace` is asked for what the line has not shown yet.
     """
 
-    def __init__(self, *, max_queued: int, weights: Mapping[str, float] | None = None, aging_ms: int = 10_000) -> None:
+    def __init__(
+        self,
+        *,
+        max_queued: int,
+        weights: Mapping[str, float] | None = None,
+        aging_ms: int = 10_000,
+        expected_pace: Callable[[], Pace] = Pace,
+    ) -> None:
         self._aging_ms = aging_ms
+        self._expected_pace = expected_pace
         self._classes: dict[str, _Class[T]] = {name: _Class(name, max_queued, weights or {}) for name in CLASS_WEIGHTS}
         self._class_shares = FairShares(CLASS_WEIGHTS)
         self._entries: dict[str, _Entry[T]] = {}
@@ -142,12 +142,14 @@ class AdmissionQueue(Generic[T]):
         priority: int = 0,
         cost: float = 1.0,
         retry_key: str = "",
+        is_more: bool = False,
     ) -> None:
         """Queue an item.
 
         Args:
             cost: an estimate, charged when the item is popped; `correct` it when the true one is known.
             retry_key: tells this caller's attempts from those of others of its tenant.
+            is_more: of a call that has a place already, and is let in whole: it needs no other.
 
         Raises:
             Overloaded: there is no place; `retry_after_s` says when one is held for this caller.
@@ -158,7 +160,7 @@ class AdmissionQueue(Generic[T]):
         class_name = priority_class(priority)
         queue = self._classes[class_name]
         line = queue.line(tenant)
-        if not queue.take_place(line, retry_key, now_ms):
+        if not is_more and not queue.take_place(line, retry_key, now_ms):
             raise self.refusal(tenant, priority=priority, retry_key=retry_key, now_ms=now_ms)
         if not queue.num_entries:
             self._class_shares.activate(class_name)
@@ -177,7 +179,9 @@ class AdmissionQueue(Generic[T]):
         class_name = priority_class(priority)
         queue = self._classes[class_name]
         line = queue.line(tenant)
-        retry_after_s = line.promises.make(retry_key, gap_ms=line.drain.gap_ms(now_ms), now_ms=now_ms) / 1000
+        expected = self._expected_pace()
+        wait_ms, gap_ms = line.drain.wait_ms(now_ms, expected), line.drain.gap_ms(now_ms, expected)
+        retry_after_s = line.promises.make(retry_key, wait_ms=wait_ms, gap_ms=gap_ms, now_ms=now_ms) / 1000
         counts = f"{queue.num_entries} of {queue.max_queued} places are taken, {line.num_entries} of them by this tenant"
         message = f"the queue of {class_name} requests is full: {counts}; try again in {retry_after_s:.1f} s"
         return Overloaded(message, retry_after_s=retry_after_s)

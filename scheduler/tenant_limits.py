@@ -8,7 +8,10 @@ wait the longer.
 from __future__ import annotations
 
 from ..common.errors import Overloaded
-from .drain_rate import DrainRate
+from .drain_rate import DrainRate, Pace
+from .retry_promises import RetryPromises
+
+_MAX_PROMISES = 16_384
 
 
 class TokenBucket:
@@ -44,21 +47,27 @@ class TenantLimits:
         self._max_tokens_per_minute = max_tokens_per_minute
         self._bucket = None if max_tokens_per_minute is None else TokenBucket(max_tokens_per_minute)
         self._drain = DrainRate()
+        self._promises = RetryPromises(max_promises=_MAX_PROMISES)
         self.num_in_flight = 0
 
-    def enter(self, now_ms: float) -> None:
-        """A request arrives.
+    def enter(self, now_ms: float, *, retry_key: str = "") -> None:
+        """A request arrives. `retry_key` tells its caller's attempts from those of others.
 
         Raises:
-            Overloaded: as many are in flight as are allowed; `retry_after_s` is when one more should have ended.
+            Overloaded: as many are in flight as are allowed, or places are held for callers that were told to come now;
+                `retry_after_s` is when one is held for this caller.
         """
-        if self._max_requests is not None and self.num_in_flight >= self._max_requests:
-            wait_s = self._drain.gap_ms(now_ms) / 1000
-            message = (
-                f"{self._tenant} has {self.num_in_flight} requests in flight, which is its limit; try again in {wait_s:.1f} s"
-            )
-            raise Overloaded(message, retry_after_s=wait_s)
+        if self._max_requests is not None:
+            num_free, max_held = self._max_requests - self.num_in_flight, self._max_requests // 2
+            if not self._promises.lets_in(retry_key, now_ms, num_free=num_free, max_held=max_held):
+                raise self._refusal(self._max_requests, retry_key, now_ms)
         self.enter_again(now_ms)
+
+    def _refusal(self, max_requests: int, retry_key: str, now_ms: float) -> Overloaded:
+        wait_ms, gap_ms = self._drain.wait_ms(now_ms, Pace()), self._drain.gap_ms(now_ms, Pace())
+        wait_s = self._promises.make(retry_key, wait_ms=wait_ms, gap_ms=gap_ms, now_ms=now_ms) / 1000
+        message = f"{self._tenant} has {self.num_in_flight} requests in flight, of the {max_requests} that are its limit"
+        return Overloaded(f"{message}; try again in {wait_s:.1f} s", retry_after_s=wait_s)
 
     def enter_again(self, now_ms: float) -> None:
         """A request had entered before its controller was replaced: the limit has been met then."""

@@ -15,6 +15,13 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: tests interrupt this process and others
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_LONGEST = ("controller", "models", "workers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders with long files first: a file is one process's, and where the last one is long the others wait for it."""
+    items.sort(key=lambda item: item.path.parent.name not in _LONGEST)
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What tests measured (`record_property("figures", ...)`), whether they passed or not."""

@@ -34,10 +34,12 @@ class DrawRows:
     slots_R: torch.Tensor
     output_positions_R: torch.Tensor
     lengths_R: torch.Tensor
+    wants_logits_R: torch.Tensor  # 0 or 1
 
     def first(self, num_rows: int) -> DrawRows:
         """The same without the padding behind `num_rows`."""
-        return DrawRows(self.slots_R[:num_rows], self.output_positions_R[:num_rows], self.lengths_R[:num_rows])
+        columns = (self.slots_R, self.output_positions_R, self.lengths_R, self.wants_logits_R)
+        return DrawRows(*(column_R[:num_rows] for column_R in columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,17 @@ class StepShape:
 
     @property
     def column_lengths(self) -> list[int]:
-        """Of BatchState.step_columns: four a token, two a row, where rows begin, four a row that samples."""
-        return [self.num_tokens] * 4 + [self.num_rows] * 2 + [self.num_rows + 1] + [self.num_sampling] * 4
+        """Of BatchState.step_columns: four a token, two a row, where rows begin, five a row that samples."""
+        return [self.num_tokens] * 4 + [self.num_rows] * 2 + [self.num_rows + 1] + [self.num_sampling] * 5
 
 
 class BatchState:
-    """The tensors of all slots, and the batches gathered from them."""
+    """The tensors of all slots, and the batches gathered from them.
+
+    Attributes:
+        wants_logits_M, wants_all_logits_M: on the host, what the sampler says of a sequence: whether its draw reads its row's
+            logits, not only the best score, and whether it reads those of all rows of the step.
+    """
 
     def __init__(
         self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_blocks: int, device: torch.device
@@ -88,6 +95,7 @@ class BatchState:
         # One column more: the last token of a full sequence is sampled and written, though never computed.
         self.token_ids_MC = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
         self.block_tables_MB = torch.zeros((num_slots, -(-max_len // block_size)), dtype=torch.int32, device=device)
+        self.wants_logits_M, self.wants_all_logits_M = np.zeros((2, num_slots), dtype=bool)
         self._row_numbers = torch.arange(num_slots, dtype=torch.int32, device=device)
 
     @property
@@ -101,6 +109,10 @@ class BatchState:
         token_ids = np.array(sequence.token_ids, dtype=np.int32)
         self.token_ids_MC[slot, : len(token_ids)] = self.to_device(token_ids)
         self.block_tables_MB[slot, :num_blocks] = self.to_device(np.array(sequence.block_ids, dtype=np.int32))
+
+    def wants_logits(self, slots_R: np.ndarray) -> np.ndarray:
+        """Of each row that samples in a step, bool."""
+        return self.wants_logits_M[slots_R] | self.wants_all_logits_M[slots_R].any()
 
     def update_blocks(self, replaced: Sequence[BlockReplacement], rows: Sequence[PlannedRow]) -> None:
         """Replaces blocks, and appends the rows' new ones to their block tables. Doing it again changes nothing."""
@@ -142,8 +154,9 @@ class BatchState:
         positions_T = np.arange(shape.num_tokens) + np.repeat(starts_S - query_starts_S1[:-1], num_tokens_S)
         sampling = np.flatnonzero(rows_S5[:, _SAMPLES])
         drawn_S3 = (slots_S, rows_S5[:, _OUTPUT_POSITION], context_lens_S)
-        padded_R = np.zeros(shape.num_sampling, dtype=np.int64)
+        padded_R, wants_logits_R = np.zeros((2, shape.num_sampling), dtype=np.int64)
         padded_R[: len(sampling)] = sampling
+        wants_logits_R[: len(sampling)] = self.wants_logits(slots_S[sampling])
         columns = (
             slot_T * self.token_ids_MC.shape[1] + positions_T,
             slot_T * self.block_tables_MB.shape[1] + positions_T // self.block_size,
@@ -154,6 +167,7 @@ class BatchState:
             query_starts_S1,
             query_starts_S1[1:][padded_R] - 1,
             *(column_S[padded_R] for column_S in drawn_S3),
+            wants_logits_R,
         )
         slots_R, output_positions_R, lengths_R = (column_S[sampling] for column_S in drawn_S3)
         return np.concatenate(columns), (slots_R, output_positions_R, lengths_R)
@@ -205,9 +219,10 @@ class BatchState:
         columns[-1, len(rows) :] = NO_NEW_PAGE
         if rows:
             columns[:, : len(rows)] = np.array(
-                [(row.slot, row.start, row.output_position, *(row.new_block_ids or _NO_NEW_PAGES)) for row in rows],
+                [(row.slot, row.start, row.output_position, 0, *(row.new_block_ids or _NO_NEW_PAGES)) for row in rows],
                 dtype=np.int64,
             ).T
+            columns[-2, : len(rows)] = self.wants_logits(columns[0, : len(rows)])
         return columns
 
     def compose_decode(self, columns: torch.Tensor, kv_cache: KvCache) -> tuple[ForwardBatch, DrawRows]:
@@ -216,7 +231,7 @@ class BatchState:
         The shapes follow from the number of rows and from nothing else, so that a CUDA graph can hold it.
         """
         inputs = gather_decode_inputs(columns, self.token_ids_MC, self.block_tables_MB, page_len=self.block_size)
-        slots_S, positions_S, output_positions_S, _ = columns.unbind(0)
+        slots_S, positions_S, output_positions_S, wants_logits_S, _ = columns.unbind(0)
         batch = ForwardBatch(
             token_ids_T=inputs.token_ids_S,
             positions_T=positions_S,
@@ -229,7 +244,7 @@ class BatchState:
             logits_rows_R=None,
             kv_caches=kv_cache.layers,
         )
-        return batch, DrawRows(slots_S, output_positions_S, inputs.lengths_S)
+        return batch, DrawRows(slots_S, output_positions_S, inputs.lengths_S, wants_logits_S)
 
     def compose_padding(self, kv_cache: KvCache) -> ForwardBatch:
         """One token of padding, for a step in which this rank has no rows and others have."""

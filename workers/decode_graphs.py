@@ -1,7 +1,7 @@
 """CUDA graphs of decode steps: one for each of a ladder of batch sizes, replayed instead of launched kernel by kernel.
 
 A step of n rows that compute one token each runs in the smallest captured size that holds them; the rows behind them are
-padding, which reads and writes a slot and a page of its own. Two graphs a size: the forward pass up to this rank's logits, and
+padding, which reads and writes a slot and a page of its own. Two graphs a size: the forward pass up to this rank's scores, and
 the draw that most steps want (Sampler.draw_simple). Other steps are drawn outside, from the first graph's logits. All ranks
 capture the same sizes in the same order, with their collectives, and take the same way at each step; data ranks replay the size
 that holds the rows of the one that has the most, since their experts meet in it.
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels.race import HeadScores
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import PlannedRow
 from .batch_state import BatchState, DrawRows
@@ -53,22 +54,22 @@ class DecodeStep:
         self.size = size
         self.columns = torch.from_numpy(batch_state.decode_columns((), size)).to(batch_state.device)
 
-    def forward(self) -> tuple[torch.Tensor, DrawRows]:
-        """This rank's logits [size, V] float32, and the rows as the draw wants them."""
+    def forward(self) -> tuple[HeadScores, DrawRows]:
+        """This rank's scores of `size` rows, and the rows as the draw wants them. Sampling parameters must be uploaded."""
         batch, rows = self._batch_state.compose_decode(self.columns, self._kv_cache)
         if (data := self._model.data) is not None:
             is_padding_S = rows.slots_R == self._batch_state.padding_slot
             batch = replace(batch, rank_tokens=(self.size,) * data.size, is_padding_T=is_padding_S)
-        return self._model.compute_own_logits(self._model.forward(batch)), rows
+        return self._model.race_own(self._model.forward(batch), self._sampler.race_rows(rows)), rows
 
-    def draw(self, own_logits_SV: torch.Tensor, rows: DrawRows) -> Sampled:
+    def draw(self, own: HeadScores, rows: DrawRows) -> Sampled:
         """The simple draw."""
-        return self._sampler.draw_simple(own_logits_SV, rows)
+        return self._sampler.draw_simple(own, rows)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGraph:
-    """A captured DecodeStep: set `columns`, replay `forward`, read `own_logits_SV`; replay `draw`, read `sampled`."""
+    """A captured DecodeStep: set `columns`, replay `forward`; replay `draw`, read `sampled`; or read `own_logits_SV`."""
 
     columns: torch.Tensor
     forward: Replayable
@@ -104,6 +105,6 @@ def record_decode_graphs(steps: Sequence[DecodeStep], recorder: GraphRecorder) -
 
 def _record(step: DecodeStep, recorder: GraphRecorder) -> DecodeGraph:
     recorder.warm_up(lambda: step.draw(*step.forward()))
-    forward, (own_logits_SV, rows) = recorder.record(step.forward)
-    draw, sampled = recorder.record(lambda: step.draw(own_logits_SV, rows))
-    return DecodeGraph(step.columns, forward, recorder.release(own_logits_SV), rows, draw, sampled)
+    forward, (own, rows) = recorder.record(step.forward)
+    draw, sampled = recorder.record(lambda: step.draw(own, rows))
+    return DecodeGraph(step.columns, forward, recorder.release(own.logits_SV), rows, draw, sampled)

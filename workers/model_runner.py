@@ -300,21 +300,21 @@ class ModelRunner:
         if not len(sampling.host_slots_R):
             return None
         with stopwatch.measure("sample"):
-            own_logits_RV = self.model.compute_own_logits(hidden_RH)
+            self._sampler.upload()
+            own = self.model.race_own(hidden_RH, self._sampler.race_rows(sampling.on_device))
             if self._sampler.is_simple(sampling.host_slots_R):
-                self._sampler.upload()
-                return self._sampler.draw_simple(own_logits_RV, sampling.on_device)
-            return self._sampler.draw(self.model.gather_logits(own_logits_RV), sampling)
+                return self._sampler.draw_simple(own, sampling.on_device)
+            return self._sampler.draw(self.model.gather_logits(own.logits_SV), sampling)
 
     def _replay_decode(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
         columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
         self._batch_state.fill(graph.columns, columns)
-        slots_R, positions_R, output_positions_R, _ = columns[:, : len(rows)]
+        slots_R, positions_R, output_positions_R, *_ = columns[:, : len(rows)]
+        self._sampler.upload()
         with stopwatch.measure("forward"):
             graph.forward.replay()
         with stopwatch.measure("sample"):
             if self._sampler.is_simple(slots_R):
-                self._sampler.upload()
                 graph.draw.replay()
                 return graph.sampled
             sampling = SamplingRows(slots_R, output_positions_R, positions_R + 1, graph.rows.first(len(rows)))

@@ -98,6 +98,7 @@ def set_up_runner(
         load_seconds=time.perf_counter() - start_s,
         kernels=backend_report([device.type]),  # of no other: its kernels would be compiled for nothing
         pid=os.getpid(),
+        num_ranks=1 if group is None else group.place.num_ranks,
     )
     logger.info(
         "ready in %.1f s: KV cache of %d tokens (%.2f GiB)",

@@ -4,6 +4,8 @@ Of several ranks each has the logits of its share of the vocabulary. Where no ro
 draw is a race that each rank runs over its own share (sharded_sampling.py). Else all logits are brought together, the leader
 alone draws, and the others are told. All ranks know of every slot which way it wants.
 
+Of most rows nobody reads the logits: the head leaves their best scores (kernels/head_race.py), and a draw goes on with these.
+
 The parameters of a sequence are written into its slot when it is admitted. In the common case a step costs one
 `sample`; rules (bias, penalties, bad words, min_tokens) and log probabilities run only when a row of
 the step asked for them. The order of the rules is Hugging Face's.
@@ -22,6 +24,7 @@ import torch
 from ..common.requests import TokenLogprob
 from ..kernels.drawn import Drawn, SequenceEnds
 from ..kernels.logprobs import gather_logprobs
+from ..kernels.race import HeadScores, RaceRows
 from ..kernels.sampling import sample
 from ..kernels.sharded_sampling import pick_winner, race_shard
 from ..models.parallel import Share
@@ -95,12 +98,12 @@ class Sampler:
         # A single tensor rank has the whole vocabulary.
         self._group = group if group is not None and group.place.size > 1 else None
         self._is_follower = group is not None and not group.place.is_leader
+        self._state = batch_state
         num_slots, self._to_device, self._fill = len(batch_state.token_ids_MC), batch_state.to_device, batch_state.fill
         self._token_ids_MC = token_ids_MC = batch_state.token_ids_MC
         self._floats_3M = np.zeros((3, num_slots), dtype=np.float32)  # temperature, top_p, min_p
         self._top_k_M = np.zeros(num_slots, dtype=np.int32)
         self._seeds_M = np.zeros(num_slots, dtype=np.int64)
-        self._has_filter_M = np.zeros(num_slots, dtype=bool)
         self._num_logprobs_M = np.full(num_slots, _NO_LOGPROBS, dtype=np.int64)
         self._penalties = PenaltyRule(self._to_device, token_ids_MC, vocab.total)
         self._rules: tuple[LogitRule, ...] = (  # in the order they apply
@@ -121,9 +124,13 @@ class Sampler:
         self._floats_3M[:, slot] = sampling.temperature, sampling.top_p, sampling.min_p
         self._top_k_M[slot] = sampling.top_k
         self._seeds_M[slot] = sampling.seed
-        is_random = sampling.temperature > 0
-        self._has_filter_M[slot] = is_random and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
-        self._num_logprobs_M[slot] = _NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
+        temperature, top_p, min_p = self._floats_3M[:, slot]  # as the device has them, which decides by them too
+        has_filter = temperature > 0 and (sampling.top_k > 0 or top_p < 1 or min_p > 0)
+        has_logprobs = sampling.logprobs is not None
+        self._num_logprobs_M[slot] = sampling.logprobs if has_logprobs else _NO_LOGPROBS
+        has_rule = any(rule.wants(sampling) for rule in self._rules)
+        self._state.wants_logits_M[slot] = has_filter
+        self._state.wants_all_logits_M[slot] = has_logprobs or has_rule or (has_filter and self._group is not None)
         for index, rule in enumerate(self._rules):
             if rule.wants(sampling):
                 self._rule_on[index, slot] = True
@@ -140,9 +147,7 @@ class Sampler:
 
     def is_simple(self, slots: np.ndarray) -> bool:
         """Whether `draw_simple` serves sequences in these slots: no rule and no log probabilities, of ranks no filter too."""
-        if (self._num_logprobs_M[slots] != _NO_LOGPROBS).any() or self._rule_on[:, slots].any():
-            return False
-        return self._group is None or not self._has_filter_M[slots].any()
+        return not self._state.wants_all_logits_M[slots].any()
 
     def draw(self, logits_RV: torch.Tensor, rows: SamplingRows) -> Sampled:
         """One token a row of float32 logits over the whole vocabulary, which are changed in place."""
@@ -166,7 +171,7 @@ class Sampler:
             for rule, on_R in zip(self._rules, rules_on_KR, strict=True):
                 if on_R.any():
                     rule.apply(logits_RV, rows, np.flatnonzero(on_R))
-        sampled = self._draw_plain(logits_RV, rows.on_device)
+        sampled = self._draw_plain(HeadScores(logits_RV), rows.on_device)
         if has_rules and rules_on_KR[_PENALTIES].any():
             self._penalties.record(rows, sampled.tokens_R)
         if not len(wanting_N):
@@ -182,29 +187,35 @@ class Sampler:
                 self._fill(tensor, table)
             self._is_stale = False
 
-    def draw_simple(self, own_logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
-        """The draw alone, by uploaded parameters, from this rank's share of the logits.
+    def race_rows(self, rows: DrawRows) -> RaceRows:
+        """What this rank's head wants to know, by uploaded parameters."""
+        floats_3M, _, seeds_M = self._on_device
+        return RaceRows(floats_3M[0], seeds_M, rows.slots_R, rows.output_positions_R, rows.wants_logits_R)
+
+    def draw_simple(self, own: HeadScores, rows: DrawRows) -> Sampled:
+        """The draw alone, by uploaded parameters, from this rank's share of the scores.
 
         Nothing in it depends on the host, so that a CUDA graph can hold it.
         """
         if self._group is None:
-            return self._draw_plain(own_logits_RV, rows)
+            return self._draw_plain(own, rows)
         floats_3M, _, seeds_M = self._on_device
         entries_3R = race_shard(
-            own_logits_RV,
+            own.logits_SV,
             temperature_M=floats_3M[0],
             seeds_M=seeds_M,
             slots_S=rows.slots_R,
             positions_S=rows.output_positions_R,
             first_token=self._vocab.start,
+            bests=own.bests,
         )
         entries_N3R = self._group.all_gather(entries_3R.flatten()).view(-1, *entries_3R.shape)
         return Sampled(pick_winner(entries_N3R, self._ends(rows)))
 
-    def _draw_plain(self, logits_RV: torch.Tensor, rows: DrawRows) -> Sampled:
+    def _draw_plain(self, scores: HeadScores, rows: DrawRows) -> Sampled:
         floats_3M, top_k_M, seeds_M = self._on_device
         drawn = sample(
-            logits_RV,
+            scores.logits_SV,
             temperature_M=floats_3M[0],
             top_k_M=top_k_M,
             top_p_M=floats_3M[1],
@@ -213,6 +224,7 @@ class Sampler:
             slots_S=rows.slots_R,
             positions_S=rows.output_positions_R,
             ends=self._ends(rows),
+            bests=scores.bests,
         )
         return Sampled(drawn)
 

@@ -16,11 +16,13 @@ from pilotfish.kernels.attention_config import FusedDecodeConfig
 from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.fused_decode import fused_decode
 from pilotfish.kernels.gated_linear import gated_linear_ref
+from pilotfish.kernels.head_race import race_head_by, race_head_ref
 from pilotfish.kernels.linear import linear_ref
 from pilotfish.kernels.moe_mlp import moe_mlp_ref, run_experts
 from pilotfish.kernels.norm_and_route import fused_norm_and_route, separate_norm_and_route
 from pilotfish.kernels.paged_attention import paged_attention_ref
 from pilotfish.kernels.qkv_prepare import prepare_qkv_ref
+from pilotfish.kernels.race import RaceRows
 from pilotfish.kernels.skinny_linear import skinny_linear
 from pilotfish.kernels.streaming_experts import StreamingConfig
 from pilotfish.kernels.tall_experts import TallConfig
@@ -42,6 +44,23 @@ def streaming_linear() -> Iterator[Pair]:
         yield name, skinny_linear(x, weight, bias, config, out_dtype=torch.bfloat16), linear_ref(x, weight, bias)
         y = skinny_linear(x, weight, bias, config, out_dtype=torch.bfloat16, activation="silu")
         yield f"gated, {name}", y, gated_linear_ref(x, weight, bias, activation="silu")
+    yield from racing_heads()
+
+
+def racing_heads() -> Iterator[Pair]:
+    """Greedy and sampled rows, and some whose logits are stored."""
+    weight = random(331, 1000, scale=0.1)
+    for num_rows, tile_n, x_stages in ((5, 64, None), (128, 64, None), (128, 128, 2), (31, 256, None)):
+        x, slots = random(num_rows, 1000, scale=1.0), torch.arange(num_rows, device="cuda")
+        rows = RaceRows((slots % 2).float(), slots, slots, slots, (slots % 3 == 1).long())
+        config = {"kernel": "streaming", "tile_n": tile_n, "split_k": 1, "num_stages": 3, "early_start": True}
+        config |= {} if x_stages is None else {"x_stages": x_stages}
+        scores, expected = race_head_by(x, weight, rows, config), race_head_ref(x, weight, rows, tile=tile_n)
+        wanted = slots % 3 == 1
+        yield f"logits of {num_rows} rows, {config}", scores.logits_SV[wanted], expected.logits_SV[wanted]
+        assert scores.bests is not None
+        assert expected.bests is not None
+        yield f"bests of {num_rows} rows, {config}", scores.bests.scores_ST[~wanted], expected.bests.scores_ST[~wanted]
 
 
 def streaming_experts() -> Iterator[Pair]:

@@ -39,8 +39,8 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisi
 # Parameters of every exported function, a letter each: pointer, int64, float.
 _PARAMETER_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
-    "pilotfish_embedding_f32": "p" + "pi" + "p" + "ii" + "i",
-    "pilotfish_embedding_bf16": "p" + "pi" + "p" + "ii" + "i",
+    "pilotfish_embedding_f32": "pi" + "pii" + "p" + "ii" + "i",
+    "pilotfish_embedding_bf16": "pi" + "pii" + "p" + "ii" + "i",
     "pilotfish_linear_f32": "pipippiiiii",
     "pilotfish_linear_bf16": "pipippiiiii",
     "pilotfish_paged_attention_f32": "pii" + "piii" + "piii" + "pi" + "pppp" + "iiiiifif" + "i",

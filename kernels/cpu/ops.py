@@ -60,13 +60,15 @@ def supports(op: str, *dtypes: torch.dtype) -> bool:
     return dtypes in _TWINS.get(op, ()) and library.load() is not None
 
 
-def embedding(ids_T: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+def embedding(ids_T: torch.Tensor, weight_VH: torch.Tensor, *, first_id: int) -> torch.Tensor:
     num_tokens, size = ids_T.shape[0], weight_VH.shape[1]
     x_TH = torch.empty(num_tokens, size)
     run = kernels().pilotfish_embedding_f32 if weight_VH.dtype is _F32 else kernels().pilotfish_embedding_bf16
     run(
         ids_T.data_ptr(),
+        first_id,
         weight_VH.data_ptr(),
+        len(weight_VH),
         weight_VH.stride(0),
         x_TH.data_ptr(),
         num_tokens,

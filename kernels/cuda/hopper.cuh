@@ -122,6 +122,12 @@ __device__ __forceinline__ Four load(u32 address) {
   return four;
 }
 
+__device__ __forceinline__ float load_one(u32 address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // --- tensor cores
 
 // Rows of 128 swizzled bytes, groups of 8 rows 1024 bytes apart: (64 << 32), swizzle of 128 bytes: (1 << 62).

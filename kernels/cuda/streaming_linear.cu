@@ -10,11 +10,15 @@
 // the order of the ranks. They have memory of their own, so that a CTA sends as soon as it is done; where that is too little
 // (reuses_stages), they take the place of the stages, and are sent when every CTA of the cluster is done with these.
 // GATED: the first half of the TILE are rows of the gate, the second half those of up, both for the same outputs.
+// RACE: the outputs are a head's logits, of which only those are stored that are wanted; see race.cuh. K is not shared then.
 //
 // Set by the compiler's command line: ROWS (8, 16, 32, 64, 128: rows of x, filled up), TILE (64, 128, 192, 256), FLOAT16, GATED,
-// ONE_RING.
+// ONE_RING; perhaps RACE.
 
 #include "streaming.cuh"
+#if RACE
+#include "race.cuh"
+#endif
 
 constexpr int THREADS = CONSUMERS + 64;
 constexpr int UNITS = OUTPUTS / 8;  // outputs are shared out among the CTAs of a cluster by eights
@@ -53,9 +57,17 @@ __device__ __forceinline__ Four load_bias(const u16* bias, int count) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, const u16* bias, void* y,
                  int num_rows, int num_outputs, int steps_each, int extra_steps, int units_each, int num_stages, int num_x_stages,
-                 int reuses_stages, int activation, int is_float32) {
+                 int reuses_stages, int activation, int is_float32
+#if RACE
+                 ,
+                 const __grid_constant__ Race race
+#endif
+) {
   extern __shared__ unsigned char dynamic_memory[];
   __shared__ u64 barriers[4 * MAX_STAGES + 1];
+#if RACE
+  __shared__ Racer racers[ROWS];
+#endif
   const u32 stages = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
   const u32 x_stages = stages + (ONE_RING ? 1 : num_stages) * WEIGHT_BYTES;
   const u32 parts = reuses_stages ? stages : stages + num_stages * WEIGHT_BYTES + num_x_stages * X_BYTES;
@@ -134,6 +146,9 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
     return;
   }
 
+#if RACE
+  load_racer(racers, race, num_rows);
+#endif
   Place place, x_place, released, x_released;
   const auto acquire = [&]() {
     const u32 weight = stages + place.stage * STAGE_BYTES + warp / 4 * 64 * STEP_BYTES;
@@ -192,6 +207,9 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
   } else {
     wait_for_peers(received, 0);
   }
+#if RACE
+  race_tile(parts, pitch, racers, race, y, num_rows, num_outputs);
+#else
 
   // A thread has four outputs, and goes down the rows of x.
   const u32 row_fours = own_outputs / 4, rows_at_once = CONSUMERS / row_fours;
@@ -213,4 +231,5 @@ streaming_linear(const __grid_constant__ TensorMap weight_map, const __grid_cons
     }
     store(y, static_cast<u64>(m) * num_outputs + n, result, count, is_float32, is_aligned);
   }
+#endif
 }

@@ -1,7 +1,7 @@
 """Token embedding and language-model head, sharing one weight where the model ties them.
 
-Ranks share the head by vocabulary, and each keeps the whole embedding: it reads a row a token, so that a share would save no
-time, only memory (of an 8B model 0.6 GB on each of two GPUs), and would cost an all-reduce of [T, H] a step.
+Ranks share both by vocabulary. What a rank does not have of the embedding is zeros, and one sum over the ranks a step makes it
+whole.
 
 T tokens, H hidden, V vocabulary of this rank, R rows whose logits are wanted.
 """
@@ -13,7 +13,9 @@ from collections.abc import Iterator, Set
 import torch
 
 from ...kernels.embedding import embedding
+from ...kernels.head_race import race_head
 from ...kernels.linear import linear
+from ...kernels.race import HeadScores, RaceRows
 from ..weight_source import Placement, WeightSource
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
@@ -38,16 +40,21 @@ class Embedding(torch.nn.Module):
         self.names = [EMBEDDING_NAME, HEAD_NAME]
         if tied:
             self.names = [name for name in self.names if name in checkpoint_names] or [EMBEDDING_NAME]
-        self.weight = placement.matrix(vocab_size, hidden_size)
-        self.head_weight = self.weight[self.vocab.range] if tied else placement.matrix(self.vocab.size, hidden_size)
+        self.weight = placement.matrix(self.vocab.size, hidden_size)
+        self.head_weight = self.weight if tied else placement.matrix(self.vocab.size, hidden_size)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """x [T, H] of the compute dtype."""
-        return embedding(token_ids_T, self.weight, dtype=self.compute_dtype)
+        """x [T, H] of the compute dtype, whole on every rank."""
+        own_TH = embedding(token_ids_T, self.weight, dtype=self.compute_dtype, first_id=self.vocab.start)
+        return self.parallel.sum(own_TH)
 
     def own_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """float32 [R, V]."""
         return linear(hidden_RH, self.head_weight, out_dtype=torch.float32)
+
+    def race(self, hidden_RH: torch.Tensor, rows: RaceRows) -> HeadScores:
+        """The same, of rows that want it; of others the best scores, where that is faster."""
+        return race_head(hidden_RH, self.head_weight, rows, first_token=self.vocab.start)
 
     def gather_logits(self, logits_RV: torch.Tensor) -> torch.Tensor:
         """float32 [R, whole vocabulary], on every rank."""
@@ -56,12 +63,10 @@ class Embedding(torch.nn.Module):
     def weight_sources(self) -> Iterator[WeightSource]:
         """Where a tied checkpoint repeats the weight as lm_head, it must be the same one."""
         for index, name in enumerate(self.names):
-            is_head = name == HEAD_NAME and not self.is_tied
-            target = self.head_weight if is_head else self.weight
             yield WeightSource(
                 name=name,
-                shape=(self.vocab.total, target.shape[1]),
-                region=(self.vocab.range if is_head else slice(None), slice(None)),
-                target=target,
+                shape=(self.vocab.total, self.weight.shape[1]),
+                region=(self.vocab.range, slice(None)),
+                target=self.head_weight if name == HEAD_NAME else self.weight,
                 must_equal=self.is_tied and index > 0,
             )

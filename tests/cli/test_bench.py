@@ -254,7 +254,6 @@ def test_latency_needs_neither_ray_nor_a_web_framework() -> None:
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     facts = {"model": "m", "device": "d", "input_len": 1, "output_len": 2}
     latency = [({**facts, "batch": batch, "tpot_ms": 2.0 * batch, "roofline_tpot_ms": 1.0}, {}) for batch in (1, 8)]
     throughput = [({**facts, "elapsed_s": 2.0, "output_tok_s": 5.0}, {"token_times": ((0.5, 4), (2.0, 6))})]

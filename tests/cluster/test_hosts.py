@@ -12,10 +12,10 @@ from itertools import pairwise
 import pytest
 from ray_hosts import PROMPT, Events, RayHosts
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(400)]
 
-NUM_TOKENS = 1900
-LOST_WITHIN_S = 12.0
+NUM_TOKENS = 800
+LOST_WITHIN_S = 20.0  # it takes 10, and other tests run on this machine
 
 
 def test_ray_up_serves_two_ranks_on_two_hosts(cluster: RayHosts, expected: tuple[str, list[int]]) -> None:
@@ -52,6 +52,7 @@ def test_a_host_that_is_cut_off_is_replaced_at_once(cluster: RayHosts, expected:
         cluster.network.heal()  # before Ray gives the host up, which would cost the next test half a minute
     stream.finish(expected)
     cluster.wait_for_nodes(3)
+    wait_until(lambda: list(cluster.ranks()) == [other_than(home)], "the end of the ranks that were cut off", 60)
 
 
 def test_a_killed_host_is_replaced(cluster: RayHosts, expected: tuple[str, list[int]]) -> None:
@@ -66,7 +67,7 @@ def test_a_killed_host_is_replaced(cluster: RayHosts, expected: tuple[str, list[
 def test_down_leaves_nothing(cluster: RayHosts) -> None:
     """`pilotfish down` ends all of its own; `ray down` ends Ray on the head, and the workers see that it is gone."""
     assert "Ended" in cluster.pilotfish("down")
-    wait_until(lambda: not cluster.ranks(), "the ranks' end", 10)
+    wait_until(lambda: not cluster.ranks(), "the ranks' end", 30)
     assert "Nothing is served" in cluster.pilotfish("down")
     assert cluster.named_actors() == []
     cluster.down()
@@ -82,16 +83,17 @@ class Stream:
 
     def __init__(self, cluster: RayHosts) -> None:
         self._watch = cluster.client("watch")
-        wait_until(lambda: self._watch.events, "the cluster's status", 20)
+        wait_until(lambda: self._watch.events, "the cluster's status", 60)
         self._stream = cluster.client("stream", PROMPT, str(NUM_TOKENS))
-        wait_until(lambda: self._stream.num_tokens > 100, "the first tokens", 30)
+        wait_until(lambda: self._stream.num_tokens > 100, "the first tokens", 60)
         self._start = time.monotonic()
 
     def wait_lost(self) -> str:
-        """What is said of the loss, which must be found soon."""
+        """What is said of the loss, which must be found soon. It has hit the stream in its midst."""
+        assert self._stream.num_tokens < NUM_TOKENS
         events = self._watch.events
         wait_until(lambda: len(events) > 1, "the loss to be found", LOST_WITHIN_S)
-        wait_until(lambda: events[-1]["replicas"][0][2], "the reason", 2)
+        wait_until(lambda: events[-1]["replicas"][0][2], "the reason", 5)
         return str(events[-1]["replicas"][0])
 
     def wait_ready(self) -> None:

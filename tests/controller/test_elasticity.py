@@ -153,6 +153,34 @@ async def test_what_is_held_for_a_replica_that_goes_is_not_forgotten(start_clust
     await eventually(lambda: all_ready(cluster, 1))
 
 
+async def test_a_replica_whose_worker_has_just_gone_can_go(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is still called ready, but the dispatcher has forgotten it already."""
+    cluster = await start_cluster(step_s=0.002, fleet={"num_replicas": 2, **SIZES})
+    streams = [await begun(cluster, max_tokens=200) for _ in range(2)]
+    worker, fleet = worker_of(cluster, "replica-0"), fleet_of(cluster)
+    has_gone, may_be_heard_of = asyncio.Event(), asyncio.Event()
+
+    async def end() -> None:
+        has_gone.set()
+        await may_be_heard_of.wait()
+
+    monkeypatch.setattr(worker, "end", end)
+    await worker.kill()
+    async with asyncio.timeout(10):
+        await has_gone.wait()
+    replica = next(replica for replica in fleet.staying if replica.name == "replica-0")
+    assert replica.state is ReplicaState.READY
+    fleet.let_go(replica, "a test", within_s=10.0)
+    may_be_heard_of.set()
+    for handle, answer in streams:
+        check(await read(handle, into=answer), 200)
+    await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
+    assert len(cluster.launcher.launched) == 2  # and no successor was started
+    check_books(cluster)
+
+
 async def test_a_replica_that_starts_can_go(start_cluster: StartCluster) -> None:
     class SlowLauncher(LocalLauncher):
         num_cancelled = 0
@@ -258,6 +286,8 @@ async def test_the_fleet_follows_its_load_to_zero_and_back(start_cluster: StartC
     assert "no request for 0.2" in down.reason
     assert all(worker._dead.is_set() for worker in cluster.launcher.launched)
     assert fleet_of(cluster).is_serving  # whoever comes now waits, and is not refused
+    assert (await get(cluster, "/health"))[0] == 200  # or a balancer would send nobody
+    assert [card.name for card in service.models()] == ["tiny"]
     num_launched = len(cluster.launcher.launched)
     check(await read(await generate(cluster, max_tokens=20)), 20)
     assert len(cluster.launcher.launched) == num_launched + 1
@@ -352,6 +382,38 @@ async def test_the_only_replica_of_a_node_that_goes_serves_until_another_does(st
     launcher.go.set()
     check(await read(early, into=answer), 600)
     assert answer.usage.replica == "replica-1"
+    await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
+
+
+async def test_a_notice_hurries_a_replica_that_drains(start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_NOTICE_MARGIN_S", 0.05)
+    cluster = await start_cluster(step_s=0.002, fleet={"num_replicas": 2, "drain_timeout_s": 600.0, **SIZES})
+    streams = [await begun(cluster, max_tokens=400) for _ in range(2)]
+    fleet_of(cluster).resize(1, "a test")
+    (leaving,) = (name for name, state in states(cluster).items() if state is ReplicaState.DRAINING)
+    doomed = worker_of(cluster, leaving)
+    doomed.engine.gate.clear()  # nothing ends there any more
+    doomed.notice.set_result(0.1)
+    for handle, answer in streams:
+        check(await read(handle, into=answer), 400)
+        assert answer.usage.replica != leaving
+    doomed.engine.gate.set()
+    assert len(cluster.launcher.launched) == 2  # nothing is started for one that was to go
+
+
+async def test_a_node_that_goes_may_leave_no_room_for_a_while(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a loss without notice, the fleet comes back to its number when there is room."""
+    monkeypatch.setattr(fleet_module, "_RESTART_PAUSE_S", (0.05,))
+    launcher = LocalLauncher(engine_options={"step_s": 0.002})
+    cluster = await start_cluster(launcher=launcher)
+    handle, answer = await begun(cluster, max_tokens=300)
+    launcher.failures = [NoRoom("a rank needs a GPU")] * 3
+    worker_of(cluster, "replica-0").notice.set_result(60.0)
+    await eventually(lambda: not launcher.failures)
+    assert states(cluster)["replica-1"] is not ReplicaState.FAILED
+    check(await read(handle, into=answer), 300)
     await eventually(lambda: states(cluster) == {"replica-1": ReplicaState.READY})
 
 

@@ -329,7 +329,7 @@ async def test_tenants_are_the_controllers_whichever_gateway_they_use(start_clus
     tenant = one.service.tenants.authenticate(f"Bearer {key}")
     cluster.launcher.launched[0].engine.gate.clear()
     running = await generate(one, tenant=tenant)
-    with pytest.raises(Overloaded, match="which is its limit"):
+    with pytest.raises(Overloaded, match="that are its limit"):
         await generate(other, tenant=tenant)
     cluster.launcher.launched[0].engine.gate.set()
     await read(running)

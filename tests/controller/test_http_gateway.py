@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from fake_engine import expected_tokens
 from http_calls import get, post, raw
 from local_workers import Cluster, StartCluster
+from pilotfish.common import logs
 from pilotfish.common.api_keys import hash_line, make_key
 from pilotfish.common.config import TenantConfig
 from pilotfish.common.requests import ExpertBalance
@@ -201,6 +203,63 @@ async def test_a_full_queue_is_a_429_with_retry_after(start_cluster: StartCluste
     assert refused
     assert all(int(headers["retry-after"]) >= 1 and body["error"]["code"] == "overloaded" for _, headers, body in refused)
     assert {answer[0] for answer in answers} == {200, 429}
+
+
+async def test_a_call_with_several_prompts_is_let_in_whole(start_cluster: StartCluster) -> None:
+    """Else it would come back in vain for as long as the queue is full."""
+    tenants = {"anonymous": TenantConfig(max_requests=3)}
+    cluster = await start_cluster(max_num_seqs=1, gateway={"max_queued_requests": 1}, tenants=tenants)
+    engine = cluster.launcher.launched[0].engine
+    engine.gate.clear()
+    alone = [asyncio.create_task(post(cluster, "/v1/completions", {"prompt": "x", "max_tokens": 2})) for _ in range(2)]
+    await eventually(lambda: cluster.service.status().num_running == 2)  # one ahead
+    call = asyncio.create_task(post(cluster, "/v1/completions", {"prompt": ["a", "b", "c"], "max_tokens": 2}))
+    await eventually(lambda: cluster.service.status().num_queued == 3)
+    assert (await post(cluster, "/v1/completions", {"prompt": "x"}))[0] == 429
+    engine.gate.set()
+    assert [status for status, _, _ in await asyncio.gather(*alone, call)] == [200, 200, 200]
+    assert len((await call)[2]["choices"]) == 3
+
+
+async def test_what_ends_one_prompt_ends_the_others_of_its_call(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(step_s=0.01)
+    call = asyncio.create_task(
+        post(cluster, "/v1/completions", {"prompt": ["a", "b", "c"], "max_tokens": 3000, "request_id": "r"})
+    )
+    await eventually(lambda: cluster.service.status().num_running == 3)
+    assert await cluster.service.abort("r.1")
+    status, _, answer = await call
+    assert (status, answer["error"]["code"]) == (499, "cancelled")
+    await eventually(lambda: used_blocks(cluster) == 0)
+
+
+async def test_the_log_of_a_failed_call_names_its_request_and_nothing_forged(
+    start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pilotfish")
+    cluster = await start_cluster()
+    lines = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append((record.getMessage(), logs.request_id.get()))
+
+    async def fail(**_: Any) -> None:
+        raise RuntimeError("a defect")
+
+    handler = Lines()
+    logging.getLogger("pilotfish").addHandler(handler)
+    try:
+        for request_id in ("mine", "one\ntwo"):
+            await post(cluster, "/v1/completions", {"prompt": "x", "request_id": request_id, "user": "u"})
+        monkeypatch.setattr(cluster.service, "start_request", fail)
+        status, _, answer = await post(cluster, "/v1/completions", {"prompt": "x", "request_id": "other"})
+    finally:
+        logging.getLogger("pilotfish").removeHandler(handler)
+    assert (status, answer["error"]["code"]) == (500, "internal")
+    assert ("request mine is from user 'u'", "mine") in lines
+    assert ("an HTTP call failed", "other") in lines
+    assert not [line for line, _ in lines if "two" in line]
 
 
 async def test_a_deadline_ends_the_request(start_cluster: StartCluster) -> None:

@@ -122,6 +122,7 @@ def test_sigterm_lets_running_requests_end(local_ray: None, model_path: Path) ->
             assert serve.stderr is not None
             lines = iter(serve.stderr.readline, "")
             address = next(line.split()[1] for line in lines if line.strip().startswith("gRPC"))
+            assert "libtorch" not in Path(f"/proc/{serve.pid}/maps").read_text()  # most of what its start would take
             served = Served(cast(Deployment, None), Addresses(grpc=address))
             readers = [Reader(served, max_tokens=300) for _ in range(4)]
             for reader in readers:

@@ -8,8 +8,6 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from pilotfish.common.errors import ModelLoadError
 from pilotfish.controller.deployment import deploy
 from pilotfish.controller.ray_placement import is_any_gone, place
 from pilotfish.workers.actor import WorkerActor
+from processes import stopped
 from ray_nodes import RayNodes
 from ray_serving import PROMPT, Reader, Served, all_ready, config, wait_until
 from small_model import save_tiny_llama
@@ -85,17 +84,6 @@ def test_data_ranks_end_and_come_back_together(local_ray: None, model_path: Path
     finally:
         deployment.shutdown()
     assert ray.util.list_named_actors() == []
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """A process that stands still: what it works on is not over before the block is."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with suppress(ProcessLookupError):  # it was killed meanwhile
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_other_weights_are_served_and_a_stream_keeps_those_it_has(local_ray: None, model_path: Path, tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ async def test_a_later_reader_ends_an_earlier_one(start_cluster: StartCluster) -
 CASES: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 11, "n": 3},
     {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 0, "presence_penalty": 0.5},
+    {"temperature": 1.0, "seed": 7, "n": 3, "logprobs": 0, "stop": 20},
 ]
 
 
@@ -191,10 +192,13 @@ async def test_a_controller_restart_mid_stream_loses_and_repeats_nothing(
         journal_path=journal_path, launcher=LocalLauncher(engine_options={"step_s": 0.004, "uses_seeds": True})
     )
     door.redirect(first.service.addresses.grpc)
-    undisturbed = await client.generate(PROMPT, max_tokens=200, **{"seed": 0, **sampling})
-    stream = client.stream_generate(PROMPT, max_tokens=200, **{"seed": 0, **sampling})
+    if "stop" in sampling:  # it ends the first choice before the break
+        text = (await client.generate(PROMPT, max_tokens=200, **{**sampling, "stop": []})).text
+        sampling = {**sampling, "stop": [text[sampling["stop"] : sampling["stop"] + 8]]}
+    undisturbed = await client.generate(PROMPT, max_tokens=200, **sampling)
+    stream = client.stream_generate(PROMPT, max_tokens=200, **sampling)
     await anext(stream)
-    while min(len(choice.token_ids) for choice in stream.completion.choices) < 30:
+    while any(len(choice.token_ids) < 30 and choice.finish_reason is None for choice in stream.completion.choices):
         await anext(stream)
     worker = first.launcher.launched[0]
     num_submitted = len(worker.engine.submitted)
@@ -202,7 +206,8 @@ async def test_a_controller_restart_mid_stream_loses_and_repeats_nothing(
     completion = await stream.read_all()
     for choice, other in zip(completion.choices, undisturbed.choices, strict=True):
         assert choice.token_ids == other.token_ids
-        assert (choice.text, choice.finish_reason, choice.logprobs) == (other.text, other.finish_reason, other.logprobs)
+        assert (choice.text, choice.logprobs) == (other.text, other.logprobs)
+        assert (choice.finish_reason, choice.stop_reason) == (other.finish_reason, other.stop_reason)
     assert completion.usage is not None
     assert undisturbed.usage is not None
     assert completion.usage.prompt_tokens == undisturbed.usage.prompt_tokens
@@ -363,6 +368,26 @@ async def test_a_journal_entry_is_the_request_again(start_cluster: StartCluster,
     assert (tmp_path / "journal.sqlite").stat().st_mode & 0o077 == 0
     stream.refuse()
     assert not list(cluster.controller._intake.streams._journal.entries())
+
+
+async def test_a_full_disk_refuses_what_would_not_survive_and_costs_nothing_else(
+    start_cluster: StartCluster, tmp_path: Path
+) -> None:
+    cluster = await start_cluster(journal_path=tmp_path / "journal.sqlite", step_s=0.002, gateway={"resume_window_s": 0.1})
+    service, journal = cluster.service, cluster.controller._intake.streams._journal
+    early = await service.start_request(request_id="early", prompt=PROMPT, sampling={"max_tokens": 50}, resumable=True)
+    assert journal._database is not None
+    journal._database.execute("PRAGMA query_only = ON")  # every write fails
+    with pytest.raises(Unavailable, match=r"cannot write its journal .* has to free space"):
+        await service.start_request(prompt=PROMPT, sampling={"max_tokens": 5}, resumable=True)
+    plain = await service.start_request(prompt=PROMPT, sampling={"max_tokens": 50})
+    for handle in (early, plain):
+        assert (await read(handle)).choices[0].token_ids == expected_tokens(PROMPT, 50)
+    await eventually(lambda: not cluster.controller._intake.streams._ended)
+    assert service.status().num_running == 0
+    journal._database.execute("PRAGMA query_only = OFF")
+    later = await service.start_request(prompt=PROMPT, sampling={"max_tokens": 5}, resumable=True)
+    assert (await read(later)).choices[0].token_ids == expected_tokens(PROMPT, 5)
 
 
 def test_a_journal_that_cannot_be_kept_says_so(tmp_path: Path) -> None:

@@ -243,12 +243,19 @@ async def test_a_full_queue_refuses_at_once_and_a_deadline_empties_it(start_clus
     await nothing_runs(cluster)
 
 
-async def test_choices_that_do_not_all_fit_are_all_refused(start_cluster: StartCluster) -> None:
+async def test_choices_are_let_in_together(start_cluster: StartCluster) -> None:
+    """Else a request for many would come back in vain for as long as the queue is full."""
     cluster = await start_cluster(max_num_seqs=2, gateway={"max_queued_requests": 2})
     cluster.launcher.launched[0].engine.gate.clear()
+    for _ in range(3 + 1):  # two places, one ahead, and half of the queue
+        await generate(cluster)
+    handle = await generate(cluster, sampling={"n": 6})
+    assert cluster.service.status().num_queued == 1 + 6
     with pytest.raises(Overloaded):
         await generate(cluster, sampling={"n": 6})
+    assert cluster.service.status().num_queued == 1 + 6
     cluster.launcher.launched[0].engine.gate.set()
+    assert len((await read(handle)).choices) == 6
     await nothing_runs(cluster)
 
 
@@ -387,7 +394,7 @@ async def test_models_and_status(start_cluster: StartCluster) -> None:
     assert replica.last_step_id >= 20
 
 
-async def test_shutdown_ends_queued_and_running_requests(start_cluster: StartCluster) -> None:
+async def test_shutdown_ends_queued_and_running_requests(start_cluster: StartCluster, caplog: pytest.LogCaptureFixture) -> None:
     cluster = await start_cluster(max_num_seqs=1, step_s=0.01)
     handles = [await generate(cluster, sampling={"max_tokens": 4000}) for _ in range(4)]
     stopping = asyncio.create_task(cluster.controller.stop())
@@ -398,6 +405,7 @@ async def test_shutdown_ends_queued_and_running_requests(start_cluster: StartClu
     with pytest.raises(Unavailable, match="shutting down"):
         await generate(cluster)
     await cluster.controller.stop()
+    assert "goes on elsewhere" not in caplog.text
 
 
 async def test_shutdown_with_grace_lets_running_requests_end(start_cluster: StartCluster) -> None:

@@ -16,11 +16,12 @@ LARGE = {"many": (200, 257, 4096, 16)}
 def make(num_rows, num_slots, num_tokens, page_len, device="cpu"):
     """Every other row has a new page."""
     columns = torch.empty((NUM_DECODE_COLUMNS, num_rows), dtype=torch.int64)
-    slots, positions, output_positions, new_pages = columns
+    slots, positions, output_positions, wants_logits, new_pages = columns
     slots.copy_(torch.randperm(num_slots)[:num_rows])
     positions.random_(num_tokens)
     positions[0] = num_tokens - 1
     output_positions.random_(100)
+    wants_logits.random_(2)
     new_pages.random_(1000)
     new_pages[1::2] = NO_NEW_PAGE
     token_ids = torch.randint(1000, (num_slots, num_tokens + 1), dtype=torch.int32)
@@ -31,7 +32,7 @@ def make(num_rows, num_slots, num_tokens, page_len, device="cpu"):
 def test_reference_by_hand():
     token_ids = torch.arange(40, dtype=torch.int32).view(2, 20)
     tables = torch.tensor([[7, 8], [3, 5]], dtype=torch.int32)
-    columns = torch.tensor([[1, 0], [16, 2], [8, 9], [6, NO_NEW_PAGE]])
+    columns = torch.tensor([[1, 0], [16, 2], [8, 9], [0, 1], [6, NO_NEW_PAGE]])
     for _ in range(2):  # running it again changes nothing
         inputs = gather_decode_inputs_ref(columns, token_ids, tables, page_len=16)
         assert inputs.token_ids_S.tolist() == [36, 2]

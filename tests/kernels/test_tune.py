@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pilotfish.kernels import tune
-from pilotfish.kernels.skinny_linear import MAX_SKINNY_ROWS, fits
+from pilotfish.kernels.cuda import loader
+from pilotfish.kernels.skinny_linear import MAX_SKINNY_ROWS, fits, fits_race
 from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, chosen_route_cases, configs_to_try, measure
+from pilotfish.kernels.tune_head import head_cases
 from pilotfish.kernels.tune_linear import ROWS, SHAPES, LinearCase, linear_cases
 from pilotfish.kernels.tune_moe import moe_cases
 from pilotfish.kernels.tuning import Entry, load_entries
@@ -106,6 +108,17 @@ def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():
 def test_what_comes_before_experts_is_measured_once_for_models_that_share_it():
     cases = chosen_route_cases(tune.argparse.Namespace(shapes=None, nk=[], rows=[1, 8, 1024]))
     assert [(case.sizes, case.num_rows) for case in cases] == [((128, 8, 2048), 1), ((128, 8, 2048), 8)]
+
+
+def test_heads_are_measured_with_what_can_race(monkeypatch):
+    monkeypatch.setattr(loader, "can_run_on", lambda device: True)
+    cases = head_cases(SHAPES, [1, 128, 256], num_ranks=2)
+    assert [case.sizes for case in cases] == [size for k in (4096, 1024, 2048) for size in [(75968, k)] * 2]
+    for case in cases:
+        configs = case.candidates()
+        kernels = {config["kernel"] for config in configs}
+        assert kernels == ({"skinny", "streaming"} if case.num_rows == 1 else {"streaming"})
+        assert all(fits_race(config, case.num_rows, case.sizes[1]) for config in configs)
 
 
 def test_a_layer_that_models_share_is_measured_once():

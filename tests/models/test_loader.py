@@ -146,7 +146,7 @@ def test_ranks_read_every_byte_once(
             num_reads[source.name][source.region] += 1
         assert reports[-1].num_bytes == model.weight_bytes
     for name, count in num_reads.items():
-        if any(part in name for part in ("embed_tokens", "norm", ".gate.weight", "o_proj.bias")):
+        if any(part in name for part in ("norm", ".gate.weight", "o_proj.bias")):
             assert bool((count == size).all()), name
         elif size == 4 and (".k_proj." in name or ".v_proj." in name):  # two ranks keep the first of three kv heads
             assert count.view(3, -1).unique(dim=1).tolist() == [[2], [1], [1]], name

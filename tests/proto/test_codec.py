@@ -77,7 +77,7 @@ def test_worker_info_survives() -> None:
     info = WorkerInfo(
         model_name="m", model_path="/m", architecture="LlamaForCausalLM", device="cpu", dtype="float32", vocab_size=9,
         max_model_len=8, block_size=16, num_blocks=7, max_num_seqs=6, max_num_batched_tokens=64, num_parameters=2**40,
-        weight_bytes=2**41, kv_cache_bytes=2**39, load_seconds=1.5, kernels={"cpu": "c++"}, epoch=3, pid=4,
+        weight_bytes=2**41, kv_cache_bytes=2**39, load_seconds=1.5, kernels={"cpu": "c++"}, epoch=3, pid=4, num_ranks=2,
     )  # fmt: skip
     message = common_pb2.WorkerInfo.FromString(codec.info_to_proto(info).SerializeToString())
     assert codec.info_from_proto(message) == info

@@ -43,9 +43,9 @@ def test_a_full_class_refuses_at_once_and_says_when_to_come_back():
     for now in (250, 500):
         assert queue.pop(now) is not None
         push(queue, f"new {now}", now_ms=now)
-    with pytest.raises(Overloaded, match=r"interactive requests is full: 3 of 3 places .* again in 0.2 s") as refused:
+    with pytest.raises(Overloaded, match=r"interactive requests is full: 3 of 3 places .* again in 1.2 s") as refused:
         push(queue, "one more", now_ms=500)
-    assert refused.value.retry_after_s == 0.25, "a place every 250 ms"
+    assert refused.value.retry_after_s == 5 * 0.25, "a place every 250 ms, held for the time of four"
     assert queue.pop(750) is not None
     with pytest.raises(Overloaded):
         push(queue, "newcomer", now_ms=750, retry_key="newcomer")

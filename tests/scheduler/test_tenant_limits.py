@@ -17,15 +17,20 @@ def test_requests_in_flight_are_counted_and_refused():
     tenant = limits(requests=2)
     tenant.enter(0)
     tenant.enter(0)
-    with pytest.raises(Overloaded, match="acme has 2 requests in flight") as refused:
-        tenant.enter(10)
-    assert refused.value.retry_after_s == 1.0, "before any has ended"
     for now in (400, 800):
         tenant.leave(now)
         tenant.enter(now)
-    with pytest.raises(Overloaded) as refused:
-        tenant.enter(900)
-    assert refused.value.retry_after_s == pytest.approx(0.4)
+    times = []
+    for caller in ("first", "second"):
+        with pytest.raises(Overloaded, match="acme has 2 requests in flight, of the 2 that are its limit") as refused:
+            tenant.enter(900, retry_key=caller)
+        times.append(refused.value.retry_after_s)
+    assert times == pytest.approx([0.3 + 1.6, 0.3 + 1.1 * 0.4 + 1.6]), "one ends every 400 ms"
+    tenant.leave(1200)
+    with pytest.raises(Overloaded, match="acme has 1 requests in flight"):
+        tenant.enter(1300, retry_key="a newcomer")
+    tenant.enter(2800, retry_key="first")
+    assert tenant.num_in_flight == 2
 
 
 def test_a_bucket_says_when_the_tokens_are_there():

@@ -43,7 +43,7 @@ def make_requests(prompts: Sequence[Sequence[int] | str], *, seed: int, max_toke
             options |= {"logprobs": 2}
         if number % 8 in (3, 5, 6):
             options |= {"n": 2}
-        requests.append(Request(prompt=prompt, options=options, wants_stop=number % 8 in (6, 7)))
+        requests.append(Request(prompt=prompt, options=options, wants_stop=number % 8 in (5, 6, 7)))
     return requests
 
 

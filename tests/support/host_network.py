@@ -1,9 +1,10 @@
 """Several hosts on one machine: Linux namespaces joined by a bridge, with an ssh server in each.
 
 A host has its own network, process ids, host name, /tmp, /run, /dev/shm and home: what runs there finds nothing of the others
-but through the network. A process that leads the host's process ids holds it; when that is killed, every process of the host
-is, and its network goes with it. The bridge lives in the operator's namespace (the place to run `ray up` from), so nothing is
-ever added to the network of the machine itself, and all is gone when the test process is, however it ends.
+but through the network. They share this machine's cache of pilotfish, so that its C++ kernels are compiled once. A process
+that leads the host's process ids holds it; when that is killed, every process of the host is, and its network goes with it. The
+bridge lives in the operator's namespace (the place to run `ray up` from), so nothing is ever added to the network of the
+machine itself, and all is gone when the test process is, however it ends.
 
 Needs root and the programs of `PROGRAMS`; `why_not()` says what is missing. /tmp/shared is one directory on all hosts.
 """
@@ -21,6 +22,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from pilotfish.kernels.cpu.library import cache_dir
+
 PROGRAMS = {  # and the packages that have them
     **dict.fromkeys(["ip", "bridge"], "iproute2"),
     **dict.fromkeys(["unshare", "nsenter", "setpriv"], "util-linux"),
@@ -30,16 +33,19 @@ PROGRAMS = {  # and the packages that have them
 }
 SHARED = Path("/tmp/shared")
 _CHECKOUT = Path(__file__).resolve().parents[2]
+_CACHE = cache_dir().parent.resolve()
 _OPERATOR = "operator"
 _NAMESPACES = ["--net", "--mount", "--uts", "--ipc", "--pid"]
 _SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _READY_TIMEOUT_S = 20.0
 _END_WITH_PARENT = ["setpriv", "--pdeathsig=KILL"]
 
-# $1: the host's directory, $2: its name, $3: the shared directory, $4: sshd, $5: this checkout, which may lie below /tmp.
+# $1: the host's directory, $2: its name, $3: the shared directory, $4: sshd, $5: this checkout, which may lie below /tmp,
+# $6: the cache.
 _BOOT = """
 set -e
 mount --bind "$3" "$1/tmp/shared"
+mount --bind "$6" "$1/tmp/home/.cache/pilotfish"
 case "$5" in /tmp/*) mkdir -p "$1$5"; mount --bind "$5" "$1$5" ;; esac
 mount --rbind "$1/tmp" /tmp
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
@@ -81,7 +87,7 @@ class Host:
     def boot(self, shared: Path) -> None:
         sshd = _program("sshd") or "sshd"
         command = [*_END_WITH_PARENT, "unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
-        command += ["sh", "-c", _BOOT, "sh", str(self.directory), self.name, str(shared), sshd, str(_CHECKOUT)]
+        command += ["sh", "-c", _BOOT, "sh", str(self.directory), self.name, str(shared), sshd, str(_CHECKOUT), str(_CACHE)]
         log = (self.directory / "boot.log").open("w")
         self._holder = subprocess.Popen(
             command,
@@ -224,8 +230,9 @@ class HostNetwork:
     def _furnish(self, host: Host) -> None:
         """The host's files: its own home, keys and /etc, and a /tmp in which all of them are."""
         etc, home = host.directory / "tmp/etc", host.directory / "tmp/home"
-        for directory in (etc, home / ".ssh", host.directory / "tmp/shared"):
+        for directory in (etc, home / ".ssh", home / ".cache/pilotfish", host.directory / "tmp/shared"):
             directory.mkdir(parents=True)
+        _CACHE.mkdir(parents=True, exist_ok=True)
         _make_key(etc / "host_key")
         (etc / "passwd").write_text(
             "root:x:0:0:root:/tmp/home:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkServerContext
 
 _PRELOADED = [
@@ -27,3 +31,14 @@ def children_end(timeout_s: float = 5.0) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that stands still: what it works on is not over before the block is."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):  # it was killed meanwhile
+            os.kill(pid, signal.SIGCONT)

@@ -9,12 +9,13 @@ import torch
 from pilotfish.common.errors import ConfigError
 from pilotfish.common.requests import FinishReason
 from pilotfish.kernels import dispatch
+from pilotfish.kernels.race import HeadScores
 
 POISON = 255
 
 
 class Wrapped:
-    """A model with a hook before its forward pass and one behind its logits."""
+    """A model with a hook before its forward pass and one behind its head."""
 
     def __init__(self, model, *, before=lambda batch: None, after=lambda logits_RV: logits_RV) -> None:
         self._model, self._before, self._after = model, before, after
@@ -26,8 +27,8 @@ class Wrapped:
         self._before(batch)
         return self._model.forward(batch)
 
-    def compute_own_logits(self, hidden_RH):
-        return self._after(self._model.compute_own_logits(hidden_RH))
+    def race_own(self, hidden_RH, rows):
+        return HeadScores(self._after(self._model.race_own(hidden_RH, rows).logits_SV))
 
 
 @pytest.fixture(params=[1, 2], ids=["plain", "overlapped"])

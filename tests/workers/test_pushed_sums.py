@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pilotfish.common.errors import InternalError
+from pilotfish.models.parallel import StartedSum
 from pilotfish.workers.peer_collectives import PeerCollectives
 from pilotfish.workers.pushed_sums import NUM_SLOTS, PushedSums
 from pushed_turns import PushedTurns
@@ -37,6 +38,9 @@ def pushed(ranks: StreamRanks) -> list[PushedSums]:
 def test_on_a_gpu_sums_are_right_whoever_is_late(ranks: StreamRanks, pushed: list[PushedSums]) -> None:
     """Launched one by one: two graphs on one GPU can get in each other's way, each waiting for a branch of the other."""
     device = torch.device("cuda", torch.cuda.current_device())
+    for stream in ranks.streams:  # nothing is loaded or allocated any more while a rank waits for the other
+        with torch.cuda.stream(stream):
+            PushedTurns(lambda x: StartedSum(x, lambda: None, x), rank=0, device=device).run()
     turns = [PushedTurns(pushed[rank].start, rank=rank, device=device) for rank in range(2)]
     for run in range(20):
         outputs = []

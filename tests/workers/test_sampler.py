@@ -36,7 +36,7 @@ class Bench:
     def rows(self, slots: list[int], lengths: list[int], positions: list[int]) -> SamplingRows:
         columns = [np.array(column, dtype=np.int64) for column in (slots, positions, lengths)]
         slots, positions, lengths = (torch.from_numpy(column) for column in columns)
-        return SamplingRows(*columns, DrawRows(slots, positions, lengths))
+        return SamplingRows(*columns, DrawRows(slots, positions, lengths, torch.ones_like(slots)))
 
     def draw(self, logits: torch.Tensor, sequences: list[tuple[TokenSampling, list[int], list[int]]], *, slots=None):
         """Sequences are (sampling, prompt, outputs); the logits are changed in place."""
