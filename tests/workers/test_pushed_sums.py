@@ -36,7 +36,7 @@ def pushed(ranks: StreamRanks) -> list[PushedSums]:
 
 
 def test_on_a_gpu_sums_are_right_whoever_is_late(ranks: StreamRanks, pushed: list[PushedSums]) -> None:
-    """Launched one by one: two graphs on one GPU can get in each other's way, each waiting for a branch of the other."""
+    """Launched one by one; through graphs, between two GPUs: test_comm.py."""
     device = torch.device("cuda", torch.cuda.current_device())
     for stream in ranks.streams:  # nothing is loaded or allocated any more while a rank waits for the other
         with torch.cuda.stream(stream):
