@@ -50,6 +50,14 @@ class HeadScores:
     bests: TileBests | None = None
 
 
+def race_tensors(rows: RaceRows, scores: HeadScores) -> tuple[torch.Tensor | None, ...]:
+    """In the order in which both kernels take them: `slots` to `logits` of race_tile, and of cuda/race.cuh."""
+    bests = scores.bests
+    assert bests is not None
+    of_rows = (rows.slots_S, rows.positions_S, rows.wants_logits_S, rows.temperature_M, rows.seeds_M)
+    return (*of_rows, bests.scores_ST, bests.tokens_ST, bests.logits_ST)
+
+
 @triton.jit
 def race_tile(
     logits_NS,

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .gated_activation import activate
-from .race import HeadScores, RaceRows, race_tile
+from .race import HeadScores, RaceRows, race_tensors, race_tile
 from .streaming_linear import launch_race, launch_streaming, unfit_sizes
 from .tuning import Config
 
@@ -368,7 +368,4 @@ def _race_arguments(race: tuple[RaceRows, HeadScores, int] | None) -> tuple[torc
     if race is None:
         return (*[None] * len(_RACE), 0)
     rows, scores, first_token = race
-    bests = scores.bests
-    assert bests is not None
-    of_rows = (rows.slots_S, rows.positions_S, rows.wants_logits_S, rows.temperature_M, rows.seeds_M)
-    return (*of_rows, bests.scores_ST, bests.tokens_ST, bests.logits_ST, first_token)
+    return (*race_tensors(rows, scores), first_token)

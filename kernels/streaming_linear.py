@@ -24,7 +24,7 @@ import triton
 
 from .cuda import loader
 from .gated_activation import ACTIVATIONS
-from .race import HeadScores, RaceRows
+from .race import HeadScores, RaceRows, race_tensors
 from .tuning import Config
 
 MAX_STREAMING_ROWS = 128
@@ -66,14 +66,9 @@ def launch_race(
     x_MK: torch.Tensor, weight_NK: torch.Tensor, rows: RaceRows, scores: HeadScores, config: Config, *, first_token: int
 ) -> None:
     """Fills the scores, as head_race.py says. ValueError where `unfit_reason` has one."""
-    bests = scores.bests
-    assert bests is not None
-    assert bests.tile == config["tile_n"]
-    tensors = (
-        *(rows.slots_S, rows.positions_S, rows.wants_logits_S, rows.temperature_M, rows.seeds_M),
-        *(bests.scores_ST, bests.tokens_ST, bests.logits_ST),
-    )
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    assert scores.bests is not None
+    assert scores.bests.tile == config["tile_n"]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in race_tensors(rows, scores)]
     race = (ctypes.c_uint64 * (len(addresses) + 1))(*addresses, first_token)
     _launch(x_MK, weight_NK, None, scores.logits_SV, "", config, race=race)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -164,23 +165,37 @@ def replay_often(group: RankGroup, device: torch.device, num_replays: int) -> tu
 
 
 def wait_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tuple[str, float]:
-    """(what the first rank says that waits for the others in vain, the seconds that it waited)."""
+    """As `_call_in_vain`, of sums through shared memory."""
     assert group.peers is not None
     peers = PeerCollectives(replace(group.peers.buffers, timeout_s=timeout_s))
     x = torch.ones(4, 4096, dtype=DTYPE, device=device)
-    peers.all_reduce(x)  # all come
+    return _call_in_vain(group, lambda: peers.all_reduce_norm(x, x, x[0], EPS), peers.check)
+
+
+def push_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tuple[str, float]:
+    """As `_call_in_vain`, of sums by copy engine."""
+    group.open_large_sums(8 << 20)
+    assert group.pushed is not None
+    group.pushed.peers = PeerCollectives(replace(group.pushed.peers.buffers, timeout_s=timeout_s))
+    x = torch.ones(64, 4096, dtype=DTYPE, device=device)
+    return _call_in_vain(group, lambda: group.start_sum(x).finish(), group.check)
+
+
+def _call_in_vain(group: RankGroup, call: Callable[[], object], check: Callable[[], None]) -> tuple[str, float]:
+    """(what the first rank says that calls again where no other does, the seconds that it waited)."""
+    call()  # all come
     torch.cuda.synchronize()
-    peers.check()
+    check()
     group.agree_on_least(0)
     if group.place.rank > 0:
         return "", 0.0
     start_s = time.monotonic()
-    for _ in range(100):
-        peers.all_reduce_norm(x, x, x[0], EPS)
+    for _ in range(10):
+        call()
     torch.cuda.synchronize()
     waited_s = time.monotonic() - start_s
     try:
-        peers.check()
+        check()
     except InternalError as error:
         return error.message, waited_s
     return "no error", waited_s
@@ -238,30 +253,6 @@ def push_sums_often(group: RankGroup, device: torch.device, num_replays: int) ->
     same = all(torch.equal(of_rank, bits) for of_rank in of_ranks)
     torch.cuda.synchronize()
     return float(turns.worst), same, group.pushed.peers.buffers.failure
-
-
-def push_in_vain(group: RankGroup, device: torch.device, timeout_s: float) -> tuple[str, float]:
-    """(what the first rank says whose sum the other does not start, the seconds that it waited)."""
-    group.open_large_sums(8 << 20)
-    assert group.pushed is not None
-    group.pushed.peers = PeerCollectives(replace(group.pushed.peers.buffers, timeout_s=timeout_s))
-    x = torch.ones(64, 4096, dtype=DTYPE, device=device)
-    group.start_sum(x).finish()  # both come
-    torch.cuda.synchronize()
-    group.check()
-    group.agree_on_least(0)
-    if group.place.rank > 0:
-        return "", 0.0
-    start_s = time.monotonic()
-    for _ in range(10):
-        group.start_sum(x).finish()
-    torch.cuda.synchronize()
-    waited_s = time.monotonic() - start_s
-    try:
-        group.check()
-    except InternalError as error:
-        return error.message, waited_s
-    return "no error", waited_s
 
 
 def capture_group_collectives(group: RankGroup, device: torch.device) -> list[str]:
