@@ -22,7 +22,7 @@ def settle_device(config: ServeConfig, nodes: Sequence[Mapping[str, float]]) -> 
     bundle = rank_bundle(config.parallel, device)
     if not bundle or config.fleet.is_elastic:
         return device
-    num_places = sum(min(int(node.get(what, 0.0) / amount) for what, amount in bundle.items()) for node in nodes)
+    num_places = sum(min(_num_times(amount, node.get(what, 0.0)) for what, amount in bundle.items()) for node in nodes)
     num_replicas, num_ranks = config.fleet.num_replicas, config.parallel.num_ranks
     if num_places < num_replicas * num_ranks:
         layouts = _that_fit(config.parallel, num_replicas, num_places)
@@ -40,6 +40,11 @@ def settle_device(config: ServeConfig, nodes: Sequence[Mapping[str, float]]) -> 
 def rank_bundle(parallel: ParallelConfig, device: str) -> dict[str, float]:
     """What a rank takes in Ray's books."""
     return ({"GPU": 1.0} if device == "cuda" else {}) | ({"CPU": parallel.cpus_per_rank} if parallel.cpus_per_rank else {})
+
+
+def _num_times(amount: float, total: float) -> int:
+    """How often it is in there, in Ray's units: ten-thousandths, in which 7 CPUs are a hundred times 0.07."""
+    return round(total * 10_000) // max(round(amount * 10_000), 1)
 
 
 def _that_fit(parallel: ParallelConfig, num_replicas: int, num_places: int) -> list[str]:

@@ -28,6 +28,13 @@ def test_auto_is_a_gpu_where_there_is_one() -> None:
     assert settle_device(config("cpu", num_replicas=99), GPUS) == "cpu"
 
 
+def test_parts_of_a_cpu_are_counted_as_ray_counts_them() -> None:
+    hundred = config("cpu", num_replicas=100, cpus_per_rank=0.07)
+    assert settle_device(hundred, [{"CPU": 7.0}]) == "cpu"
+    with pytest.raises(ConfigError, match="have room for 99"):
+        settle_device(hundred, [{"CPU": 6.99}])
+
+
 def test_a_fleet_that_grows_may_wait_for_nodes() -> None:
     assert settle_device(config("cuda", max_replicas=4), []) == "cuda"
 
