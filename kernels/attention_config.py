@@ -46,6 +46,31 @@ class PrefillConfig:
     max_registers: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpecializedPrefillConfig:
+    """groups: warpgroups that multiply, of 64 rows each; one alone shares its multiprocessor. keys: a step, a multiple of 16.
+
+    take_turns: two groups issue their products by turns, so that each has its softmax beside products of the other.
+    """
+
+    groups: int
+    keys: int
+    num_stages: int
+    take_turns: bool
+
+
+# Worth measuring: shapes of FlashAttention-3, longer steps, no turns; fewer rows and two CTAs, for short prompts.
+SPECIALIZED_PREFILL_CONFIGS = (
+    SpecializedPrefillConfig(groups=2, keys=128, num_stages=2, take_turns=True),
+    SpecializedPrefillConfig(groups=2, keys=128, num_stages=2, take_turns=False),
+    SpecializedPrefillConfig(groups=2, keys=160, num_stages=2, take_turns=True),
+    SpecializedPrefillConfig(groups=2, keys=96, num_stages=3, take_turns=True),
+    SpecializedPrefillConfig(groups=2, keys=64, num_stages=3, take_turns=True),
+    SpecializedPrefillConfig(groups=3, keys=80, num_stages=2, take_turns=False),
+    SpecializedPrefillConfig(groups=1, keys=64, num_stages=2, take_turns=False),
+)
+
+
 def padded_head_dim(head_dim: int) -> int:
     return max(triton.next_power_of_2(head_dim), 16)
 
@@ -119,6 +144,11 @@ def prefill_config(*, group: int, head_dim: int, element_bytes: int) -> PrefillC
         num_stages=_stages(row_bytes, element_bytes),
         products_overlap=width <= 128,
     )
+
+
+def specialized_prefill_config() -> SpecializedPrefillConfig:
+    """FlashAttention-3's for causal heads of 128; not measured yet."""
+    return SPECIALIZED_PREFILL_CONFIGS[0]
 
 
 def _keys_a_step(row_bytes: int, element_bytes: int) -> int:

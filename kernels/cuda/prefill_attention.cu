@@ -1,0 +1,386 @@
+// Causal attention of rows with several queries over a paged cache, on sm_90a: copies, products and softmax side by side.
+//
+// A tile is ROWS / GROUP queries of one row and one kv head, times the GROUP query heads of that kv head, on the M side of wgmma.
+// One warp copies by TMA: queries of the tile, and stages of KEYS keys or values, 16 keys of a page a box. GROUPS warpgroups
+// take 64 rows of the tile each: scores = q k^T from shared memory, weights = softmax in registers, out += weights v with the
+// weights from registers. A warpgroup issues the scores of the next keys before the values of these, so that its softmax runs
+// beside a product of its own; with PINGPONG two warpgroups take turns to issue, and one's softmax runs beside products of the
+// other. A CTA takes every gridDim.x-th tile, those with the most keys first, by turns from the front and from the back; the
+// copies of the next tile are made while this one is finished.
+//
+// What lies behind a row's keys is not read, or not used: pages behind are zeros of TMA, keys of the last page behind the
+// context are masked, and their values, which may be anything, are made zeros: zero times infinity would not be zero.
+//
+// Source: Shah et al. 2024, "FlashAttention-3". Set by the compiler's command line: HEAD_DIM (64, 128), GROUP (query heads of a
+// kv head), GROUPS (1, 2, 3), KEYS (a multiple of 16), STAGES, PINGPONG (of two warpgroups), FLOAT16.
+
+#include "prefill_products.cuh"
+#include "prefill_tiles.cuh"
+
+constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
+constexpr int CTAS = GROUPS == 1 ? 2 : 1;  // that share a multiprocessor
+constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 40, CONSUMER_REGISTERS = GROUPS == 1 ? 216 : GROUPS == 2 ? 232 : 160;
+constexpr int BOX_KEYS = 16, BOX_BYTES = 2 * KEY_GROUP_BYTES, BOXES = KEYS / BOX_KEYS;
+constexpr int STAGE_BYTES = BOXES * BOX_BYTES;         // of keys, or of values
+constexpr int QUERY_HALF_BYTES = ROWS * STEP_BYTES;    // 64 numbers of all rows
+constexpr int QUERY_BYTES = HALVES * QUERY_HALF_BYTES;
+constexpr int CHUNKS = HEAD_DIM / 8;                   // of 16 bytes, of a row of out
+constexpr int BARRIERS = 4 * STAGES + 2;
+constexpr float LOG2_E = 1.4426950408889634f;
+#define MINUS_INFINITY __int_as_float(0xff800000)
+static_assert(KEYS % BOX_KEYS == 0 && KEYS <= 192 && BOXES <= 32 && GROUP <= ROWS && !(PINGPONG && GROUPS != 2), "sizes");
+
+// --- copies
+
+// Boxes of BOX_KEYS keys of a cache [page, group of 8 keys, 64 numbers, key of the group, number].
+__device__ __forceinline__ void load_keys(u32 target, const TensorMap& map, int half, int key_group, int page, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(
+          target),
+      "l"(&map), "r"(0), "r"(0), "r"(half), "r"(key_group), "r"(page), "r"(barrier)
+      : "memory");
+}
+
+// A box of QUERIES tokens of q [64 numbers, token, head of the group, number].
+__device__ __forceinline__ void load_queries(u32 target, const TensorMap& map, int half, int token, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
+          target),
+      "l"(&map), "r"(0), "r"(0), "r"(token), "r"(half), "r"(barrier)
+      : "memory");
+}
+
+struct Memory {
+  u32 queries, outs, keys, values;                                                    // addresses
+  u32 queries_full, queries_empty, keys_full, keys_empty, values_full, values_empty;  // those of mbarriers
+  Tile* tile;
+};
+
+// --- the warp that copies
+
+__device__ __forceinline__ void copy_tiles(const Memory& memory, const TensorMap& query_map, const TensorMap& key_map,
+                                           const TensorMap& value_map, const int* tables, const Tiles& tiles, int stride_table,
+                                           int num_kv_heads, int page_shift, int num_pages, int head_stride, int lane) {
+  const int num_items = tiles.of_all(1, lane) * num_kv_heads;
+  int most = tiles.most_steps(lane), turn = 0;
+  Place keys_ring{0, 1}, values_ring{0, 1};  // a stage that nothing has been in is empty
+  for (int item = index_of_turn(0); item < num_items; item = index_of_turn(++turn)) {
+    Tile tile = tiles.find(item / num_kv_heads, most, lane);
+    tile.head = item % num_kv_heads;
+    const int* table = tables + static_cast<long long>(tile.row) * stride_table;
+    const int num_boxes = (tile.context_len + BOX_KEYS - 1) / BOX_KEYS;
+
+    // A box of each lane: where it has no key of the row, it is outside of the tensor.
+    const auto load_stage = [&](const TensorMap& map, int step, u32 stages, u32 full, u32 empty, Place& ring) {
+      const int box = step * BOXES + lane;
+      const bool is_there = box < num_boxes;
+      const int page = lane < BOXES && is_there ? table[box >> page_shift] : num_pages;
+      const int key_group = is_there ? (box & ((1 << page_shift) - 1)) * 2 : 0;
+      wait(empty + 8 * ring.stage, ring.parity);
+      if (lane == 0) arrive_and_expect(full + 8 * ring.stage, STAGE_BYTES);
+      __syncwarp();
+      const u32 target = stages + ring.stage * STAGE_BYTES + lane * BOX_BYTES;
+      if (lane < BOXES) load_keys(target, map, tile.head * head_stride, key_group, page, full + 8 * ring.stage);
+      ring.advance(STAGES);
+    };
+    const auto load_keys_of = [&](int step) {
+      load_stage(key_map, step, memory.keys, memory.keys_full, memory.keys_empty, keys_ring);
+    };
+
+    load_keys_of(0);
+    wait(memory.queries_empty, turn & 1 ^ 1);
+    if (lane == 0) {
+      *memory.tile = tile;
+      arrive_and_expect(memory.queries_full, HALVES * QUERIES * GROUP * STEP_BYTES);
+      for (int half = 0; half < HALVES; ++half) {
+        load_queries(memory.queries + half * QUERY_HALF_BYTES, query_map, tile.head * GROUP * HALVES + half,
+                     tile.query_start + tile.first_query, memory.queries_full);
+      }
+    }
+    __syncwarp();
+    for (int step = 0; step < tile.num_steps; ++step) {
+      if (step + 1 < tile.num_steps) load_keys_of(step + 1);
+      load_stage(value_map, step, memory.values, memory.values_full, memory.values_empty, values_ring);
+    }
+  }
+  wait(memory.queries_empty, turn & 1 ^ 1);
+  if (lane == 0) {
+    memory.tile->num_steps = 0;
+    arrive(memory.queries_full);
+  }
+}
+
+// --- the warpgroups that multiply
+
+__device__ __forceinline__ void synchronize_consumers() { asm volatile("bar.sync 3, %0;" ::"n"(CONSUMERS) : "memory"); }
+
+__device__ __forceinline__ void wait_for_turn(int group) {
+  if (PINGPONG) asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory");
+}
+
+__device__ __forceinline__ void give_turn(int group) {
+  if (PINGPONG) asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
+}
+
+// What a thread knows of its two rows, r and r + 8 of a warp's 16, r = lane / 4. `largest` is in units of a product.
+struct Softmax {
+  float largest[2], total[2], rescale[2];
+
+  // Scores become weights. A thread has the keys 8 i + 2 c and 8 i + 2 c + 1 of both rows, c = lane % 4.
+  template <bool MASKED>
+  __device__ __forceinline__ void weigh(float (&scores)[KEYS / 2], float unit, const int (&last_key)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float most = largest[row];
+#pragma unroll
+      for (int i = 0; i < KEYS / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[4 * i + 2 * row + j];
+          if (MASKED && 8 * i + j > last_key[row]) score = MINUS_INFINITY;
+          most = fmaxf(most, score);
+        }
+      }
+      most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
+      const float offset = most * unit;
+      rescale[row] = power_of_two(largest[row] * unit - offset);
+      largest[row] = most;
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < KEYS / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[4 * i + 2 * row + j];
+          score = power_of_two(score * unit - offset);
+          sum += score;
+        }
+      }
+      total[row] = total[row] * rescale[row] + sum;
+    }
+  }
+};
+
+// The sums of 16 keys are the operand of the next product: of rows r, r + 8, r, r + 8 and keys 2 c, 2 c, 2 c + 8, 2 c + 8.
+__device__ __forceinline__ void round_weights(u32 (&weights)[KEYS / 4], const float (&scores)[KEYS / 2]) {
+#pragma unroll
+  for (int i = 0; i < KEYS / 4; ++i) weights[i] = round_two(scores[2 * i], scores[2 * i + 1]);
+}
+
+struct alignas(16) Sixteen {
+  u32 words[4];
+};
+
+// Zeros for the values of a stage from `first` up to the end of its box, by all that multiply.
+__device__ __forceinline__ void clear_values(u32 stage, int first) {
+  const int count = BOX_KEYS - first % BOX_KEYS;
+  for (int i = threadIdx.x; i < count * CHUNKS; i += CONSUMERS) {
+    const int key = first + i / CHUNKS, chunk = i % CHUNKS;
+    const u32 address = stage + key / 8 * KEY_GROUP_BYTES + chunk / 8 * ATOM_BYTES + key % 8 * STEP_BYTES + chunk % 8 * 16;
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+  }
+}
+
+__device__ __forceinline__ void store_matrices(u32 address, u32 first, u32 second, u32 third, u32 fourth) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(first), "r"(second),
+               "r"(third), "r"(fourth)
+               : "memory");
+}
+
+// A warp's 16 rows by way of its own part of shared memory: rows of HEAD_DIM numbers, whose chunks are exchanged.
+__device__ __forceinline__ void store_out(u16* out, const float (&sums)[HEAD_DIM / 2], const float (&factor)[2], u32 staging,
+                                          const Tile& tile, int first_row, int num_heads, int lane) {
+  const int own_row = lane % 16;
+  __syncwarp();  // what the tile before left there has been read
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 16; ++i) {
+    const float* own = sums + 8 * i;
+    const u32 chunk = (2 * i + lane / 16) ^ (own_row & 7);
+    store_matrices(staging + own_row * 2 * HEAD_DIM + chunk * 16, round_two(own[0] * factor[0], own[1] * factor[0]),
+                   round_two(own[2] * factor[1], own[3] * factor[1]), round_two(own[4] * factor[0], own[5] * factor[0]),
+                   round_two(own[6] * factor[1], own[7] * factor[1]));
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = lane; i < 16 * CHUNKS; i += 32) {
+    const int row = i / CHUNKS, chunk = i % CHUNKS, query = tile.first_query + (first_row + row) / GROUP;
+    if (first_row + row >= QUERIES * GROUP || query >= tile.query_len) continue;
+    Sixteen bytes;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bytes.words[0]), "=r"(bytes.words[1]), "=r"(bytes.words[2]), "=r"(bytes.words[3])
+                 : "r"(staging + row * 2 * HEAD_DIM + (chunk ^ (row & 7)) * 16)
+                 : "memory");
+    const long long token = tile.query_start + query;
+    const int head = tile.head * GROUP + (first_row + row) % GROUP;
+    *reinterpret_cast<Sixteen*>(out + (token * num_heads + head) * HEAD_DIM + chunk * 8) = bytes;
+  }
+}
+
+__device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int num_heads, float unit, int group) {
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
+  const u64 queries = matrix_descriptor(memory.queries + 64 * group * STEP_BYTES);
+  const u32 staging = memory.outs + first_row * 2 * HEAD_DIM;
+  Place keys_ring, values_ring;
+  float scores[KEYS / 2], sums[HEAD_DIM / 2];
+  u32 weights[KEYS / 4];
+
+  const auto start_scores = [&]() {
+    const u64 keys = keys_descriptor(memory.keys + keys_ring.stage * STAGE_BYTES);
+    start_multiplying();
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; ++k) {
+      const u64 own_queries = queries + k / 4 * (QUERY_HALF_BYTES / 16) + k % 4 * 2;
+      const u64 own_keys = keys + k / 4 * (ATOM_BYTES / 16) + k % 4 * 2;
+      if (k == 0) {
+        multiply_keys<KEYS, 0>(scores, own_queries, own_keys);
+      } else {
+        multiply_keys<KEYS, 1>(scores, own_queries, own_keys);
+      }
+    }
+    commit_products();
+  };
+  const auto start_values = [&]() {
+    const u64 values = values_descriptor(memory.values + values_ring.stage * STAGE_BYTES);
+    start_multiplying();
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; ++k) multiply_values<HEAD_DIM>(sums, weights + 4 * k, values + k * (BOX_BYTES / 16));
+    commit_products();
+  };
+  const auto wait_for_keys = [&]() { wait(memory.keys_full + 8 * keys_ring.stage, keys_ring.parity); };
+  const auto wait_for_values = [&]() { wait(memory.values_full + 8 * values_ring.stage, values_ring.parity); };
+  const auto release = [&](u32 empty, Place& ring) {
+    if (lane == 0) arrive(empty + 8 * ring.stage);
+    ring.advance(STAGES);
+  };
+
+  if (group == 1) give_turn(group);
+  for (int parity = 0;; parity ^= 1) {
+    wait(memory.queries_full, parity);
+    const Tile tile = *memory.tile;
+    if (tile.num_steps == 0) break;
+    const int full_steps = (tile.first_position() + 1) / KEYS;  // whose keys all rows see
+    int last_key[2];                                            // of a row that is seen, from this thread's first on
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      last_key[row] = tile.first_position() + (first_row + lane / 4 + 8 * row) / GROUP - lane % 4 * 2;
+    }
+    Softmax softmax{{MINUS_INFINITY, MINUS_INFINITY}, {0.0f, 0.0f}};
+    const auto weigh = [&](int step) {
+      if (step < full_steps) {
+        softmax.weigh<false>(scores, unit, last_key);
+      } else {
+        const int here[2] = {last_key[0] - step * KEYS, last_key[1] - step * KEYS};
+        softmax.weigh<true>(scores, unit, here);
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) sums[i] = 0.0f;
+
+    wait_for_keys();
+    start_scores();
+    wait_for_products<0>();
+    settle(scores);
+    release(memory.keys_empty, keys_ring);
+    weigh(0);  // every row sees key 0, so from here on `largest` is a number
+    round_weights(weights, scores);
+
+    for (int step = 1; step < tile.num_steps; ++step) {
+      wait_for_keys();
+      wait_for_turn(group);
+      start_scores();
+      wait_for_values();
+      start_values();
+      give_turn(group);
+      wait_for_products<1>();
+      settle(scores);
+      release(memory.keys_empty, keys_ring);
+      weigh(step);
+      wait_for_products<0>();
+      settle(sums);
+      settle(weights);
+      release(memory.values_empty, values_ring);
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 2; ++i) sums[i] *= softmax.rescale[i / 2 % 2];
+      round_weights(weights, scores);
+    }
+
+    if (lane == 0) arrive(memory.queries_empty);
+    wait_for_values();
+    const int end = tile.context_len - (tile.num_steps - 1) * KEYS;  // of the row's keys in the last stage
+    if (end < KEYS && end % BOX_KEYS != 0) {
+      clear_values(memory.values + values_ring.stage * STAGE_BYTES, end);
+      show_copies_to_tensor_cores();
+      synchronize_consumers();
+    }
+    start_values();
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      softmax.total[row] += __shfl_xor_sync(ALL_LANES, softmax.total[row], 1);
+      softmax.total[row] += __shfl_xor_sync(ALL_LANES, softmax.total[row], 2);
+    }
+    const float factor[2] = {1.0f / softmax.total[0], 1.0f / softmax.total[1]};
+    wait_for_products<0>();
+    settle(sums);
+    settle(weights);
+    release(memory.values_empty, values_ring);
+    store_out(out, sums, factor, staging, tile, first_row, num_heads, lane);
+  }
+  if (group == 0) wait_for_turn(group);  // the last that was given
+}
+
+// Grid: as many CTAs as run at once, or fewer. Maps: see load_queries and load_keys; a page has 16 << page_shift keys, and a kv
+// head begins head_stride times 64 numbers behind the one before it. out is contiguous. Rows of fewer than min_queries queries
+// are left out.
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
+prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
+                  const __grid_constant__ TensorMap value_map, u16* out, const int* tables, const int* query_starts,
+                  const int* context_lens, int num_rows, int stride_table, int num_kv_heads, int page_shift, int num_pages,
+                  int head_stride, int min_queries, float scale) {
+  extern __shared__ unsigned char dynamic_memory[];
+  __shared__ u64 barriers[BARRIERS];
+  __shared__ Tile shared_tile;
+  const u32 base = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
+  const u32 first_barrier = shared_address(barriers), ring = 8 * STAGES;
+  const Memory memory{base,
+                      base + QUERY_BYTES,
+                      base + 2 * QUERY_BYTES,
+                      base + 2 * QUERY_BYTES + STAGES * STAGE_BYTES,
+                      first_barrier + 4 * ring,
+                      first_barrier + 4 * ring + 8,
+                      first_barrier,
+                      first_barrier + ring,
+                      first_barrier + 2 * ring,
+                      first_barrier + 3 * ring,
+                      &shared_tile};
+  const int warp = threadIdx.x / 32;
+
+  if (threadIdx.x == CONSUMERS) {
+    prefetch_map(query_map);
+    prefetch_map(key_map);
+    prefetch_map(value_map);
+    init_barrier(memory.queries_full, 1);
+    init_barrier(memory.queries_empty, CONSUMERS / 32);
+    for (int stage = 0; stage < STAGES; ++stage) {
+      init_barrier(memory.keys_full + 8 * stage, 1);
+      init_barrier(memory.keys_empty + 8 * stage, CONSUMERS / 32);
+      init_barrier(memory.values_full + 8 * stage, 1);
+      init_barrier(memory.values_empty + 8 * stage, CONSUMERS / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  let_next_start();
+  wait_for_previous();
+  __syncthreads();
+
+  if (warp >= CONSUMERS / 32) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+    if (warp == CONSUMERS / 32) {
+      const Tiles tiles{query_starts, context_lens, num_rows, min_queries};
+      copy_tiles(memory, query_map, key_map, value_map, tables, tiles, stride_table, num_kv_heads, page_shift, num_pages,
+                 head_stride, threadIdx.x % 32);
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+    attend_tiles(memory, out, num_kv_heads * GROUP, scale * LOG2_E, warp / 4);
+  }
+}

@@ -1,0 +1,85 @@
+// Tiles of prefill_attention.cu, and the order in which they are taken. All functions are called by whole warps.
+//
+// Set by the compiler's command line: GROUP, GROUPS, KEYS, as there.
+
+#pragma once
+
+#include "hopper.cuh"
+
+constexpr int ROWS = 64 * GROUPS;
+constexpr int QUERIES = ROWS / GROUP;  // of a tile
+
+struct Tile {
+  int row, head, query_start, first_query, query_len, context_len, num_steps;  // head: of the kv heads; no steps: the end
+
+  __device__ __forceinline__ int first_position() const { return context_len - query_len + first_query; }
+};
+
+// All tiles of a kv head, in the order of their steps of KEYS keys, most first; those of equal steps by row. All lanes call.
+struct Tiles {
+  const int* query_starts;
+  const int* context_lens;
+  int num_rows, min_queries;
+
+  // Tiles of the row that have `steps` steps or more, at least one. A tile ends at its last query's own key.
+  __device__ __forceinline__ int of_row(int row, int steps) const {
+    const int query_len = query_starts[row + 1] - query_starts[row], context_len = context_lens[row];
+    const int keys = (steps - 1) * KEYS;  // that a tile has to exceed
+    if (query_len < max(min_queries, 1) || context_len <= keys) return 0;
+    return (query_len + QUERIES - 1) / QUERIES - max(keys - (context_len - query_len), 0) / QUERIES;
+  }
+
+  __device__ __forceinline__ int of_all(int steps, int lane) const {
+    int count = 0;
+    for (int row = lane; row < num_rows; row += 32) count += of_row(row, steps);
+    return __reduce_add_sync(ALL_LANES, count);
+  }
+
+  __device__ __forceinline__ int most_steps(int lane) const {
+    int most = 0;
+    for (int row = lane; row < num_rows; row += 32) most = max(most, (context_lens[row] + KEYS - 1) / KEYS);
+    return __reduce_max_sync(ALL_LANES, most);
+  }
+
+  // `most`: no tile from this index on has more steps; it becomes what this one has.
+  __device__ __forceinline__ Tile find(int index, int& most, int lane) const {
+    int least = 1;  // of_all(least) > index, of_all(most + 1) <= index
+    while (least < most) {
+      const int middle = (least + most + 1) / 2;
+      if (of_all(middle, lane) > index) {
+        least = middle;
+      } else {
+        most = middle - 1;
+      }
+    }
+    int left = index - of_all(most + 1, lane);  // tiles of as many steps before this one
+    for (int first = 0; first < num_rows; first += 32) {
+      const int row = first + lane;
+      const int longer = row < num_rows ? of_row(row, most + 1) : 0;
+      const int own = row < num_rows ? of_row(row, most) - longer : 0;
+      int to_here = own;
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(ALL_LANES, to_here, distance);
+        if (lane >= distance) to_here += other;
+      }
+      const u32 beyond = __ballot_sync(ALL_LANES, to_here > left);
+      if (beyond) {
+        const int lane_of_row = __ffs(beyond) - 1;
+        const int behind = __shfl_sync(ALL_LANES, longer + left - (to_here - own), lane_of_row);  // longer or earlier ones
+        const int found = first + lane_of_row, query_start = query_starts[found];
+        const int query_len = query_starts[found + 1] - query_start;
+        const int tile = (query_len + QUERIES - 1) / QUERIES - 1 - behind;
+        return Tile{found, 0, query_start, tile * QUERIES, query_len, context_lens[found], most};
+      }
+      left -= __shfl_sync(ALL_LANES, to_here, 31);
+    }
+    return Tile{};
+  }
+};
+
+// The place in the order of the tiles of this CTA's n-th: by turns from the front and from the back of gridDim.x.
+__device__ __forceinline__ int index_of_turn(int turn) {
+  const int place = turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  return turn * gridDim.x + place;
+}
