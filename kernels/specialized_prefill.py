@@ -109,7 +109,7 @@ def unfit_reason(
 
 
 def shared_bytes(config: SpecializedPrefillConfig, *, head_dim: int) -> int:
-    """Dynamic shared memory of a CTA: queries, outputs, stages of keys and of values; 1024 to align them."""
+    """Dynamic shared memory of a CTA: queries of two tiles, stages of keys and of values; 1024 to align them."""
     row = 2 * head_dim
     return 1024 + 2 * 64 * config.groups * row + 2 * config.num_stages * config.keys * row
 

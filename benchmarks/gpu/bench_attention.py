@@ -40,11 +40,21 @@ from pilotfish.kernels.paged_attention import TOLERANCE, paged_attention
 from pilotfish.kernels.prefill_attention import prefill_attention
 from pilotfish.kernels.specialized_prefill import specialized_prefill, unfit_reason
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 PAGE_LEN, HEAD_DIM, ELEMENT_BYTES = 16, 128, 2
 HEADS = {"qwen3-8b": (32, 8), "qwen3-30b-a3b": (32, 4), "qwen3-0.6b": (16, 8)}
 DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (1, 8192), (8, 8192), (1, 32768), (8, 32768)]
-PREFILL_SHAPES = [(16, 512), (1, 8192)]
+# (rows, new tokens, keys of each): prompts, and pieces of long ones
+PREFILL_SHAPES = [
+    (128, 64, 64),
+    (64, 128, 128),
+    (16, 512, 512),
+    (4, 2048, 2048),
+    (1, 8192, 8192),
+    (16, 512, 2048),
+    (1, 8192, 32768),
+]
 # (rows, keys) of the sweeps
 SWEPT_DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (512, 640)]
 SWEPT_PREFILL_SHAPES = [(16, 512), (4, 4096), (1, 16384)]
@@ -128,8 +138,13 @@ class Inputs:
         return self.dense(self.contiguous(copy))
 
     def dense(self, qkv: Sequence[torch.Tensor]) -> torch.Tensor:
-        is_causal = self.shape.query_len > 1
-        return F.scaled_dot_product_attention(*qkv, is_causal=is_causal, scale=OPTIONS["scale"], enable_gqa=True)
+        query_len, context_len = self.shape.query_len, self.shape.context_len
+        options: dict[str, object] = {"scale": OPTIONS["scale"], "enable_gqa": True}
+        if 1 < query_len < context_len:
+            options["attn_mask"] = causal_lower_right(query_len, context_len)
+        else:
+            options["is_causal"] = query_len > 1
+        return F.scaled_dot_product_attention(*qkv, **options)
 
 
 def graph_microseconds(run: Callable[[int], object], num_copies: int) -> float:
@@ -157,6 +172,7 @@ def describe(shape: Shape, microseconds: float, limits: argparse.Namespace) -> d
         "op": "decode" if shape.query_len == 1 else "prefill",
         "heads": shape.model,
         "batch": shape.num_rows,
+        "tokens": shape.query_len,
         "context": shape.context_len,
         "us": round(microseconds, 2),
     }
@@ -301,7 +317,7 @@ def main() -> None:
         sweep_all(arguments)
         return
     decode = [(num_rows, 1, context_len) for num_rows, context_len in DECODE_SHAPES] if arguments.only != "prefill" else []
-    prefill = [(num_rows, length, length) for num_rows, length in PREFILL_SHAPES] if arguments.only != "decode" else []
+    prefill = PREFILL_SHAPES if arguments.only != "decode" else []
     for model in arguments.heads or HEADS:
         for num_rows, query_len, context_len in decode + prefill:
             if num_rows not in (arguments.batch or [num_rows]) or context_len not in (arguments.context or [context_len]):

@@ -5,8 +5,8 @@
 // take 64 rows of the tile each: scores = q k^T from shared memory, weights = softmax in registers, out += weights v with the
 // weights from registers. A warpgroup issues the scores of the next keys before the values of these, so that its softmax runs
 // beside a product of its own; with PINGPONG two warpgroups take turns to issue, and one's softmax runs beside products of the
-// other. A CTA takes every gridDim.x-th tile, those with the most keys first, by turns from the front and from the back; the
-// copies of the next tile are made while this one is finished.
+// other. A CTA takes every gridDim.x-th tile, those with the most keys first, by turns from the front and from the back; they
+// are one chain of steps: the first scores of a tile are computed beside the last values of the one before it.
 //
 // What lies behind a row's keys is not read, or not used: pages behind are zeros of TMA, keys of the last page behind the
 // context are masked, and their values, which may be anything, are made zeros: zero times infinity would not be zero.
@@ -25,7 +25,8 @@ constexpr int STAGE_BYTES = BOXES * BOX_BYTES;         // of keys, or of values
 constexpr int QUERY_HALF_BYTES = ROWS * STEP_BYTES;    // 64 numbers of all rows
 constexpr int QUERY_BYTES = HALVES * QUERY_HALF_BYTES;
 constexpr int CHUNKS = HEAD_DIM / 8;                   // of 16 bytes, of a row of out
-constexpr int BARRIERS = 4 * STAGES + 2;
+constexpr int SLOTS = 2;                               // tiles whose queries are there
+constexpr int BARRIERS = 4 * STAGES + 2 * SLOTS;
 constexpr float LOG2_E = 1.4426950408889634f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 static_assert(KEYS % BOX_KEYS == 0 && KEYS <= 192 && BOXES <= 32 && GROUP <= ROWS && !(PINGPONG && GROUPS != 2), "sizes");
@@ -51,9 +52,9 @@ __device__ __forceinline__ void load_queries(u32 target, const TensorMap& map, i
 }
 
 struct Memory {
-  u32 queries, outs, keys, values;                                                    // addresses
+  u32 queries, keys, values;                                                          // addresses
   u32 queries_full, queries_empty, keys_full, keys_empty, values_full, values_empty;  // those of mbarriers
-  Tile* tile;
+  Tile* tiles;                                                                        // of the slots
 };
 
 // --- the warp that copies
@@ -63,56 +64,65 @@ __device__ __forceinline__ void copy_tiles(const Memory& memory, const TensorMap
                                            int num_kv_heads, int page_shift, int num_pages, int head_stride, int lane) {
   const int num_items = tiles.of_all(1, lane) * num_kv_heads;
   int most = tiles.most_steps(lane), turn = 0;
-  Place keys_ring{0, 1}, values_ring{0, 1};  // a stage that nothing has been in is empty
+  Place keys_ring{0, 1}, values_ring{0, 1}, slots{0, 1};  // a stage that nothing has been in is empty
+
+  // A box of each lane: where it has no key that the tile sees, it is outside of the tensor.
+  const auto load_stage = [&](const TensorMap& map, const Tile& tile, int step, u32 stages, u32 full, u32 empty, Place& ring) {
+    const int box = step * BOXES + lane;
+    const bool is_there = lane < BOXES && box * BOX_KEYS < tile.num_keys();
+    const int page = is_there ? tables[static_cast<long long>(tile.row) * stride_table + (box >> page_shift)] : num_pages;
+    const int key_group = is_there ? (box & ((1 << page_shift) - 1)) * 2 : 0;
+    wait(empty + 8 * ring.stage, ring.parity);
+    if (lane == 0) arrive_and_expect(full + 8 * ring.stage, STAGE_BYTES);
+    __syncwarp();
+    const u32 target = stages + ring.stage * STAGE_BYTES + lane * BOX_BYTES;
+    if (lane < BOXES) load_keys(target, map, tile.head * head_stride, key_group, page, full + 8 * ring.stage);
+    ring.advance(STAGES);
+  };
+  const auto load_values_of = [&](const Tile& tile, int step) {
+    load_stage(value_map, tile, step, memory.values, memory.values_full, memory.values_empty, values_ring);
+  };
+
+  Tile before;  // whose last values have not been copied
+  before.num_steps = 0;
   for (int item = index_of_turn(0); item < num_items; item = index_of_turn(++turn)) {
     Tile tile = tiles.find(item / num_kv_heads, most, lane);
     tile.head = item % num_kv_heads;
-    const int* table = tables + static_cast<long long>(tile.row) * stride_table;
-    const int num_boxes = (tile.context_len + BOX_KEYS - 1) / BOX_KEYS;
-
-    // A box of each lane: where it has no key of the row, it is outside of the tensor.
-    const auto load_stage = [&](const TensorMap& map, int step, u32 stages, u32 full, u32 empty, Place& ring) {
-      const int box = step * BOXES + lane;
-      const bool is_there = box < num_boxes;
-      const int page = lane < BOXES && is_there ? table[box >> page_shift] : num_pages;
-      const int key_group = is_there ? (box & ((1 << page_shift) - 1)) * 2 : 0;
-      wait(empty + 8 * ring.stage, ring.parity);
-      if (lane == 0) arrive_and_expect(full + 8 * ring.stage, STAGE_BYTES);
-      __syncwarp();
-      const u32 target = stages + ring.stage * STAGE_BYTES + lane * BOX_BYTES;
-      if (lane < BOXES) load_keys(target, map, tile.head * head_stride, key_group, page, full + 8 * ring.stage);
-      ring.advance(STAGES);
-    };
-    const auto load_keys_of = [&](int step) {
-      load_stage(key_map, step, memory.keys, memory.keys_full, memory.keys_empty, keys_ring);
-    };
-
-    load_keys_of(0);
-    wait(memory.queries_empty, turn & 1 ^ 1);
+    wait(memory.queries_empty + 8 * slots.stage, slots.parity);
     if (lane == 0) {
-      *memory.tile = tile;
-      arrive_and_expect(memory.queries_full, HALVES * QUERIES * GROUP * STEP_BYTES);
+      const u32 full = memory.queries_full + 8 * slots.stage;
+      memory.tiles[slots.stage] = tile;
+      arrive_and_expect(full, HALVES * QUERIES * GROUP * STEP_BYTES);
       for (int half = 0; half < HALVES; ++half) {
-        load_queries(memory.queries + half * QUERY_HALF_BYTES, query_map, tile.head * GROUP * HALVES + half,
-                     tile.query_start + tile.first_query, memory.queries_full);
+        load_queries(memory.queries + slots.stage * QUERY_BYTES + half * QUERY_HALF_BYTES, query_map,
+                     tile.head * GROUP * HALVES + half, tile.query_start + tile.first_query, full);
       }
     }
     __syncwarp();
+    slots.advance(SLOTS);
     for (int step = 0; step < tile.num_steps; ++step) {
-      if (step + 1 < tile.num_steps) load_keys_of(step + 1);
-      load_stage(value_map, step, memory.values, memory.values_full, memory.values_empty, values_ring);
+      load_stage(key_map, tile, step, memory.keys, memory.keys_full, memory.keys_empty, keys_ring);
+      if (step > 0) {
+        load_values_of(tile, step - 1);
+      } else if (before.num_steps > 0) {
+        load_values_of(before, before.num_steps - 1);
+      }
     }
+    before = tile;
   }
-  wait(memory.queries_empty, turn & 1 ^ 1);
+  wait(memory.queries_empty + 8 * slots.stage, slots.parity);
   if (lane == 0) {
-    memory.tile->num_steps = 0;
-    arrive(memory.queries_full);
+    memory.tiles[slots.stage].num_steps = 0;
+    arrive(memory.queries_full + 8 * slots.stage);
   }
+  if (before.num_steps > 0) load_values_of(before, before.num_steps - 1);
 }
 
 // --- the warpgroups that multiply
 
 __device__ __forceinline__ void synchronize_consumers() { asm volatile("bar.sync 3, %0;" ::"n"(CONSUMERS) : "memory"); }
+
+__device__ __forceinline__ void synchronize_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 4) : "memory"); }
 
 __device__ __forceinline__ void wait_for_turn(int group) {
   if (PINGPONG) asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory");
@@ -124,7 +134,19 @@ __device__ __forceinline__ void give_turn(int group) {
 
 // What a thread knows of its two rows, r and r + 8 of a warp's 16, r = lane / 4. `largest` is in units of a product.
 struct Softmax {
-  float largest[2], total[2], rescale[2];
+  float largest[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.0f, 0.0f}, rescale[2];
+
+  // What the sums of a tile are multiplied by; begins anew.
+  __device__ __forceinline__ void finish(float (&factor)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      total[row] += __shfl_xor_sync(ALL_LANES, total[row], 1);
+      total[row] += __shfl_xor_sync(ALL_LANES, total[row], 2);
+      factor[row] = 1.0f / total[row];
+      total[row] = 0.0f;
+      largest[row] = MINUS_INFINITY;
+    }
+  }
 
   // Scores become weights. A thread has the keys 8 i + 2 c and 8 i + 2 c + 1 of both rows, c = lane % 4.
   template <bool MASKED>
@@ -187,16 +209,16 @@ __device__ __forceinline__ void store_matrices(u32 address, u32 first, u32 secon
                : "memory");
 }
 
-// A warp's 16 rows by way of its own part of shared memory: rows of HEAD_DIM numbers, whose chunks are exchanged.
-__device__ __forceinline__ void store_out(u16* out, const float (&sums)[HEAD_DIM / 2], const float (&factor)[2], u32 staging,
+// A warp's 16 rows by way of where their queries were, in rows of 64 numbers whose chunks are exchanged.
+__device__ __forceinline__ void store_out(u16* out, const float (&sums)[HEAD_DIM / 2], const float (&factor)[2], u32 queries,
                                           const Tile& tile, int first_row, int num_heads, int lane) {
-  const int own_row = lane % 16;
-  __syncwarp();  // what the tile before left there has been read
+  const auto address = [&](int row, int chunk) {
+    return queries + chunk / 8 * QUERY_HALF_BYTES + (first_row + row) * STEP_BYTES + (chunk % 8 ^ (row & 7)) * 16;
+  };
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 16; ++i) {
     const float* own = sums + 8 * i;
-    const u32 chunk = (2 * i + lane / 16) ^ (own_row & 7);
-    store_matrices(staging + own_row * 2 * HEAD_DIM + chunk * 16, round_two(own[0] * factor[0], own[1] * factor[0]),
+    store_matrices(address(lane % 16, 2 * i + lane / 16), round_two(own[0] * factor[0], own[1] * factor[0]),
                    round_two(own[2] * factor[1], own[3] * factor[1]), round_two(own[4] * factor[0], own[5] * factor[0]),
                    round_two(own[6] * factor[1], own[7] * factor[1]));
   }
@@ -208,7 +230,7 @@ __device__ __forceinline__ void store_out(u16* out, const float (&sums)[HEAD_DIM
     Sixteen bytes;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(bytes.words[0]), "=r"(bytes.words[1]), "=r"(bytes.words[2]), "=r"(bytes.words[3])
-                 : "r"(staging + row * 2 * HEAD_DIM + (chunk ^ (row & 7)) * 16)
+                 : "r"(address(row, chunk))
                  : "memory");
     const long long token = tile.query_start + query;
     const int head = tile.head * GROUP + (first_row + row) % GROUP;
@@ -216,20 +238,37 @@ __device__ __forceinline__ void store_out(u16* out, const float (&sums)[HEAD_DIM
   }
 }
 
+// What a thread's two rows see of a tile.
+struct Sight {
+  int num_steps, full_steps;  // those whose keys all rows see
+  int last_key[2];            // that is seen, from this thread's first on
+
+  __device__ __forceinline__ Sight(const Tile& tile, int row, int lane) : num_steps(tile.num_steps) {
+    full_steps = (tile.first_position() + 1) / KEYS;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) last_key[i] = tile.first_position() + (row + 8 * i) / GROUP - lane % 4 * 2;
+  }
+};
+
 __device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int num_heads, float unit, int group) {
   const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
   const u64 queries = matrix_descriptor(memory.queries + 64 * group * STEP_BYTES);
-  const u32 staging = memory.outs + first_row * 2 * HEAD_DIM;
-  Place keys_ring, values_ring;
-  float scores[KEYS / 2], sums[HEAD_DIM / 2];
+  Place keys_ring, values_ring, slots;  // slots: of the tile whose scores come next
+  float scores[KEYS / 2], sums[HEAD_DIM / 2], factor[2];
   u32 weights[KEYS / 4];
+  Softmax softmax;
 
+  const auto see_tile = [&]() {
+    wait(memory.queries_full + 8 * slots.stage, slots.parity);
+    return Sight(memory.tiles[slots.stage], first_row + lane / 4, lane);
+  };
   const auto start_scores = [&]() {
     const u64 keys = keys_descriptor(memory.keys + keys_ring.stage * STAGE_BYTES);
+    const u64 slot = queries + slots.stage * (QUERY_BYTES / 16);
     start_multiplying();
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; ++k) {
-      const u64 own_queries = queries + k / 4 * (QUERY_HALF_BYTES / 16) + k % 4 * 2;
+      const u64 own_queries = slot + k / 4 * (QUERY_HALF_BYTES / 16) + k % 4 * 2;
       const u64 own_keys = keys + k / 4 * (ATOM_BYTES / 16) + k % 4 * 2;
       if (k == 0) {
         multiply_keys<KEYS, 0>(scores, own_queries, own_keys);
@@ -252,78 +291,89 @@ __device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int
     if (lane == 0) arrive(empty + 8 * ring.stage);
     ring.advance(STAGES);
   };
-
-  if (group == 1) give_turn(group);
-  for (int parity = 0;; parity ^= 1) {
-    wait(memory.queries_full, parity);
-    const Tile tile = *memory.tile;
-    if (tile.num_steps == 0) break;
-    const int full_steps = (tile.first_position() + 1) / KEYS;  // whose keys all rows see
-    int last_key[2];                                            // of a row that is seen, from this thread's first on
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      last_key[row] = tile.first_position() + (first_row + lane / 4 + 8 * row) / GROUP - lane % 4 * 2;
+  const auto weigh = [&](const Sight& sight, int step) {
+    if (step < sight.full_steps) {
+      softmax.weigh<false>(scores, unit, sight.last_key);
+    } else {
+      const int here[2] = {sight.last_key[0] - step * KEYS, sight.last_key[1] - step * KEYS};
+      softmax.weigh<true>(scores, unit, here);
     }
-    Softmax softmax{{MINUS_INFINITY, MINUS_INFINITY}, {0.0f, 0.0f}};
-    const auto weigh = [&](int step) {
-      if (step < full_steps) {
-        softmax.weigh<false>(scores, unit, last_key);
-      } else {
-        const int here[2] = {last_key[0] - step * KEYS, last_key[1] - step * KEYS};
-        softmax.weigh<true>(scores, unit, here);
-      }
-    };
+  };
+  const auto clear_behind_row = [&](const Tile& tile) {
+    const int end = tile.context_len - (tile.num_steps - 1) * KEYS;  // of the row's keys in the last stage
+    if (end >= KEYS || end % BOX_KEYS == 0) return;
+    wait_for_values();
+    clear_values(memory.values + values_ring.stage * STAGE_BYTES, end);
+    show_copies_to_tensor_cores();
+    synchronize_consumers();
+  };
+  // Gives the slot back.
+  const auto store_tile = [&](int slot) {
+    synchronize_group(group);  // all have finished with the queries
+    store_out(out, sums, factor, memory.queries + slot * QUERY_BYTES, memory.tiles[slot], first_row, num_heads, lane);
+    show_copies_to_tensor_cores();
+    __syncwarp();
+    if (lane == 0) arrive(memory.queries_empty + 8 * slot);
+  };
+  const auto begin_sums = [&]() {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) sums[i] = 0.0f;
+  };
 
+  if (group == 1) give_turn(group);
+  Sight sight = see_tile();
+  if (sight.num_steps > 0) {
     wait_for_keys();
     start_scores();
     wait_for_products<0>();
     settle(scores);
     release(memory.keys_empty, keys_ring);
-    weigh(0);  // every row sees key 0, so from here on `largest` is a number
+    weigh(sight, 0);  // every row sees key 0, so from here on `largest` is a number
     round_weights(weights, scores);
+    begin_sums();
 
-    for (int step = 1; step < tile.num_steps; ++step) {
+    int step = 0, slot;  // of these weights; slot: of their tile
+    while (true) {
+      slot = slots.stage;
+      const bool is_last = ++step == sight.num_steps;
+      if (is_last) {
+        clear_behind_row(memory.tiles[slot]);
+        slots.advance(SLOTS);
+        sight = see_tile();
+        step = 0;
+        if (sight.num_steps == 0) break;
+      }
       wait_for_keys();
       wait_for_turn(group);
       start_scores();
       wait_for_values();
       start_values();
       give_turn(group);
+      if (is_last) softmax.finish(factor);
       wait_for_products<1>();
       settle(scores);
       release(memory.keys_empty, keys_ring);
-      weigh(step);
+      weigh(sight, step);
       wait_for_products<0>();
       settle(sums);
       settle(weights);
       release(memory.values_empty, values_ring);
+      if (is_last) {
+        store_tile(slot);
+        begin_sums();
+      } else {
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 2; ++i) sums[i] *= softmax.rescale[i / 2 % 2];
+        for (int i = 0; i < HEAD_DIM / 2; ++i) sums[i] *= softmax.rescale[i / 2 % 2];
+      }
       round_weights(weights, scores);
     }
 
-    if (lane == 0) arrive(memory.queries_empty);
     wait_for_values();
-    const int end = tile.context_len - (tile.num_steps - 1) * KEYS;  // of the row's keys in the last stage
-    if (end < KEYS && end % BOX_KEYS != 0) {
-      clear_values(memory.values + values_ring.stage * STAGE_BYTES, end);
-      show_copies_to_tensor_cores();
-      synchronize_consumers();
-    }
     start_values();
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      softmax.total[row] += __shfl_xor_sync(ALL_LANES, softmax.total[row], 1);
-      softmax.total[row] += __shfl_xor_sync(ALL_LANES, softmax.total[row], 2);
-    }
-    const float factor[2] = {1.0f / softmax.total[0], 1.0f / softmax.total[1]};
+    softmax.finish(factor);
     wait_for_products<0>();
     settle(sums);
-    settle(weights);
-    release(memory.values_empty, values_ring);
-    store_out(out, sums, factor, staging, tile, first_row, num_heads, lane);
+    store_tile(slot);
   }
   if (group == 0) wait_for_turn(group);  // the last that was given
 }
@@ -338,28 +388,29 @@ prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_cons
                   int head_stride, int min_queries, float scale) {
   extern __shared__ unsigned char dynamic_memory[];
   __shared__ u64 barriers[BARRIERS];
-  __shared__ Tile shared_tile;
+  __shared__ Tile tiles_of_slots[SLOTS];
   const u32 base = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
   const u32 first_barrier = shared_address(barriers), ring = 8 * STAGES;
   const Memory memory{base,
-                      base + QUERY_BYTES,
-                      base + 2 * QUERY_BYTES,
-                      base + 2 * QUERY_BYTES + STAGES * STAGE_BYTES,
+                      base + SLOTS * QUERY_BYTES,
+                      base + SLOTS * QUERY_BYTES + STAGES * STAGE_BYTES,
                       first_barrier + 4 * ring,
-                      first_barrier + 4 * ring + 8,
+                      first_barrier + 4 * ring + 8 * SLOTS,
                       first_barrier,
                       first_barrier + ring,
                       first_barrier + 2 * ring,
                       first_barrier + 3 * ring,
-                      &shared_tile};
+                      tiles_of_slots};
   const int warp = threadIdx.x / 32;
 
   if (threadIdx.x == CONSUMERS) {
     prefetch_map(query_map);
     prefetch_map(key_map);
     prefetch_map(value_map);
-    init_barrier(memory.queries_full, 1);
-    init_barrier(memory.queries_empty, CONSUMERS / 32);
+    for (int slot = 0; slot < SLOTS; ++slot) {
+      init_barrier(memory.queries_full + 8 * slot, 1);
+      init_barrier(memory.queries_empty + 8 * slot, CONSUMERS / 32);
+    }
     for (int stage = 0; stage < STAGES; ++stage) {
       init_barrier(memory.keys_full + 8 * stage, 1);
       init_barrier(memory.keys_empty + 8 * stage, CONSUMERS / 32);

@@ -13,6 +13,7 @@ struct Tile {
   int row, head, query_start, first_query, query_len, context_len, num_steps;  // head: of the kv heads; no steps: the end
 
   __device__ __forceinline__ int first_position() const { return context_len - query_len + first_query; }
+  __device__ __forceinline__ int num_keys() const { return min(context_len, first_position() + QUERIES); }  // that it sees
 };
 
 // All tiles of a kv head, in the order of their steps of KEYS keys, most first; those of equal steps by row. All lanes call.
