@@ -66,8 +66,8 @@ SPECIALIZED_PREFILL_CONFIGS = (
     SpecializedPrefillConfig(groups=2, keys=160, num_stages=2, take_turns=True),
     SpecializedPrefillConfig(groups=2, keys=96, num_stages=3, take_turns=True),
     SpecializedPrefillConfig(groups=2, keys=64, num_stages=3, take_turns=True),
-    SpecializedPrefillConfig(groups=3, keys=80, num_stages=2, take_turns=False),
     SpecializedPrefillConfig(groups=1, keys=64, num_stages=2, take_turns=False),
+    SpecializedPrefillConfig(groups=1, keys=80, num_stages=2, take_turns=False),
 )
 
 

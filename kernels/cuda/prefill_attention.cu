@@ -1,7 +1,7 @@
 // Causal attention of rows with several queries over a paged cache, on sm_90a: copies, products and softmax side by side.
 //
 // A tile is ROWS / GROUP queries of one row and one kv head, times the GROUP query heads of that kv head, on the M side of wgmma.
-// One warp copies by TMA: queries of the tile, and stages of KEYS keys or values, 16 keys of a page a box. GROUPS warpgroups
+// Three warps copy by TMA: queries of a tile, and stages of KEYS keys and of values, 16 keys of a page a box. GROUPS warpgroups
 // take 64 rows of the tile each: scores = q k^T from shared memory, weights = softmax in registers, out += weights v with the
 // weights from registers. A warpgroup issues the scores of the next keys before the values of these, so that its softmax runs
 // beside a product of its own; with PINGPONG two warpgroups take turns to issue, and one's softmax runs beside products of the
@@ -12,21 +12,20 @@
 // context are masked, and their values, which may be anything, are made zeros: zero times infinity would not be zero.
 //
 // Source: Shah et al. 2024, "FlashAttention-3". Set by the compiler's command line: HEAD_DIM (64, 128), GROUP (query heads of a
-// kv head), GROUPS (1, 2, 3), KEYS (a multiple of 16), STAGES, PINGPONG (of two warpgroups), FLOAT16.
+// kv head), GROUPS (1, 2), KEYS (a multiple of 16), STAGES, PINGPONG (of two warpgroups), FLOAT16.
 
 #include "prefill_products.cuh"
 #include "prefill_tiles.cuh"
 
 constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
 constexpr int CTAS = GROUPS == 1 ? 2 : 1;  // that share a multiprocessor
-constexpr int PRODUCER_REGISTERS = GROUPS == 3 ? 32 : 40, CONSUMER_REGISTERS = GROUPS == 1 ? 216 : GROUPS == 2 ? 232 : 160;
+constexpr int PRODUCER_REGISTERS = GROUPS == 1 ? 56 : 40, CONSUMER_REGISTERS = GROUPS == 1 ? 200 : 232;
 constexpr int BOX_KEYS = 16, BOX_BYTES = 2 * KEY_GROUP_BYTES, BOXES = KEYS / BOX_KEYS;
 constexpr int STAGE_BYTES = BOXES * BOX_BYTES;         // of keys, or of values
 constexpr int QUERY_HALF_BYTES = ROWS * STEP_BYTES;    // 64 numbers of all rows
 constexpr int QUERY_BYTES = HALVES * QUERY_HALF_BYTES;
 constexpr int CHUNKS = HEAD_DIM / 8;                   // of 16 bytes, of a row of out
 constexpr int SLOTS = 2;                               // tiles whose queries are there
-constexpr int BARRIERS = 4 * STAGES + 2 * SLOTS;
 constexpr float LOG2_E = 1.4426950408889634f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 static_assert(KEYS % BOX_KEYS == 0 && KEYS <= 192 && BOXES <= 32 && GROUP <= ROWS && !(PINGPONG && GROUPS != 2), "sizes");
@@ -51,71 +50,62 @@ __device__ __forceinline__ void load_queries(u32 target, const TensorMap& map, i
       : "memory");
 }
 
-struct Memory {
-  u32 queries, keys, values;                                                          // addresses
-  u32 queries_full, queries_empty, keys_full, keys_empty, values_full, values_empty;  // those of mbarriers
-  Tile* tiles;                                                                        // of the slots
+struct Pages {
+  const int* tables;
+  int stride_table, shift, count, head_stride;  // 16 << shift keys of a page; kv heads are head_stride times 64 numbers apart
 };
 
-// --- the warp that copies
+// --- the warps that copy, each as far ahead as its ring lets it
 
-__device__ __forceinline__ void copy_tiles(const Memory& memory, const TensorMap& query_map, const TensorMap& key_map,
-                                           const TensorMap& value_map, const int* tables, const Tiles& tiles, int stride_table,
-                                           int num_kv_heads, int page_shift, int num_pages, int head_stride, int lane) {
-  const int num_items = tiles.of_all(1, lane) * num_kv_heads;
-  int most = tiles.most_steps(lane), turn = 0;
-  Place keys_ring{0, 1}, values_ring{0, 1}, slots{0, 1};  // a stage that nothing has been in is empty
+// Where a ring of stages, or of slots, begins: its bytes, the barriers that say that a stage is full, and that it is empty.
+struct Ring {
+  u32 bytes, full, empty;
+};
 
-  // A box of each lane: where it has no key that the tile sees, it is outside of the tensor.
-  const auto load_stage = [&](const TensorMap& map, const Tile& tile, int step, u32 stages, u32 full, u32 empty, Place& ring) {
-    const int box = step * BOXES + lane;
-    const bool is_there = lane < BOXES && box * BOX_KEYS < tile.num_keys();
-    const int page = is_there ? tables[static_cast<long long>(tile.row) * stride_table + (box >> page_shift)] : num_pages;
-    const int key_group = is_there ? (box & ((1 << page_shift) - 1)) * 2 : 0;
-    wait(empty + 8 * ring.stage, ring.parity);
-    if (lane == 0) arrive_and_expect(full + 8 * ring.stage, STAGE_BYTES);
-    __syncwarp();
-    const u32 target = stages + ring.stage * STAGE_BYTES + lane * BOX_BYTES;
-    if (lane < BOXES) load_keys(target, map, tile.head * head_stride, key_group, page, full + 8 * ring.stage);
-    ring.advance(STAGES);
+// Queries, and what is to be done: the tiles themselves, and a last one of no steps.
+__device__ __forceinline__ void copy_queries(const Ring& ring, Tile* slots, const TensorMap& map, const Tiles& tiles, int lane) {
+  Place place{0, 1};  // what nothing has been in is empty
+  const auto begin = [&](const Tile& tile) {
+    wait(ring.empty + 8 * place.stage, place.parity);
+    if (lane == 0) slots[place.stage] = tile;
   };
-  const auto load_values_of = [&](const Tile& tile, int step) {
-    load_stage(value_map, tile, step, memory.values, memory.values_full, memory.values_empty, values_ring);
-  };
-
-  Tile before;  // whose last values have not been copied
-  before.num_steps = 0;
-  for (int item = index_of_turn(0); item < num_items; item = index_of_turn(++turn)) {
-    Tile tile = tiles.find(item / num_kv_heads, most, lane);
-    tile.head = item % num_kv_heads;
-    wait(memory.queries_empty + 8 * slots.stage, slots.parity);
+  tiles.for_each(lane, [&](const Tile& tile) {
+    const u32 full = ring.full + 8 * place.stage;
+    begin(tile);
     if (lane == 0) {
-      const u32 full = memory.queries_full + 8 * slots.stage;
-      memory.tiles[slots.stage] = tile;
       arrive_and_expect(full, HALVES * QUERIES * GROUP * STEP_BYTES);
       for (int half = 0; half < HALVES; ++half) {
-        load_queries(memory.queries + slots.stage * QUERY_BYTES + half * QUERY_HALF_BYTES, query_map,
-                     tile.head * GROUP * HALVES + half, tile.query_start + tile.first_query, full);
+        load_queries(ring.bytes + place.stage * QUERY_BYTES + half * QUERY_HALF_BYTES, map, tile.head * GROUP * HALVES + half,
+                     tile.query_start + tile.first_query, full);
       }
     }
     __syncwarp();
-    slots.advance(SLOTS);
+    place.advance(SLOTS);
+  });
+  begin(Tile{});
+  if (lane == 0) arrive(ring.full + 8 * place.stage);
+}
+
+// Keys, or values, of all steps: a box of each lane. Where it has no key that the tile sees, it is outside of the tensor.
+__device__ __forceinline__ void copy_steps(const Ring& ring, const TensorMap& map, const Tiles& tiles, const Pages& pages,
+                                           int lane) {
+  Place place{0, 1};
+  tiles.for_each(lane, [&](const Tile& tile) {
+    const int* table = pages.tables + static_cast<long long>(tile.row) * pages.stride_table;
     for (int step = 0; step < tile.num_steps; ++step) {
-      load_stage(key_map, tile, step, memory.keys, memory.keys_full, memory.keys_empty, keys_ring);
-      if (step > 0) {
-        load_values_of(tile, step - 1);
-      } else if (before.num_steps > 0) {
-        load_values_of(before, before.num_steps - 1);
-      }
+      const int box = step * BOXES + lane;
+      const bool is_there = lane < BOXES && box * BOX_KEYS < tile.num_keys();
+      const int page = is_there ? table[box >> pages.shift] : pages.count;
+      const int key_group = is_there ? (box & ((1 << pages.shift) - 1)) * 2 : 0;
+      const u32 full = ring.full + 8 * place.stage;
+      wait(ring.empty + 8 * place.stage, place.parity);
+      if (lane == 0) arrive_and_expect(full, STAGE_BYTES);
+      __syncwarp();
+      const u32 target = ring.bytes + place.stage * STAGE_BYTES + lane * BOX_BYTES;
+      if (lane < BOXES) load_keys(target, map, tile.head * pages.head_stride, key_group, page, full);
+      place.advance(STAGES);
     }
-    before = tile;
-  }
-  wait(memory.queries_empty + 8 * slots.stage, slots.parity);
-  if (lane == 0) {
-    memory.tiles[slots.stage].num_steps = 0;
-    arrive(memory.queries_full + 8 * slots.stage);
-  }
-  if (before.num_steps > 0) load_values_of(before, before.num_steps - 1);
+  });
 }
 
 // --- the warpgroups that multiply
@@ -250,26 +240,26 @@ struct Sight {
   }
 };
 
-__device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int num_heads, float unit, int group) {
+__device__ __forceinline__ void attend_tiles(const Ring& queries, const Ring& keys, const Ring& values, const Tile* tiles, u16* out,
+                                             int num_heads, float unit, int group) {
   const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
-  const u64 queries = matrix_descriptor(memory.queries + 64 * group * STEP_BYTES);
-  Place keys_ring, values_ring, slots;  // slots: of the tile whose scores come next
+  const u64 first_queries = matrix_descriptor(queries.bytes + 64 * group * STEP_BYTES);
+  Place key_stage, value_stage, slot;  // slot: of the tile whose scores come next
   float scores[KEYS / 2], sums[HEAD_DIM / 2], factor[2];
   u32 weights[KEYS / 4];
   Softmax softmax;
 
   const auto see_tile = [&]() {
-    wait(memory.queries_full + 8 * slots.stage, slots.parity);
-    return Sight(memory.tiles[slots.stage], first_row + lane / 4, lane);
+    wait(queries.full + 8 * slot.stage, slot.parity);
+    return Sight(tiles[slot.stage], first_row + lane / 4, lane);
   };
   const auto start_scores = [&]() {
-    const u64 keys = keys_descriptor(memory.keys + keys_ring.stage * STAGE_BYTES);
-    const u64 slot = queries + slots.stage * (QUERY_BYTES / 16);
+    const u64 first_keys = keys_descriptor(keys.bytes + key_stage.stage * STAGE_BYTES);
     start_multiplying();
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; ++k) {
-      const u64 own_queries = slot + k / 4 * (QUERY_HALF_BYTES / 16) + k % 4 * 2;
-      const u64 own_keys = keys + k / 4 * (ATOM_BYTES / 16) + k % 4 * 2;
+      const u64 own_queries = first_queries + slot.stage * (QUERY_BYTES / 16) + k / 4 * (QUERY_HALF_BYTES / 16) + k % 4 * 2;
+      const u64 own_keys = first_keys + k / 4 * (ATOM_BYTES / 16) + k % 4 * 2;
       if (k == 0) {
         multiply_keys<KEYS, 0>(scores, own_queries, own_keys);
       } else {
@@ -279,17 +269,17 @@ __device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int
     commit_products();
   };
   const auto start_values = [&]() {
-    const u64 values = values_descriptor(memory.values + values_ring.stage * STAGE_BYTES);
+    const u64 first_values = values_descriptor(values.bytes + value_stage.stage * STAGE_BYTES);
     start_multiplying();
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; ++k) multiply_values<HEAD_DIM>(sums, weights + 4 * k, values + k * (BOX_BYTES / 16));
+    for (int k = 0; k < KEYS / 16; ++k) multiply_values<HEAD_DIM>(sums, weights + 4 * k, first_values + k * (BOX_BYTES / 16));
     commit_products();
   };
-  const auto wait_for_keys = [&]() { wait(memory.keys_full + 8 * keys_ring.stage, keys_ring.parity); };
-  const auto wait_for_values = [&]() { wait(memory.values_full + 8 * values_ring.stage, values_ring.parity); };
-  const auto release = [&](u32 empty, Place& ring) {
-    if (lane == 0) arrive(empty + 8 * ring.stage);
-    ring.advance(STAGES);
+  const auto wait_for_keys = [&]() { wait(keys.full + 8 * key_stage.stage, key_stage.parity); };
+  const auto wait_for_values = [&]() { wait(values.full + 8 * value_stage.stage, value_stage.parity); };
+  const auto release = [&](const Ring& ring, Place& place) {
+    if (lane == 0) arrive(ring.empty + 8 * place.stage);
+    place.advance(STAGES);
   };
   const auto weigh = [&](const Sight& sight, int step) {
     if (step < sight.full_steps) {
@@ -303,17 +293,17 @@ __device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int
     const int end = tile.context_len - (tile.num_steps - 1) * KEYS;  // of the row's keys in the last stage
     if (end >= KEYS || end % BOX_KEYS == 0) return;
     wait_for_values();
-    clear_values(memory.values + values_ring.stage * STAGE_BYTES, end);
+    clear_values(values.bytes + value_stage.stage * STAGE_BYTES, end);
     show_copies_to_tensor_cores();
     synchronize_consumers();
   };
   // Gives the slot back.
-  const auto store_tile = [&](int slot) {
+  const auto store_tile = [&](int stage) {
     synchronize_group(group);  // all have finished with the queries
-    store_out(out, sums, factor, memory.queries + slot * QUERY_BYTES, memory.tiles[slot], first_row, num_heads, lane);
+    store_out(out, sums, factor, queries.bytes + stage * QUERY_BYTES, tiles[stage], first_row, num_heads, lane);
     show_copies_to_tensor_cores();
     __syncwarp();
-    if (lane == 0) arrive(memory.queries_empty + 8 * slot);
+    if (lane == 0) arrive(queries.empty + 8 * stage);
   };
   const auto begin_sums = [&]() {
 #pragma unroll
@@ -327,18 +317,18 @@ __device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int
     start_scores();
     wait_for_products<0>();
     settle(scores);
-    release(memory.keys_empty, keys_ring);
+    release(keys, key_stage);
     weigh(sight, 0);  // every row sees key 0, so from here on `largest` is a number
     round_weights(weights, scores);
     begin_sums();
 
-    int step = 0, slot;  // of these weights; slot: of their tile
+    int step = 0, finished;  // step: of these weights; finished: the slot of their tile
     while (true) {
-      slot = slots.stage;
+      finished = slot.stage;
       const bool is_last = ++step == sight.num_steps;
       if (is_last) {
-        clear_behind_row(memory.tiles[slot]);
-        slots.advance(SLOTS);
+        clear_behind_row(tiles[finished]);
+        slot.advance(SLOTS);
         sight = see_tile();
         step = 0;
         if (sight.num_steps == 0) break;
@@ -352,14 +342,14 @@ __device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int
       if (is_last) softmax.finish(factor);
       wait_for_products<1>();
       settle(scores);
-      release(memory.keys_empty, keys_ring);
+      release(keys, key_stage);
       weigh(sight, step);
       wait_for_products<0>();
       settle(sums);
       settle(weights);
-      release(memory.values_empty, values_ring);
+      release(values, value_stage);
       if (is_last) {
-        store_tile(slot);
+        store_tile(finished);
         begin_sums();
       } else {
 #pragma unroll
@@ -373,7 +363,7 @@ __device__ __forceinline__ void attend_tiles(const Memory& memory, u16* out, int
     softmax.finish(factor);
     wait_for_products<0>();
     settle(sums);
-    store_tile(slot);
+    store_tile(finished);
   }
   if (group == 0) wait_for_turn(group);  // the last that was given
 }
@@ -387,36 +377,28 @@ prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_cons
                   const int* context_lens, int num_rows, int stride_table, int num_kv_heads, int page_shift, int num_pages,
                   int head_stride, int min_queries, float scale) {
   extern __shared__ unsigned char dynamic_memory[];
-  __shared__ u64 barriers[BARRIERS];
-  __shared__ Tile tiles_of_slots[SLOTS];
+  __shared__ u64 barriers[2 * (SLOTS + 2 * STAGES)];
+  __shared__ Tile slots[SLOTS];
   const u32 base = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
-  const u32 first_barrier = shared_address(barriers), ring = 8 * STAGES;
-  const Memory memory{base,
-                      base + SLOTS * QUERY_BYTES,
-                      base + SLOTS * QUERY_BYTES + STAGES * STAGE_BYTES,
-                      first_barrier + 4 * ring,
-                      first_barrier + 4 * ring + 8 * SLOTS,
-                      first_barrier,
-                      first_barrier + ring,
-                      first_barrier + 2 * ring,
-                      first_barrier + 3 * ring,
-                      tiles_of_slots};
-  const int warp = threadIdx.x / 32;
+  const u32 first = shared_address(barriers);
+  const Ring queries{base, first, first + 8 * SLOTS};
+  const Ring keys{base + SLOTS * QUERY_BYTES, first + 16 * SLOTS, first + 16 * SLOTS + 8 * STAGES};
+  const Ring values{keys.bytes + STAGES * STAGE_BYTES, keys.full + 16 * STAGES, keys.empty + 16 * STAGES};
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (threadIdx.x == CONSUMERS) {
     prefetch_map(query_map);
     prefetch_map(key_map);
     prefetch_map(value_map);
-    for (int slot = 0; slot < SLOTS; ++slot) {
-      init_barrier(memory.queries_full + 8 * slot, 1);
-      init_barrier(memory.queries_empty + 8 * slot, CONSUMERS / 32);
-    }
-    for (int stage = 0; stage < STAGES; ++stage) {
-      init_barrier(memory.keys_full + 8 * stage, 1);
-      init_barrier(memory.keys_empty + 8 * stage, CONSUMERS / 32);
-      init_barrier(memory.values_full + 8 * stage, 1);
-      init_barrier(memory.values_empty + 8 * stage, CONSUMERS / 32);
-    }
+    const auto init = [](const Ring& ring, int stages) {
+      for (int stage = 0; stage < stages; ++stage) {
+        init_barrier(ring.full + 8 * stage, 1);
+        init_barrier(ring.empty + 8 * stage, CONSUMERS / 32);
+      }
+    };
+    init(queries, SLOTS);
+    init(keys, STAGES);
+    init(values, STAGES);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   let_next_start();
@@ -425,13 +407,13 @@ prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_cons
 
   if (warp >= CONSUMERS / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-    if (warp == CONSUMERS / 32) {
-      const Tiles tiles{query_starts, context_lens, num_rows, min_queries};
-      copy_tiles(memory, query_map, key_map, value_map, tables, tiles, stride_table, num_kv_heads, page_shift, num_pages,
-                 head_stride, threadIdx.x % 32);
-    }
+    const Tiles tiles{query_starts, context_lens, num_rows, num_kv_heads, min_queries};
+    const Pages pages{tables, stride_table, page_shift, num_pages, head_stride};
+    if (warp == CONSUMERS / 32) copy_queries(queries, slots, query_map, tiles, lane);
+    if (warp == CONSUMERS / 32 + 1) copy_steps(keys, key_map, tiles, pages, lane);
+    if (warp == CONSUMERS / 32 + 2) copy_steps(values, value_map, tiles, pages, lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    attend_tiles(memory, out, num_kv_heads * GROUP, scale * LOG2_E, warp / 4);
+    attend_tiles(queries, keys, values, slots, out, num_kv_heads * GROUP, scale * LOG2_E, warp / 4);
   }
 }

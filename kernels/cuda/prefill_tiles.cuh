@@ -20,7 +20,7 @@ struct Tile {
 struct Tiles {
   const int* query_starts;
   const int* context_lens;
-  int num_rows, min_queries;
+  int num_rows, num_kv_heads, min_queries;
 
   // Tiles of the row that have `steps` steps or more, at least one. A tile ends at its last query's own key.
   __device__ __forceinline__ int of_row(int row, int steps) const {
@@ -58,29 +58,38 @@ struct Tiles {
       const int row = first + lane;
       const int longer = row < num_rows ? of_row(row, most + 1) : 0;
       const int own = row < num_rows ? of_row(row, most) - longer : 0;
+      const int of_these = __reduce_add_sync(ALL_LANES, own);
+      if (left >= of_these) {
+        left -= of_these;
+        continue;
+      }
       int to_here = own;
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_up_sync(ALL_LANES, to_here, distance);
         if (lane >= distance) to_here += other;
       }
-      const u32 beyond = __ballot_sync(ALL_LANES, to_here > left);
-      if (beyond) {
-        const int lane_of_row = __ffs(beyond) - 1;
-        const int behind = __shfl_sync(ALL_LANES, longer + left - (to_here - own), lane_of_row);  // longer or earlier ones
-        const int found = first + lane_of_row, query_start = query_starts[found];
-        const int query_len = query_starts[found + 1] - query_start;
-        const int tile = (query_len + QUERIES - 1) / QUERIES - 1 - behind;
-        return Tile{found, 0, query_start, tile * QUERIES, query_len, context_lens[found], most};
-      }
-      left -= __shfl_sync(ALL_LANES, to_here, 31);
+      const int lane_of_row = __ffs(__ballot_sync(ALL_LANES, to_here > left)) - 1;
+      const int behind = __shfl_sync(ALL_LANES, longer + left - (to_here - own), lane_of_row);  // longer or earlier ones
+      const int found = first + lane_of_row, query_start = query_starts[found];
+      const int query_len = query_starts[found + 1] - query_start;
+      const int tile = (query_len + QUERIES - 1) / QUERIES - 1 - behind;
+      return Tile{found, 0, query_start, tile * QUERIES, query_len, context_lens[found], most};
     }
     return Tile{};
   }
-};
 
-// The place in the order of the tiles of this CTA's n-th: by turns from the front and from the back of gridDim.x.
-__device__ __forceinline__ int index_of_turn(int turn) {
-  const int place = turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  return turn * gridDim.x + place;
-}
+  // Those of this CTA: every gridDim.x-th of all, by turns from the front and from the back.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(int lane, Visit visit) const {
+    const int count = of_all(1, lane) * num_kv_heads;
+    int most = most_steps(lane);
+    for (int turn = 0;; ++turn) {
+      const int item = turn * gridDim.x + (turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+      if (item >= count) return;
+      Tile tile = find(item / num_kv_heads, most, lane);
+      tile.head = item % num_kv_heads;
+      visit(tile);
+    }
+  }
+};
