@@ -48,26 +48,16 @@ class PrefillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpecializedPrefillConfig:
-    """groups: warpgroups that multiply, of 64 rows each; one alone shares its multiprocessor. keys: a step, a multiple of 16.
+    """keys: of a step, a multiple of 16."""
 
-    take_turns: two groups issue their products by turns, so that each has its softmax beside products of the other.
-    """
-
-    groups: int
     keys: int
     num_stages: int
-    take_turns: bool
 
 
-# Worth measuring: shapes of FlashAttention-3, longer steps, no turns; fewer rows and two CTAs, for short prompts.
-SPECIALIZED_PREFILL_CONFIGS = (
-    SpecializedPrefillConfig(groups=2, keys=128, num_stages=2, take_turns=True),
-    SpecializedPrefillConfig(groups=2, keys=128, num_stages=2, take_turns=False),
-    SpecializedPrefillConfig(groups=2, keys=160, num_stages=2, take_turns=True),
-    SpecializedPrefillConfig(groups=2, keys=96, num_stages=3, take_turns=True),
-    SpecializedPrefillConfig(groups=2, keys=64, num_stages=3, take_turns=True),
-    SpecializedPrefillConfig(groups=1, keys=64, num_stages=2, take_turns=False),
-    SpecializedPrefillConfig(groups=1, keys=80, num_stages=2, take_turns=False),
+# Worth measuring: what shared memory holds beside the queries of three tiles, with the most keys a step to the fewest.
+SPECIALIZED_PREFILL_CONFIGS = tuple(
+    SpecializedPrefillConfig(keys=keys, num_stages=num_stages)
+    for keys, num_stages in ((128, 2), (112, 2), (96, 2), (80, 3), (64, 4))
 )
 
 

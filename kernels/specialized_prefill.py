@@ -1,7 +1,7 @@
 """Attention of rows with several queries at the rate of the tensor cores: the launcher of cuda/prefill_attention.cu.
 
 It is the twin of prefill_attention.py on compute capability 9.0, for numbers of 16 bits and head sizes of 64 and 128, without
-window, soft cap and sinks: one warp copies pages ahead, whole warpgroups multiply and weigh. The grid follows from shapes,
+window, soft cap and sinks: warps of their own copy pages ahead, whole warpgroups multiply and weigh. The grid follows from shapes,
 so that a captured CUDA graph serves any lengths; what a row needs is found on the device.
 
 Letters are those of paged_attention.py.
@@ -19,9 +19,10 @@ from .cuda import loader
 
 SOURCE = "prefill_attention"
 HEAD_DIMS = (64, 128)
-BOX_KEYS, GROUP_KEYS, HALF = 16, 8, 64  # as in the source: keys of a box and of a group, numbers that lie together
+NUM_THREADS, ROWS, SLOTS = 384, 128, 3  # as in the source, the next ones too: rows of a tile, tiles under way
+BOX_KEYS, GROUP_KEYS, HALF = 16, 8, 64  # keys of a box and of a group, numbers that lie together
 MAX_SHARED_BYTES = loader.CTA_SHARED_BYTES - 1024  # dynamic ones: beside them there are barriers alone
-MAX_GROUP = 64  # query heads of a kv head: rows of a warpgroup
+MAX_GROUP = 128  # query heads of a kv head: the rows of a tile
 MIN_QUERIES = 32  # of the longest row: shorter ones leave most of a tile empty
 
 
@@ -50,9 +51,8 @@ def specialized_prefill(
     group, num_rows = num_heads // num_kv_heads, context_lens_S.shape[0]
     kernel = _load(config, head_dim, group, q_TND.dtype, q_TND.device)
     assert kernel is not None  # unfit_reason has loaded it
-    queries = 64 * config.groups // group
+    queries = ROWS // group
     most_tiles = (num_tokens // queries + num_rows) * num_kv_heads
-    at_once = _num_multiprocessors(q_TND.device) * (2 if config.groups == 1 else 1)
     loader.launch(
         kernel,
         (
@@ -69,8 +69,8 @@ def specialized_prefill(
             ctypes.c_int(2 if skip_one_query else 1),
             ctypes.c_float(scale),
         ),
-        grid=(min(most_tiles, at_once), 1),
-        num_threads=128 * (config.groups + 1),
+        grid=(min(most_tiles, _num_multiprocessors(q_TND.device)), 1),
+        num_threads=NUM_THREADS,
         shared_bytes=shared_bytes(config, head_dim=head_dim),
         early_start=True,
     )
@@ -109,9 +109,9 @@ def unfit_reason(
 
 
 def shared_bytes(config: SpecializedPrefillConfig, *, head_dim: int) -> int:
-    """Dynamic shared memory of a CTA: queries of two tiles, stages of keys and of values; 1024 to align them."""
+    """Dynamic shared memory of a CTA: queries of three tiles, stages of keys and of values; 1024 to align them."""
     row = 2 * head_dim
-    return 1024 + 2 * 64 * config.groups * row + 2 * config.num_stages * config.keys * row
+    return 1024 + SLOTS * ROWS * row + 2 * config.num_stages * config.keys * row
 
 
 def macros(config: SpecializedPrefillConfig, *, head_dim: int, group: int, dtype: torch.dtype) -> loader.Macros:
@@ -119,10 +119,8 @@ def macros(config: SpecializedPrefillConfig, *, head_dim: int, group: int, dtype
     return (
         ("HEAD_DIM", head_dim),
         ("GROUP", group),
-        ("GROUPS", config.groups),
         ("KEYS", config.keys),
         ("STAGES", config.num_stages),
-        ("PINGPONG", int(config.take_turns)),
         ("FLOAT16", int(dtype == torch.float16)),
     )
 

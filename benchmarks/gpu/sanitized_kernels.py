@@ -113,7 +113,7 @@ def decode_attention() -> Iterator[Pair]:
 
 
 def prefill_attention() -> Iterator[Pair]:
-    """Rows of one query, of tiles begun, with keys before them; tiles of one step and of several, by one group and two."""
+    """Rows of one query, of tiles begun, with keys before them; tiles of one step and of several."""
     rows, (num_heads, num_kv_heads, head_dim, page_len) = ((1, 40), (70, 300), (33, 33)), (8, 2, 128, 16)
     starts = torch.tensor([0, *itertools.accumulate(query_len for query_len, _ in rows)], device="cuda").int()
     lens = torch.tensor([context_len for _, context_len in rows], device="cuda").int()

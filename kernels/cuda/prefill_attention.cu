@@ -1,34 +1,33 @@
 // Causal attention of rows with several queries over a paged cache, on sm_90a: copies, products and softmax side by side.
 //
 // A tile is ROWS / GROUP queries of one row and one kv head, times the GROUP query heads of that kv head, on the M side of wgmma.
-// Three warps copy by TMA: queries of a tile, and stages of KEYS keys and of values, 16 keys of a page a box. GROUPS warpgroups
+// Three warps copy by TMA: queries of a tile, and stages of KEYS keys and of values, 16 keys of a page a box. Two warpgroups
 // take 64 rows of the tile each: scores = q k^T from shared memory, weights = softmax in registers, out += weights v with the
 // weights from registers. A warpgroup issues the scores of the next keys before the values of these, so that its softmax runs
-// beside a product of its own; with PINGPONG two warpgroups take turns to issue, and one's softmax runs beside products of the
-// other. A CTA takes every gridDim.x-th tile, those with the most keys first, by turns from the front and from the back; they
-// are one chain of steps: the first scores of a tile are computed beside the last values of the one before it.
+// beside a product of its own; and the two issue by turns, so that the softmax of one runs beside products of the other. A CTA
+// takes every gridDim.x-th tile, those with the most keys first, by turns from the front and from the back; they are one chain
+// of steps: the first scores of a tile are computed beside the last values of the one before it.
 //
 // What lies behind a row's keys is not read, or not used: pages behind are zeros of TMA, keys of the last page behind the
 // context are masked, and their values, which may be anything, are made zeros: zero times infinity would not be zero.
 //
 // Source: Shah et al. 2024, "FlashAttention-3". Set by the compiler's command line: HEAD_DIM (64, 128), GROUP (query heads of a
-// kv head), GROUPS (1, 2), KEYS (a multiple of 16), STAGES, PINGPONG (of two warpgroups), FLOAT16.
+// kv head), KEYS (a multiple of 16), STAGES, FLOAT16.
 
 #include "prefill_products.cuh"
 #include "prefill_tiles.cuh"
 
-constexpr int CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
-constexpr int CTAS = GROUPS == 1 ? 2 : 1;  // that share a multiprocessor
-constexpr int PRODUCER_REGISTERS = GROUPS == 1 ? 56 : 40, CONSUMER_REGISTERS = GROUPS == 1 ? 200 : 232;
+constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int BOX_KEYS = 16, BOX_BYTES = 2 * KEY_GROUP_BYTES, BOXES = KEYS / BOX_KEYS;
 constexpr int STAGE_BYTES = BOXES * BOX_BYTES;         // of keys, or of values
 constexpr int QUERY_HALF_BYTES = ROWS * STEP_BYTES;    // 64 numbers of all rows
 constexpr int QUERY_BYTES = HALVES * QUERY_HALF_BYTES;
 constexpr int CHUNKS = HEAD_DIM / 8;                   // of 16 bytes, of a row of out
-constexpr int SLOTS = 2;                               // tiles whose queries are there
+constexpr int SLOTS = 3;                               // tiles: to be stored, in work, on the way
 constexpr float LOG2_E = 1.4426950408889634f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
-static_assert(KEYS % BOX_KEYS == 0 && KEYS <= 192 && BOXES <= 32 && GROUP <= ROWS && !(PINGPONG && GROUPS != 2), "sizes");
+static_assert(KEYS % BOX_KEYS == 0 && KEYS <= 192 && BOXES <= 32 && GROUP <= ROWS, "sizes");
 
 // --- copies
 
@@ -115,11 +114,11 @@ __device__ __forceinline__ void synchronize_consumers() { asm volatile("bar.sync
 __device__ __forceinline__ void synchronize_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 4) : "memory"); }
 
 __device__ __forceinline__ void wait_for_turn(int group) {
-  if (PINGPONG) asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory");
+  asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory");
 }
 
 __device__ __forceinline__ void give_turn(int group) {
-  if (PINGPONG) asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
+  asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
 }
 
 // What a thread knows of its two rows, r and r + 8 of a warp's 16, r = lane / 4. `largest` is in units of a product.
@@ -371,7 +370,7 @@ __device__ __forceinline__ void attend_tiles(const Ring& queries, const Ring& ke
 // Grid: as many CTAs as run at once, or fewer. Maps: see load_queries and load_keys; a page has 16 << page_shift keys, and a kv
 // head begins head_stride times 64 numbers behind the one before it. out is contiguous. Rows of fewer than min_queries queries
 // are left out.
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 prefill_attention(const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap key_map,
                   const __grid_constant__ TensorMap value_map, u16* out, const int* tables, const int* query_starts,
                   const int* context_lens, int num_rows, int stride_table, int num_kv_heads, int page_shift, int num_pages,

@@ -1,12 +1,12 @@
 // Tiles of prefill_attention.cu, and the order in which they are taken. All functions are called by whole warps.
 //
-// Set by the compiler's command line: GROUP, GROUPS, KEYS, as there.
+// Set by the compiler's command line: GROUP, KEYS, as there.
 
 #pragma once
 
 #include "hopper.cuh"
 
-constexpr int ROWS = 64 * GROUPS;
+constexpr int ROWS = 128;
 constexpr int QUERIES = ROWS / GROUP;  // of a tile
 
 struct Tile {
