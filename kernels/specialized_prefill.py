@@ -1,8 +1,8 @@
 """Attention of rows with several queries at the rate of the tensor cores: the launcher of cuda/prefill_attention.cu.
 
 It is the twin of prefill_attention.py on compute capability 9.0, for numbers of 16 bits and head sizes of 64 and 128, without
-window, soft cap and sinks: warps of their own copy pages ahead, whole warpgroups multiply and weigh. The grid follows from shapes,
-so that a captured CUDA graph serves any lengths; what a row needs is found on the device.
+window, soft cap and sinks: warps of their own copy pages ahead, whole warpgroups multiply and weigh. The grid follows from
+shapes, so that a captured CUDA graph serves any lengths; what a row needs is found on the device.
 
 Letters are those of paged_attention.py.
 """
