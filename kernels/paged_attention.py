@@ -8,24 +8,29 @@ n // (N / K).
     score = scale * q . k ;   with a soft cap c:   score = c * tanh(score / c)
     out   = sum_j exp(score_j) v_j / (sum_j exp(score_j) + exp(sink_n))       the sink's term only with sinks
 
-Rows with one query (decode) go to decode_attention.py and the others (prefill) to prefill_attention.py: a decode row costs the
-same whatever stands beside it. Steps of decode rows alone have a kernel of their own, where it serves (attend.py). float32
-arithmetic, one rounding to the dtype of q at the end.
+Rows with one query (decode) go to decode_attention.py and the others (prefill) to prefill_attention.py, or to
+specialized_prefill.py where that serves: a decode row costs the same whatever stands beside it. Steps of decode rows alone have
+a kernel of their own, where it serves (attend.py). float32 arithmetic, one rounding to the dtype of q at the end.
 
 T tokens of the batch, S sequences (rows), N query heads, K kv heads, D head_dim, P = S + 1, M blocks of the longest row (table
 width), B blocks in the cache, L page length (a power of two, at least 16). Sources: Kwon et al. 2023, "PagedAttention"; Dao et
 al. 2022, "FlashAttention" (online softmax); Gemma 2 (soft cap); gpt-oss (sinks).
 """
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
 
-from .attention_config import decode_config, prefill_config
+from .attention_config import decode_config, prefill_config, specialized_prefill_config
 from .cpu import ops as cpu_ops
 from .decode_attention import decode_attention
 from .dispatch import choose_backend, kernel_mode
 from .prefill_attention import prefill_attention
+from .specialized_prefill import MIN_QUERIES, specialized_prefill, unfit_reason
+
+logger = logging.getLogger(__name__)
 
 # Largest |out - reference| for inputs of order one: (relative, absolute).
 TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float16: (5e-3, 2e-3), torch.bfloat16: (2e-2, 1.6e-2)}
@@ -149,9 +154,24 @@ def _paged_attention_triton(
         max_keys = block_tables_SM.shape[1] * page_len
         decode = decode_config(num_rows=num_rows, num_kv_heads=num_kv_heads, max_keys=max_keys, **shape)
         decode_attention(*args, config=decode, **options)
-    if max_query_len > 1 or not may_decode:
-        prefill_attention(*args, config=prefill_config(**shape), skip_one_query=may_decode, **options)
+    if max_query_len <= 1 and may_decode:
+        return out_TND
+    is_plain = window is None and soft_cap is None and sinks_N is None
+    if is_plain and max_query_len >= MIN_QUERIES and kernel_mode() == "auto":
+        config = specialized_prefill_config()
+        reason = unfit_reason(q_TND, k_cache_BLKD, v_cache_BLKD, config=config)
+        if reason is None:
+            specialized_prefill(*args, config=config, skip_one_query=may_decode, scale=scale)
+            return out_TND
+        _say_once(reason)
+    prefill_attention(*args, config=prefill_config(**shape), skip_one_query=may_decode, **options)
     return out_TND
+
+
+@cache
+def _say_once(reason: str) -> None:
+    """Once a reason."""
+    logger.info("prefill takes Triton's kernel instead of prefill_attention.cu: %s", reason)
 
 
 def check_paged_attention(

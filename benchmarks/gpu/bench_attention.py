@@ -2,7 +2,8 @@
 
 One JSON row a shape: microseconds a call (median of replays of a CUDA graph; caches rotate past the L2), TB/s of keys and
 values read and their fraction of --bandwidth for decode, TFLOP/s of what the causal mask leaves and their fraction of --flops
-for prefill. The baseline gathers the pages with an index and calls F.scaled_dot_product_attention.
+for prefill, for which `triton_us` is Triton's kernel. The baseline gathers the pages with an index and calls
+F.scaled_dot_product_attention.
 `--sweep-prefill` and `--sweep-decode` time launch parameters instead, the best of each shape first: what
 kernels/attention_config.py should say. Prefill is compared with F.scaled_dot_product_attention on contiguous tensors. Results
 are checked before they are timed; candidates are compiled first, by several processes. Each takes less than a minute.
@@ -25,20 +26,40 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import triton
-from pilotfish.kernels.attention_config import DecodeConfig, PrefillConfig, decode_config, prefill_config
+from pilotfish.kernels.attention_config import (
+    SPECIALIZED_PREFILL_CONFIGS,
+    DecodeConfig,
+    PrefillConfig,
+    SpecializedPrefillConfig,
+    decode_config,
+    prefill_config,
+    specialized_prefill_config,
+)
 from pilotfish.kernels.decode_attention import decode_attention
 from pilotfish.kernels.paged_attention import TOLERANCE, paged_attention
 from pilotfish.kernels.prefill_attention import prefill_attention
+from pilotfish.kernels.specialized_prefill import specialized_prefill, unfit_reason
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 PAGE_LEN, HEAD_DIM, ELEMENT_BYTES = 16, 128, 2
 HEADS = {"qwen3-8b": (32, 8), "qwen3-30b-a3b": (32, 4), "qwen3-0.6b": (16, 8)}
 DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (1, 8192), (8, 8192), (1, 32768), (8, 32768)]
-PREFILL_SHAPES = [(16, 512), (1, 8192)]
+# (rows, new tokens, keys of each): prompts, and pieces of long ones
+PREFILL_SHAPES = [
+    (128, 64, 64),
+    (64, 128, 128),
+    (16, 512, 512),
+    (4, 2048, 2048),
+    (1, 8192, 8192),
+    (16, 512, 2048),
+    (1, 8192, 32768),
+]
 # (rows, keys) of the sweeps
 SWEPT_DECODE_SHAPES = [(1, 768), (8, 768), (32, 768), (128, 768), (512, 640)]
 SWEPT_PREFILL_SHAPES = [(16, 512), (4, 4096), (1, 16384)]
 ROTATED_BYTES = 2**31
+Config = DecodeConfig | PrefillConfig | SpecializedPrefillConfig
 OPTIONS = {"scale": HEAD_DIM**-0.5, "window": None, "soft_cap": None, "sinks_N": None}
 
 
@@ -92,13 +113,19 @@ class Inputs:
         options = OPTIONS | {"max_query_len": self.shape.query_len, "min_query_len": self.shape.query_len}
         return paged_attention(*self.arguments(copy), **options)
 
-    def run_configured(self, copy: int, config: DecodeConfig | PrefillConfig) -> torch.Tensor:
+    def run_configured(self, copy: int, config: Config) -> torch.Tensor:
         out = torch.empty_like(self.q, memory_format=torch.contiguous_format)
         if isinstance(config, DecodeConfig):
             decode_attention(out, *self.arguments(copy), config=config, **OPTIONS)
+        elif isinstance(config, SpecializedPrefillConfig):
+            arguments = self.arguments(copy)
+            specialized_prefill(out, *arguments, config=config, skip_one_query=False, scale=OPTIONS["scale"])
         else:
             prefill_attention(out, *self.arguments(copy), config=config, skip_one_query=False, **OPTIONS)
         return out
+
+    def run_tritons(self, copy: int) -> torch.Tensor:
+        return self.run_configured(copy, default_config(self, triton_only=True))
 
     def contiguous(self, copy: int) -> tuple[torch.Tensor, ...]:
         """q, k and v as [rows, heads, tokens, head_dim]."""
@@ -111,8 +138,13 @@ class Inputs:
         return self.dense(self.contiguous(copy))
 
     def dense(self, qkv: Sequence[torch.Tensor]) -> torch.Tensor:
-        is_causal = self.shape.query_len > 1
-        return F.scaled_dot_product_attention(*qkv, is_causal=is_causal, scale=OPTIONS["scale"], enable_gqa=True)
+        query_len, context_len = self.shape.query_len, self.shape.context_len
+        options: dict[str, object] = {"scale": OPTIONS["scale"], "enable_gqa": True}
+        if 1 < query_len < context_len:
+            options["attn_mask"] = causal_lower_right(query_len, context_len)
+        else:
+            options["is_causal"] = query_len > 1
+        return F.scaled_dot_product_attention(*qkv, **options)
 
 
 def graph_microseconds(run: Callable[[int], object], num_copies: int) -> float:
@@ -140,6 +172,7 @@ def describe(shape: Shape, microseconds: float, limits: argparse.Namespace) -> d
         "op": "decode" if shape.query_len == 1 else "prefill",
         "heads": shape.model,
         "batch": shape.num_rows,
+        "tokens": shape.query_len,
         "context": shape.context_len,
         "us": round(microseconds, 2),
     }
@@ -150,22 +183,26 @@ def describe(shape: Shape, microseconds: float, limits: argparse.Namespace) -> d
     return row | {"tflop_s": round(rate, 1), "of_limit": round(rate / limits.flops, 3)}
 
 
-def default_config(inputs: Inputs) -> DecodeConfig | PrefillConfig:
+def default_config(inputs: Inputs, *, triton_only: bool = False) -> Config:
+    """What `paged_attention` takes; with `triton_only` among Triton's kernels."""
     num_heads, num_kv_heads = HEADS[inputs.shape.model]
     shape = {"group": num_heads // num_kv_heads, "head_dim": HEAD_DIM, "element_bytes": ELEMENT_BYTES}
     if inputs.shape.query_len > 1:
-        return prefill_config(**shape)
+        specialized = specialized_prefill_config()
+        serves = not triton_only and unfit_reason(inputs.q, *inputs.caches[0], config=specialized) is None
+        return specialized if serves else prefill_config(**shape)
     max_keys = inputs.tables.shape[1] * PAGE_LEN
     return decode_config(num_rows=inputs.shape.num_rows, num_kv_heads=num_kv_heads, max_keys=max_keys, **shape)
 
 
-def prefill_candidates() -> list[PrefillConfig]:
-    """One program a multiprocessor with all its registers, or two of 128 registers a thread, or of few rows."""
+def prefill_candidates() -> list[Config]:
+    """Those in CUDA C++. Of Triton's: one program a multiprocessor with all its registers, two of 128 a thread, or few rows."""
     one = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4)]
     two = [(128, 64, 8, 2, False, 128), (128, 64, 8, 2, True, 128), (128, 32, 8, 4, True, 128), (128, 64, 8, 1, True, 128)]
     others = [(64, 64, 4, 3), (256, 64, 16, 3, False), (256, 32, 16, 4)]
     names = [field.name for field in dataclasses.fields(PrefillConfig)]
-    return [PrefillConfig(**dict(zip(names, values, strict=False))) for values in one + two + others]
+    tritons = [PrefillConfig(**dict(zip(names, values, strict=False))) for values in one + two + others]
+    return [*SPECIALIZED_PREFILL_CONFIGS, *tritons]
 
 
 def decode_candidates(shape: Shape) -> Iterator[DecodeConfig]:
@@ -178,11 +215,11 @@ def decode_candidates(shape: Shape) -> Iterator[DecodeConfig]:
         yield DecodeConfig(num_splits=num_splits, block_j=block_j, num_warps=num_warps, num_stages=num_stages)
 
 
-def candidates(shape: Shape) -> list[DecodeConfig | PrefillConfig]:
+def candidates(shape: Shape) -> list[Config]:
     return list(decode_candidates(shape)) if shape.query_len == 1 else prefill_candidates()
 
 
-def run_candidate(inputs: Inputs, config: DecodeConfig | PrefillConfig) -> torch.Tensor | None:
+def run_candidate(inputs: Inputs, config: Config) -> torch.Tensor | None:
     """The result; None where this GPU has too little shared memory or registers for it."""
     try:
         return inputs.run_configured(0, config)
@@ -190,7 +227,7 @@ def run_candidate(inputs: Inputs, config: DecodeConfig | PrefillConfig) -> torch
         return None
 
 
-def compile_candidates(jobs: Sequence[tuple[Shape, DecodeConfig | PrefillConfig]]) -> None:
+def compile_candidates(jobs: Sequence[tuple[Shape, Config]]) -> None:
     """Into Triton's cache on disk. What the shape changes in the code is in the model and in whether there is one split."""
     inputs: dict[str, Inputs] = {}
     for shape, config in jobs:
@@ -280,7 +317,7 @@ def main() -> None:
         sweep_all(arguments)
         return
     decode = [(num_rows, 1, context_len) for num_rows, context_len in DECODE_SHAPES] if arguments.only != "prefill" else []
-    prefill = [(num_rows, length, length) for num_rows, length in PREFILL_SHAPES] if arguments.only != "decode" else []
+    prefill = PREFILL_SHAPES if arguments.only != "decode" else []
     for model in arguments.heads or HEADS:
         for num_rows, query_len, context_len in decode + prefill:
             if num_rows not in (arguments.batch or [num_rows]) or context_len not in (arguments.context or [context_len]):
@@ -291,6 +328,8 @@ def main() -> None:
             baseline = graph_microseconds(inputs.gather, len(inputs.caches))
             row = describe(shape, microseconds, arguments)
             row |= {"gather_us": round(baseline, 2), "speedup": round(baseline / microseconds, 2)}
+            if query_len > 1:
+                row["triton_us"] = round(graph_microseconds(inputs.run_tritons, len(inputs.caches)), 2)
             print(json.dumps(row | {"config": dataclasses.asdict(default_config(inputs))}), flush=True)
 
 

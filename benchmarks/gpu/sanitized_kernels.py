@@ -1,18 +1,20 @@
 """What sanitize.sh watches: each CUDA C++ kernel named, on small ragged shapes, against its reference.
 
-    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts norm_and_route decode_attention
+    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts norm_and_route decode_attention \
+        prefill_attention
 
 Every way through a kernel once: sums split and not, beside the stages and in their place, gated and not, rows in order and not.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from pilotfish.kernels.attention_config import FusedDecodeConfig
+from pilotfish.kernels.attention_config import SPECIALIZED_PREFILL_CONFIGS, FusedDecodeConfig
 from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.fused_decode import fused_decode
 from pilotfish.kernels.gated_linear import gated_linear_ref
@@ -24,6 +26,7 @@ from pilotfish.kernels.paged_attention import paged_attention_ref
 from pilotfish.kernels.qkv_prepare import prepare_qkv_ref
 from pilotfish.kernels.race import RaceRows
 from pilotfish.kernels.skinny_linear import skinny_linear
+from pilotfish.kernels.specialized_prefill import specialized_prefill
 from pilotfish.kernels.streaming_experts import StreamingConfig
 from pilotfish.kernels.tall_experts import TallConfig
 
@@ -109,6 +112,23 @@ def decode_attention() -> Iterator[Pair]:
         yield f"window {window}, {config}", out, expected
 
 
+def prefill_attention() -> Iterator[Pair]:
+    """Rows of one query, of tiles begun, with keys before them; tiles of one step and of several."""
+    rows, (num_heads, num_kv_heads, head_dim, page_len) = ((1, 40), (70, 300), (33, 33)), (8, 2, 128, 16)
+    starts = torch.tensor([0, *itertools.accumulate(query_len for query_len, _ in rows)], device="cuda").int()
+    lens = torch.tensor([context_len for _, context_len in rows], device="cuda").int()
+    pages = -(-int(lens.max()) // page_len)
+    tables = torch.arange(len(rows) * pages, dtype=torch.int32, device="cuda").view(len(rows), pages)
+    q = random(int(starts[-1]), num_heads, head_dim, scale=1.0)
+    k_cache, v_cache = random(2, tables.numel(), page_len, num_kv_heads, head_dim, scale=1.0)
+    arguments = (q, k_cache, v_cache, tables, starts, lens)
+    expected = paged_attention_ref(*arguments, max_query_len=70, scale=head_dim**-0.5)
+    for config in SPECIALIZED_PREFILL_CONFIGS:
+        out = torch.empty_like(q)
+        specialized_prefill(out, *arguments, config=config, skip_one_query=False, scale=head_dim**-0.5)
+        yield f"{config}", out, expected
+
+
 def expert_layer(num_tokens: int, config: StreamingConfig | TallConfig) -> Pair:
     """Six experts, of which one token's choice belongs to another rank."""
     x, gate_up, down = random(num_tokens, 256, scale=1.0), random(6, 384, 256, scale=0.06), random(6, 256, 192, scale=0.07)
@@ -130,6 +150,7 @@ KERNELS: dict[str, Callable[[], Iterator[Pair]]] = {
     "tall_experts": tall_experts,
     "norm_and_route": norm_and_route,
     "decode_attention": decode_attention,
+    "prefill_attention": prefill_attention,
 }
 
 

@@ -34,7 +34,15 @@ from .driver import check, driver, ensure_context
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent
-HEADERS = ("device.cuh", "hopper.cuh", "streaming.cuh", "race.cuh", "peers.cuh")  # what a source may include
+HEADERS = (  # what a source may include
+    "device.cuh",
+    "hopper.cuh",
+    "streaming.cuh",
+    "race.cuh",
+    "peers.cuh",
+    "prefill_products.cuh",
+    "prefill_tiles.cuh",
+)
 CAPABILITY = (9, 0)
 CTA_SHARED_BYTES = 227 * 1024  # that a CTA may have, static ones included
 MAX_SHARED_BYTES = CTA_SHARED_BYTES - 4 * 1024  # dynamic ones beside 4 KiB of static ones
