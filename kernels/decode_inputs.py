@@ -27,6 +27,7 @@ _SLOT, _POSITION, _, _, _NEW_PAGE = range(NUM_DECODE_COLUMNS)
 class DecodeInputs:
     """Block tables are filled as far as a row's context reaches; what is behind is not defined."""
 
+    columns_5S: torch.Tensor  # a copy: those of the next step may come while this one still reads its own
     token_ids_S: torch.Tensor  # int64
     cache_slots_S: torch.Tensor  # int64
     block_tables_SB: torch.Tensor  # int32
@@ -65,6 +66,7 @@ def gather_decode_inputs_ref(
     block_tables_MB.index_put_((slots_S, blocks_S), pages_S)
     lengths_S = positions_S + 1
     return DecodeInputs(
+        columns_5S=columns_5S.clone(),
         token_ids_S=token_ids_MC[slots_S, positions_S].long(),
         cache_slots_S=torch.add(positions_S % page_len, pages_S, alpha=page_len),
         block_tables_SB=block_tables_MB.index_select(0, slots_S),
@@ -79,6 +81,7 @@ def _gather_kernel(
     columns,
     token_ids,
     block_tables,
+    out_columns,
     out_token_ids,
     out_cache_slots,
     out_block_tables,
@@ -86,6 +89,7 @@ def _gather_kernel(
     out_lengths,
     num_columns,
     num_blocks,
+    NUM_COLUMNS: tl.constexpr,
     SLOT: tl.constexpr,
     POSITION: tl.constexpr,
     NEW_PAGE: tl.constexpr,
@@ -98,6 +102,8 @@ def _gather_kernel(
     wait_for_previous(EARLY_START)
     row = tl.program_id(0).to(tl.int64)
     num_rows = tl.num_programs(0)
+    for column in tl.static_range(NUM_COLUMNS):
+        tl.store(out_columns + column * num_rows + row, tl.load(columns + column * num_rows + row))
     slot, position = tl.load(columns + SLOT * num_rows + row), tl.load(columns + POSITION * num_rows + row)
     new_page = tl.load(columns + NEW_PAGE * num_rows + row).to(tl.int32)
     tl.store(out_token_ids + row, tl.load(token_ids + slot * num_columns + position).to(tl.int64))
@@ -124,6 +130,7 @@ def _gather_decode_inputs_triton(
 ) -> DecodeInputs:
     num_rows, num_blocks = columns_5S.shape[1], block_tables_MB.shape[1]
     inputs = DecodeInputs(
+        columns_5S=torch.empty_like(columns_5S),
         token_ids_S=columns_5S.new_empty(num_rows),
         cache_slots_S=columns_5S.new_empty(num_rows),
         block_tables_SB=block_tables_MB.new_empty(num_rows, num_blocks),
@@ -135,6 +142,7 @@ def _gather_decode_inputs_triton(
             columns_5S,
             token_ids_MC,
             block_tables_MB,
+            inputs.columns_5S,
             inputs.token_ids_S,
             inputs.cache_slots_S,
             inputs.block_tables_SB,
@@ -142,6 +150,7 @@ def _gather_decode_inputs_triton(
             inputs.lengths_S,
             token_ids_MC.shape[1],
             num_blocks,
+            NUM_COLUMNS=NUM_DECODE_COLUMNS,
             SLOT=_SLOT,
             POSITION=_POSITION,
             NEW_PAGE=_NEW_PAGE,

@@ -27,6 +27,13 @@ class Drawn:
         """int64 tokens and float32 logits, put together."""
         return Drawn(torch.cat((tokens_S.view(torch.int32), logits_S.view(torch.int32))))
 
+    def left_in(self, out: Drawn | None) -> Drawn:
+        """The same there, if there is such a place."""
+        if out is None:
+            return self
+        out.bits.copy_(self.bits)
+        return out
+
     @property
     def tokens_S(self) -> torch.Tensor:
         """int64."""

@@ -53,23 +53,25 @@ def sample(
     positions_S: torch.Tensor,
     ends: SequenceEnds | None = None,
     bests: TileBests | None = None,
+    out: Drawn | None = None,
 ) -> Drawn:
     """Row s draws by the parameters in slots_S[s] of the tables, any of 0..M-1: not checked. Appends the tokens at `ends`.
 
     Logits, temperature, top_p and min_p are float32; top_k is int32; seeds, slots and positions are int64.
     Off: temperature 0 (greedy), top_k <= 0, top_p >= 1, min_p <= 0. A logit of -inf is not drawn while another
     is finite; a row of nothing but NaN or -inf draws some token of the vocabulary, and the other rows do not notice.
-    With `bests`, which the head of a GPU makes, the logits of rows without a filter are not read.
+    With `bests`, which the head of a GPU makes, the logits of rows without a filter are not read. `out`: where it is left.
     ValueError where shapes or dtypes do not fit.
     """
     tables = (temperature_M, top_k_M, top_p_M, min_p_M, seeds_M)
     _check(logits_SV, tables, slots_S, positions_S)
     backend = choose_backend("sample", logits_SV)
     if backend == "triton":
-        return draw_triton(logits_SV, tables, slots_S, positions_S, ends, bests)[0]
+        return draw_triton(logits_SV, tables, slots_S, positions_S, ends, bests, out)[0]
     if bests is not None:
         raise ValueError("sample: only the kernel of a GPU goes on with a head's bests")
-    return _draw_each(cpu_ops.sample if backend == "cpp" else _draw_ref, logits_SV, tables, slots_S, positions_S, ends)
+    drawn = _draw_each(cpu_ops.sample if backend == "cpp" else _draw_ref, logits_SV, tables, slots_S, positions_S, ends)
+    return drawn.left_in(out)
 
 
 def sample_ref(
@@ -301,13 +303,14 @@ def draw_triton(
     positions_S: torch.Tensor,
     ends: SequenceEnds | None = None,
     bests: TileBests | None = None,
+    out: Drawn | None = None,
 ) -> tuple[Drawn, torch.Tensor]:
     """(what is drawn, threshold_S), in two launches; the device alone knows which rows have filters.
 
     `tables` are temperature_M, top_k_M, top_p_M, min_p_M and seeds_M.
     """
     num_rows, vocab = logits_SV.shape
-    drawn, threshold_S = Drawn.empty(num_rows, logits_SV.device), logits_SV.new_empty(num_rows)
+    drawn, threshold_S = out or Drawn.empty(num_rows, logits_SV.device), logits_SV.new_empty(num_rows)
     if num_rows == 0:
         return drawn, threshold_S
     chunk = min(max(triton.next_power_of_2(vocab), 16), _CHUNK)

@@ -79,18 +79,21 @@ def _pack(scores_S: torch.Tensor, logits_SV: torch.Tensor, own_S: torch.Tensor, 
     return torch.stack((scores_S, logits_S, (own_S + first_token).int().view(torch.float32)))
 
 
-def pick_winner(entries_N3S: torch.Tensor, ends: SequenceEnds | None = None) -> Drawn:
-    """The draw from what `race_shard` said on each shard, in the order of shards. Appends the tokens at `ends`."""
+def pick_winner(entries_N3S: torch.Tensor, ends: SequenceEnds | None = None, out: Drawn | None = None) -> Drawn:
+    """The draw from what `race_shard` said on each shard, in the order of shards. Appends the tokens at `ends`.
+
+    `out`: where it is left.
+    """
     if entries_N3S.dim() != 3 or entries_N3S.shape[1] != 3 or entries_N3S.dtype != torch.float32:
         raise ValueError(
             f"pick_winner: entries {tuple(entries_N3S.shape)} {entries_N3S.dtype} must be float32 [shards, 3, rows]"
         )
     if entries_N3S.device.type == "cuda" and kernel_mode() != "ref":
-        return pick_winner_triton(entries_N3S.contiguous(), ends)
+        return pick_winner_triton(entries_N3S.contiguous(), ends, out)
     drawn = pick_winner_ref(entries_N3S)
     if ends is not None:
         ends.append(drawn.tokens_S)
-    return drawn
+    return drawn.left_in(out)
 
 
 def pick_winner_ref(entries_N3S: torch.Tensor) -> Drawn:
@@ -251,9 +254,9 @@ def _pick_kernel(
     append_tokens(end_token_ids, end_slots, end_lengths, end_stride, row, token, inside)
 
 
-def pick_winner_triton(entries_N3S: torch.Tensor, ends: SequenceEnds | None = None) -> Drawn:
+def pick_winner_triton(entries_N3S: torch.Tensor, ends: SequenceEnds | None = None, out: Drawn | None = None) -> Drawn:
     num_shards, _, num_rows = entries_N3S.shape
-    drawn = Drawn.empty(num_rows, entries_N3S.device)
+    drawn = out or Drawn.empty(num_rows, entries_N3S.device)
     if num_rows:
         _pick_kernel[(triton.cdiv(num_rows, 128),)](
             entries_N3S,

@@ -231,7 +231,7 @@ class BatchState:
         The shapes follow from the number of rows and from nothing else, so that a CUDA graph can hold it.
         """
         inputs = gather_decode_inputs(columns, self.token_ids_MC, self.block_tables_MB, page_len=self.block_size)
-        slots_S, positions_S, output_positions_S, wants_logits_S, _ = columns.unbind(0)
+        slots_S, positions_S, output_positions_S, wants_logits_S, _ = inputs.columns_5S.unbind(0)
         batch = ForwardBatch(
             token_ids_T=inputs.token_ids_S,
             positions_T=positions_S,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels.drawn import Drawn
 from ..kernels.race import HeadScores
 from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import PlannedRow
@@ -46,13 +47,15 @@ class DecodeStep:
     """A decode step of `size` rows, as work for the device alone. On a CPU it runs as it stands, for tests.
 
     Attributes:
-        columns: what is to be computed; see BatchState.decode_columns.
+        columns: what is to be computed; see BatchState.decode_columns. Read by the first kernel of `forward` alone.
+        drawn: what `draw` leaves, in memory that nothing else writes.
     """
 
     def __init__(self, size: int, *, model: CausalLM, batch_state: BatchState, sampler: Sampler, kv_cache: KvCache) -> None:
         self._model, self._batch_state, self._sampler, self._kv_cache = model, batch_state, sampler, kv_cache
         self.size = size
         self.columns = torch.from_numpy(batch_state.decode_columns((), size)).to(batch_state.device)
+        self.drawn = Drawn.empty(size, batch_state.device)
 
     def forward(self) -> tuple[HeadScores, DrawRows]:
         """This rank's scores of `size` rows, and the rows as the draw wants them. Sampling parameters must be uploaded."""
@@ -64,7 +67,7 @@ class DecodeStep:
 
     def draw(self, own: HeadScores, rows: DrawRows) -> Sampled:
         """The simple draw."""
-        return self._sampler.draw_simple(own, rows)
+        return self._sampler.draw_simple(own, rows, self.drawn)
 
 
 @dataclass(frozen=True, slots=True)

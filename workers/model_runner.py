@@ -20,8 +20,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 
+import numpy as np
 import torch
 
 from ..common import logs
@@ -37,6 +39,7 @@ from .decode_graphs import DecodeGraph, DecodeGraphs, DecodeStep, record_decode_
 from .expert_mover import ExpertMover
 from .kv_cache import KvCache
 from .sampler import Sampled, Sampler
+from .side_copies import SideCopies
 from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -140,6 +143,7 @@ class ModelRunner:
             device=device,
         )
         self._sampler = Sampler(self._batch_state, vocab=model.vocab, group=group)
+        self._copies = SideCopies(device)
         self._group = group
         self._isolates_failures = group is None  # what fails on one rank alone cannot run again on all
         self._decode_graphs, self._chunk_graphs = DecodeGraphs({}), ChunkGraphs({})
@@ -200,10 +204,7 @@ class ModelRunner:
         stopwatch = Stopwatch(self._device)
         launch_rows = self._launch_isolating if isolate_failures else self._launch_whole
         parts += launch_rows(rows, plan, stopwatch)
-        arrived = torch.cuda.Event() if self._device.type == "cuda" else None
-        if arrived is not None:
-            arrived.record()
-        return PendingStep(plan, parts, stopwatch, arrived, self._group, expert_loads)
+        return PendingStep(plan, parts, stopwatch, self._copies.mark(), self._group, expert_loads)
 
     def _follow_orders(self, orders: ExpertOrders) -> torch.Tensor | None:
         assert self.experts is not None, "orders to experts that cannot move"
@@ -250,8 +251,8 @@ class ModelRunner:
                 self._compute_padding(decode, chunk, plan.rank_tokens, stopwatch)
             return []
         if decode is not None:
-            sampled: Sampled | None = self._replay_decode(decode, rows, stopwatch)
-        elif chunk is not None:
+            return [PendingPart(rows, self._replay_decode(decode, rows, stopwatch))]
+        if chunk is not None:
             sampled = self._replay_chunk(chunk, rows, stopwatch)
         else:
             sampled = self._run(rows, plan.rank_tokens, stopwatch)
@@ -268,11 +269,11 @@ class ModelRunner:
     ) -> None:
         """This rank's experts serve the tokens of the others."""
         state = self._batch_state
+        if decode is not None:
+            self._replay_forward(decode, state.decode_columns((), decode.columns.shape[1]), stopwatch)
+            return
         with stopwatch.measure("forward"):
-            if decode is not None:
-                state.fill(decode.columns, state.decode_columns((), decode.columns.shape[1]))
-                decode.forward.replay()
-            elif chunk is not None:
+            if chunk is not None:
                 state.fill(chunk.step.columns, state.step_columns((), chunk.step.shape)[0])
                 chunk.forward.replay()
             else:
@@ -307,21 +308,31 @@ class ModelRunner:
             return self._sampler.draw(self.model.gather_logits(own.logits_SV), sampling)
 
     def _replay_decode(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
+        """What was sampled, on its way to the host."""
         columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
-        self._batch_state.fill(graph.columns, columns)
         slots_R, positions_R, output_positions_R, *_ = columns[:, : len(rows)]
         self._sampler.upload()
-        with stopwatch.measure("forward"):
-            graph.forward.replay()
-        with stopwatch.measure("sample"):
-            if self._sampler.is_simple(slots_R):
+        computed = self._replay_forward(graph, columns, stopwatch)
+        if self._sampler.is_simple(slots_R):
+            with stopwatch.measure("sample", since=computed) as drawn:
+                self._copies.wait_until_left()
                 graph.draw.replay()
-                return graph.sampled
+            return graph.sampled.map(partial(self._copies.to_host, event=drawn))
+        with stopwatch.measure("sample", since=computed):
             sampling = SamplingRows(slots_R, output_positions_R, positions_R + 1, graph.rows.first(len(rows)))
-            return self._sampler.draw(self.model.gather_logits(graph.own_logits_SV[: len(rows)]), sampling)
+            sampled = self._sampler.draw(self.model.gather_logits(graph.own_logits_SV[: len(rows)]), sampling)
+        return sampled.map(self._to_host)
+
+    def _replay_forward(self, graph: DecodeGraph, columns: np.ndarray, stopwatch: Stopwatch) -> torch.cuda.Event | None:
+        """What is recorded behind it, on a GPU."""
+        self._copies.fill(graph.columns, columns)
+        with stopwatch.measure("forward") as computed:
+            graph.forward.replay()
+        self._copies.was_read(computed)
+        return computed
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Queues a copy to the host, behind the work that makes the tensor; a replay's own would not outlast the next."""
+        """Queues a copy to the host, behind the work that makes the tensor and before what comes next."""
         if self._device.type == "cpu":
             return tensor.clone()
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

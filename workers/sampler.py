@@ -192,13 +192,13 @@ class Sampler:
         floats_3M, _, seeds_M = self._on_device
         return RaceRows(floats_3M[0], seeds_M, rows.slots_R, rows.output_positions_R, rows.wants_logits_R)
 
-    def draw_simple(self, own: HeadScores, rows: DrawRows) -> Sampled:
-        """The draw alone, by uploaded parameters, from this rank's share of the scores.
+    def draw_simple(self, own: HeadScores, rows: DrawRows, out: Drawn | None = None) -> Sampled:
+        """The draw alone, by uploaded parameters, from this rank's share of the scores. `out`: where it is left.
 
         Nothing in it depends on the host, so that a CUDA graph can hold it.
         """
         if self._group is None:
-            return self._draw_plain(own, rows)
+            return self._draw_plain(own, rows, out)
         floats_3M, _, seeds_M = self._on_device
         entries_3R = race_shard(
             own.logits_SV,
@@ -210,9 +210,9 @@ class Sampler:
             bests=own.bests,
         )
         entries_N3R = self._group.all_gather(entries_3R.flatten()).view(-1, *entries_3R.shape)
-        return Sampled(pick_winner(entries_N3R, self._ends(rows)))
+        return Sampled(pick_winner(entries_N3R, self._ends(rows), out))
 
-    def _draw_plain(self, scores: HeadScores, rows: DrawRows) -> Sampled:
+    def _draw_plain(self, scores: HeadScores, rows: DrawRows, out: Drawn | None = None) -> Sampled:
         floats_3M, top_k_M, seeds_M = self._on_device
         drawn = sample(
             scores.logits_SV,
@@ -225,6 +225,7 @@ class Sampler:
             positions_S=rows.output_positions_R,
             ends=self._ends(rows),
             bests=scores.bests,
+            out=out,
         )
         return Sampled(drawn)
 

@@ -22,17 +22,22 @@ class Stopwatch:
         self._total_ms: dict[str, float] = {}
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Counts the body's work under `name`; a body that raises is not counted."""
+    def measure(self, name: str, *, since: torch.cuda.Event | None = None) -> Iterator[torch.cuda.Event | None]:
+        """Counts the body's work under `name`; a body that raises is not counted. Yields what is recorded at its end, on a GPU.
+
+        `since`: the end of the measure before, where nothing is between.
+        """
         if self._on_gpu:
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            pair[0].record()
-            yield
-            pair[1].record()
-            self._event_pairs.append((name, *pair))
+            end = torch.cuda.Event(enable_timing=True)
+            if since is None:
+                since = torch.cuda.Event(enable_timing=True)
+                since.record()
+            yield end
+            end.record()
+            self._event_pairs.append((name, since, end))
             return
         start_s = time.perf_counter()
-        yield
+        yield None
         self._add(name, (time.perf_counter() - start_s) * 1e3)
 
     def total_ms(self) -> dict[str, float]:

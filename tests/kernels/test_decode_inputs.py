@@ -35,6 +35,7 @@ def test_reference_by_hand():
     columns = torch.tensor([[1, 0], [16, 2], [8, 9], [0, 1], [6, NO_NEW_PAGE]])
     for _ in range(2):  # running it again changes nothing
         inputs = gather_decode_inputs_ref(columns, token_ids, tables, page_len=16)
+        assert inputs.columns_5S.tolist() == columns.tolist()
         assert inputs.token_ids_S.tolist() == [36, 2]
         assert inputs.cache_slots_S.tolist() == [6 * 16, 7 * 16 + 2]
         assert inputs.context_lens_S.tolist() == inputs.lengths_S.tolist() == [17, 3]
@@ -48,7 +49,7 @@ def test_kernel_against_the_reference(device, case):
     expected = gather_decode_inputs_ref(columns, token_ids, expected_tables, page_len=page_len)
     result = _gather_decode_inputs_triton(columns, token_ids, tables, page_len=page_len)
     assert torch.equal(tables, expected_tables)
-    for name in ("token_ids_S", "cache_slots_S", "context_lens_S", "lengths_S"):
+    for name in ("columns_5S", "token_ids_S", "cache_slots_S", "context_lens_S", "lengths_S"):
         ours, theirs = getattr(result, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs), name
