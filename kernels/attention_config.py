@@ -96,13 +96,15 @@ def decode_config(
 
 
 def fused_decode_config(*, num_rows: int, num_kv_heads: int) -> FusedDecodeConfig:
-    """Up to one CTA of many warps a multiprocessor, which all read from the start; of more rows, small ones that take turns.
+    """Up to one CTA of many warps a multiprocessor, which all read from the start; of more rows, smaller ones that take turns.
 
     Clusters of four or eight fill half of the GPU at most: where multiprocessors of a cluster's neighbourhood are taken by a
     kernel that starts or ends beside this one, a cluster would wait for a second turn. Measured on an H200 with 640 to 8192
-    keys a row (benchmarks/gpu/bench_fused_decode.py).
+    keys a row (benchmarks/gpu/bench_fused_decode.py), for many rows between products of cuBLAS, as in a step.
     """
     num_results = num_rows * num_kv_heads
+    if num_results > 3 * NUM_MULTIPROCESSORS:
+        return FusedDecodeConfig(num_splits=1, num_warps=2, num_stages=3)
     if num_results > NUM_MULTIPROCESSORS:
         return FusedDecodeConfig(num_splits=1, num_warps=4, num_stages=3)
     num_splits = 2 if 2 * num_results <= NUM_MULTIPROCESSORS else 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -70,9 +71,14 @@ class StepShape:
     min_query_len: int
 
     @property
-    def column_lengths(self) -> list[int]:
-        """Of BatchState.step_columns: four a token, two a row, where rows begin, five a row that samples."""
-        return [self.num_tokens] * 4 + [self.num_rows] * 2 + [self.num_rows + 1] + [self.num_sampling] * 5
+    def columns(self) -> list[slice]:
+        """Of BatchState.step_columns: four a token, two a row, where rows begin, five a row that samples.
+
+        Each begins at a multiple of 16 bytes: for other places Triton would compile a kernel anew, in the middle of serving.
+        """
+        lengths = [self.num_tokens] * 4 + [self.num_rows] * 2 + [self.num_rows + 1] + [self.num_sampling] * 5
+        starts = accumulate((length + length % 2 for length in lengths), initial=0)
+        return [slice(start, start + length) for start, length in zip(starts, lengths, strict=False)]
 
 
 class BatchState:
@@ -84,8 +90,19 @@ class BatchState:
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_blocks: int, device: torch.device
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        device: torch.device,
+        fixed_rows: bool = False,
     ) -> None:
+        """`fixed_rows`: steps composed as they come have as many rows as those that CUDA graphs hold, most of them empty. The
+        choice of kernels follows from the number of rows, so that all have been compiled at the start.
+        """
+        self._fixed_rows = fixed_rows
         self.max_len = max_len = min(max_model_len, num_blocks * block_size)
         self.device = device
         self.block_size = block_size
@@ -170,12 +187,16 @@ class BatchState:
             wants_logits_R,
         )
         slots_R, output_positions_R, lengths_R = (column_S[sampling] for column_S in drawn_S3)
-        return np.concatenate(columns), (slots_R, output_positions_R, lengths_R)
+        places = shape.columns
+        array = np.zeros(places[-1].stop, dtype=np.int64)
+        for place, column in zip(places, columns, strict=True):
+            array[place] = column
+        return array, (slots_R, output_positions_R, lengths_R)
 
     def compose_columns(self, columns: torch.Tensor, shape: StepShape, kv_cache: KvCache) -> tuple[ForwardBatch, DrawRows]:
         """The batch of `step_columns`, made on the device alone: what is launched follows from `shape` and nothing else."""
         token_index_T, table_index_T, offset_T, positions, slots, context_lens, query_starts, logits_rows, *of_sampling = (
-            columns.split(shape.column_lengths)
+            columns[place] for place in shape.columns
         )
         pages_T = self.block_tables_MB.view(-1).index_select(0, table_index_T)
         batch = ForwardBatch(
@@ -198,8 +219,17 @@ class BatchState:
         return token_index_T >= self.padding_slot * self.token_ids_MC.shape[1]
 
     def _shape(self, rows: Sequence[PlannedRow]) -> StepShape:
-        """The rows' own, without room for more."""
+        """The rows' own, without room for more; where rows are fixed, with room for as many as there can be."""
         num_tokens = [row.num_tokens for row in rows]
+        if self._fixed_rows:
+            return StepShape(
+                num_tokens=sum(num_tokens),
+                num_rows=self.max_num_seqs + 1,
+                num_sampling=sum(row.samples for row in rows),
+                max_blocks=self.block_tables_MB.shape[1],
+                max_query_len=max(num_tokens),
+                min_query_len=0,
+            )
         return StepShape(
             num_tokens=sum(num_tokens),
             num_rows=len(rows),

@@ -84,7 +84,7 @@ class ChunkStep:
     @property
     def draw_rows(self) -> DrawRows:
         """The rows that sample, the places left among them too."""
-        return DrawRows(*self.columns.split(self.shape.column_lengths)[-4:])
+        return DrawRows(*(self.columns[place] for place in self.shape.columns[-4:]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,14 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from ..common.config import EngineConfig
 from ..kernels.cuda.shareable_memory import bytes_at
 
 Result = TypeVar("Result")
+
+
+def uses_graphs(config: EngineConfig, device: torch.device) -> bool:
+    return config.cuda_graphs and device.type == "cuda"
 
 
 class Replayable(Protocol):

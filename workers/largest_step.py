@@ -18,7 +18,7 @@ from ..models.causal_lm import CausalLM
 from ..scheduler.step_plan import AdmittedSequence, PlannedRow, StepPlan
 from .chunk_graphs import chunk_sizes
 from .comm import RankGroup
-from .cuda_graphs import GraphRecorder
+from .cuda_graphs import GraphRecorder, uses_graphs
 from .decode_graphs import graph_sizes
 from .kv_cache import KvCache
 from .memory import available_bytes, measure_peak
@@ -58,10 +58,6 @@ def measure_largest_step(
             f"or max_num_seqs ({error})"
         ) from error
     return peak.temporary_bytes + graph_bytes
-
-
-def uses_graphs(config: EngineConfig, device: torch.device) -> bool:
-    return config.cuda_graphs and device.type == "cuda"
 
 
 def _measure_graphs(runner: ModelRunner, config: EngineConfig, num_tokens: int) -> int:

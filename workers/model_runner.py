@@ -34,7 +34,7 @@ from ..scheduler.step_plan import AdmittedSequence, ExpertOrders, PlannedRow, St
 from .batch_state import BatchState, SamplingRows
 from .chunk_graphs import ChunkGraph, ChunkGraphs, ChunkStep, record_chunk_graphs
 from .comm import RankGroup
-from .cuda_graphs import GraphRecorder
+from .cuda_graphs import GraphRecorder, uses_graphs
 from .decode_graphs import DecodeGraph, DecodeGraphs, DecodeStep, record_decode_graphs
 from .expert_mover import ExpertMover
 from .kv_cache import KvCache
@@ -141,6 +141,7 @@ class ModelRunner:
             block_size=config.block_size,
             num_blocks=kv_cache.num_blocks,
             device=device,
+            fixed_rows=uses_graphs(config, device),
         )
         self._sampler = Sampler(self._batch_state, vocab=model.vocab, group=group)
         self._copies = SideCopies(device)

@@ -29,9 +29,10 @@ from ..models.layers.decoder import DecoderLayer
 from .chunk_graphs import chunk_sizes
 from .comm import RankGroup
 from .cpu_threads import usable_cores
+from .cuda_graphs import uses_graphs
 from .decode_graphs import graph_sizes
 from .kv_cache import KvCache
-from .largest_step import largest_plan, uses_graphs
+from .largest_step import largest_plan
 from .model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)

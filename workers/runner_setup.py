@@ -23,11 +23,11 @@ from ..models.store import resolve
 from .chunk_graphs import chunk_sizes
 from .comm import RankGroup
 from .cpu_threads import usable_cores
-from .cuda_graphs import GraphRecorder
+from .cuda_graphs import GraphRecorder, uses_graphs
 from .decode_graphs import graph_sizes
 from .expert_mover import ExpertMover
 from .kv_cache import KvCache, KvLayout, allocate_kv_cache
-from .largest_step import measure_largest_step, uses_graphs
+from .largest_step import measure_largest_step
 from .memory import available_bytes, num_kv_blocks
 from .model_runner import ModelRunner
 from .rehearsal import compile_kernels

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.kernels.drawn import SequenceEnds
 from pilotfish.scheduler.step_plan import AdmittedSequence, BlockReplacement, PlannedRow
-from pilotfish.workers.batch_state import BatchState, DrawRows
+from pilotfish.workers.batch_state import BatchState, DrawRows, StepShape
 from pilotfish.workers.kv_cache import KvCache
 
 BLOCK = 16
@@ -26,9 +28,14 @@ class Naive:
         self.num_prompt = len(tokens)
 
 
-def new_state() -> BatchState:
+def new_state(*, fixed_rows: bool = False) -> BatchState:
     return BatchState(
-        max_num_seqs=NUM_SLOTS, max_model_len=MAX_LEN, block_size=BLOCK, num_blocks=500, device=torch.device("cpu")
+        max_num_seqs=NUM_SLOTS,
+        max_model_len=MAX_LEN,
+        block_size=BLOCK,
+        num_blocks=500,
+        device=torch.device("cpu"),
+        fixed_rows=fixed_rows,
     )
 
 
@@ -59,19 +66,21 @@ def append(state: BatchState, rows: DrawRows, tokens: list[int]) -> None:
     SequenceEnds(state.token_ids_MC, rows.slots_R, rows.lengths_R).append(torch.tensor(tokens))
 
 
-def check(batch, sampled, rows: list[PlannedRow], running: dict[int, Naive]) -> None:
+def check(batch, sampled, rows: list[PlannedRow], running: dict[int, Naive], *, num_empty: int) -> None:
     expected = [(running[row.slot], position) for row in rows for position in range(row.start, row.start + row.num_tokens)]
     assert batch.token_ids_T.tolist() == [sequence.tokens[position] for sequence, position in expected]
     assert batch.positions_T.tolist() == [position for _, position in expected]
     slots = [sequence.blocks[position // BLOCK] * BLOCK + position % BLOCK for sequence, position in expected]
     assert batch.slots_T.tolist() == slots
     ends = [row.start + row.num_tokens for row in rows]
-    assert batch.context_lens_S.tolist() == ends
-    num_tokens = [row.num_tokens for row in rows]
-    assert (batch.min_query_len, batch.max_query_len) == (min(num_tokens), max(num_tokens))
-    starts = [sum(row.num_tokens for row in rows[:index]) for index in range(len(rows) + 1)]
+    assert batch.context_lens_S.tolist() == ends + [0] * num_empty
+    num_tokens = [row.num_tokens for row in rows] + [0] * num_empty
+    assert batch.min_query_len <= min(num_tokens)
+    assert batch.max_query_len == max(num_tokens)
+    starts = [sum(num_tokens[:index]) for index in range(len(num_tokens) + 1)]
     assert batch.query_starts_S1.tolist() == starts
-    for table, end, row in zip(batch.block_tables_SB.tolist(), ends, rows, strict=True):
+    assert len(batch.block_tables_SB) == len(num_tokens)
+    for table, end, row in zip(batch.block_tables_SB.tolist(), ends, rows, strict=False):
         num_blocks = -(-end // BLOCK)
         assert table[:num_blocks] == running[row.slot].blocks[:num_blocks]
     sampling = [index for index, row in enumerate(rows) if row.samples]
@@ -89,9 +98,10 @@ def check(batch, sampled, rows: list[PlannedRow], running: dict[int, Naive]) -> 
     assert all(tensor.dtype == torch.int32 for tensor in dtypes)
 
 
-def test_random_steps_gather_what_lists_would_hold():
+@pytest.mark.parametrize("fixed_rows", [False, True], ids=["as they are", "fixed rows"])
+def test_random_steps_gather_what_lists_would_hold(fixed_rows):
     rng = random.Random(5)
-    state, cache = new_state(), KvCache((), 500, BLOCK)
+    state, cache = new_state(fixed_rows=fixed_rows), KvCache((), 500, BLOCK)
     running: dict[int, Naive] = {}
     for _ in range(300):
         for slot in range(NUM_SLOTS):
@@ -110,13 +120,22 @@ def test_random_steps_gather_what_lists_would_hold():
         rows = [plan_row(sequence, rng) for sequence in chosen]
         state.update_blocks(replaced, rows)
         batch, sampled = state.compose(rows, cache)
-        check(batch, sampled, rows, running)
+        check(batch, sampled, rows, running, num_empty=NUM_SLOTS + 1 - len(rows) if fixed_rows else 0)
         tokens = [rng.randrange(1000) for _ in sampled.host_slots_R]
         append(state, sampled.on_device, tokens)
         for slot, token in zip(sampled.host_slots_R.tolist(), tokens, strict=True):
             running[slot].tokens.append(token)
             if len(running[slot].tokens) >= MAX_LEN or rng.random() < 0.1:
                 del running[slot]
+
+
+def test_columns_begin_where_kernels_like_it():
+    rng = random.Random(7)
+    for _ in range(50):
+        sizes = {name: rng.randint(1, 40) for name in ("num_tokens", "num_rows", "num_sampling")}
+        shape = StepShape(**sizes, max_blocks=1, max_query_len=1, min_query_len=0)
+        assert all(column.start * 8 % 16 == 0 for column in shape.columns)
+        assert all(before.stop <= after.start for before, after in pairwise(shape.columns))
 
 
 def test_decode_steps_bring_their_new_blocks():

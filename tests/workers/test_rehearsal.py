@@ -36,13 +36,23 @@ rehearsed = []
 rehearse = ModelRunner.rehearse
 ModelRunner.rehearse = lambda *arguments: rehearsed.append(1) or rehearse(*arguments)
 model = ModelConfig(model="dummy:qwen3-0.6b", max_model_len=256)
-runner, info = set_up_runner(model, EngineConfig(max_num_seqs=8, num_kv_blocks=64))
+runner, info = set_up_runner(model, EngineConfig(max_num_seqs=8, num_kv_blocks=128))
 sampling = TokenSampling(temperature=0.0, max_tokens=3, seed=0)
 request = EngineRequest(request_id="r", prompt_token_ids=(5,) * 70, sampling=sampling)
 sequence = AdmittedSequence(request, 0, request.prompt_token_ids, (), 0, 0)
 pages = (1, 2, 3, 4, 5)
 runner.run(StepPlan(0, (sequence,), (PlannedRow("r", 0, 0, 70, True, pages, 0),), ()))
 runner.run(StepPlan(1, (), (PlannedRow("r", 0, 70, 1, True, (), 1),), ()))
+# 1036 and then 1205 tokens beside one that goes on: no graph holds steps of so many, nor any of few rows.
+for step_id, first_slot, length, num_rows in ((2, 1, 207, 5), (3, 1, 241, 5)):
+    admitted, rows = [], [PlannedRow("r", 0, 69 + step_id, 1, True, (), step_id)]
+    for slot in range(first_slot, first_slot + num_rows):
+        name, tokens = f"r{step_id}.{slot}", tuple(range(length))
+        other = EngineRequest(request_id=name, prompt_token_ids=tokens, sampling=sampling)
+        admitted.append(AdmittedSequence(other, slot, tokens, (), 0, 0))
+        blocks = tuple(range(6 + 16 * slot, 6 + 16 * slot + -(-length // 16)))
+        rows.append(PlannedRow(name, slot, 0, length, True, blocks, 0))
+    runner.run(StepPlan(step_id, tuple(admitted), tuple(rows), () if step_id == 2 else tuple(range(1, 6))))
 if os.environ["FIRST"]:
     assert len(compiled) > 20, compiled
 else:  # the stamp says that there is nothing to rehearse
