@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..common.cluster_state import ClusterState
 from ..common.config import GatewayConfig, ServeConfig
 from ..common.errors import ConfigError, InternalError, PilotfishError, Unavailable
+from . import grpc_wakeups
 from .actor import ControllerActor
 from .authority import Authority
 from .layouts import settle_device
@@ -90,6 +91,7 @@ def deploy(config: ServeConfig, *, model_path: str, worker_class: ActorClass) ->
         raise ConfigError("this Ray cluster serves a model already: stop that one first, or use another Ray namespace")
     device = settle_device(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     config = replace(config, engine=replace(config.engine, device=device), gateway=_with_ports(config.gateway))
+    variables = grpc_wakeups.ray_environment()
     handle = (
         ray.remote(ControllerActor)
         .options(
@@ -98,6 +100,7 @@ def deploy(config: ServeConfig, *, model_path: str, worker_class: ActorClass) ->
             max_restarts=-1,
             num_cpus=0,
             max_concurrency=1000,
+            runtime_env={"env_vars": variables} if variables else {},
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         )
         .remote(config, model_path, worker_class, Authority.create())

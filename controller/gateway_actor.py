@@ -105,6 +105,7 @@ class RayGatewayLauncher:
     async def launch(self, identity: Identity, *, controller_address: str) -> RayGateway:
         """See `GatewayLauncher`."""
         log = self._config.log
+        variables = grpc_wakeups.ray_environment() | logs.environment(log_level=log.log_level, log_format=log.log_format)
         handle = (
             ray.remote(GatewayActor)
             .options(
@@ -113,7 +114,7 @@ class RayGatewayLauncher:
                 max_restarts=0,
                 num_cpus=0,
                 max_concurrency=1000,
-                runtime_env={"env_vars": logs.environment(log_level=log.log_level, log_format=log.log_format)},
+                runtime_env={"env_vars": variables},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
             )
             .remote(identity.name)

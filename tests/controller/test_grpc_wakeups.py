@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import socket
+import subprocess
+import sys
 
 import grpc
 from pilotfish.controller import grpc_wakeups
@@ -58,3 +61,22 @@ def test_grpc_aio_wakes_a_loop_in_the_way_that_is_known() -> None:
                 return [getattr(reader, "func", None) for reader in readers]
 
         assert grpc_wakeups._take in runner.run(use())
+
+
+def test_ray_gives_an_actor_asyncios_own_loop_where_uvloop_is_installed(tmp_path) -> None:
+    (tmp_path / "uvloop.py").write_text("def new_event_loop(): return 'another'\n")
+    program = (
+        "import os; from pilotfish.controller import grpc_wakeups; from ray._private.async_compat import get_new_event_loop\n"
+        "assert get_new_event_loop() == 'another'\n"
+        "os.environ |= grpc_wakeups.ray_environment()\n"
+        "grpc_wakeups.logger.warning = lambda *_: 1 / 0\n"
+        "grpc_wakeups.take_all_at_once(get_new_event_loop())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    environment.pop("RAY_USE_UVLOOP", None)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+
+
+def test_without_uvloop_an_actor_needs_no_variables(monkeypatch) -> None:
+    monkeypatch.setattr(grpc_wakeups, "find_spec", lambda _: None)
+    assert grpc_wakeups.ray_environment() == {}
