@@ -6,9 +6,10 @@ the draw that most steps want (Sampler.draw_simple). Other steps are drawn outsi
 capture the same sizes in the same order, with their collectives, and take the same way at each step; data ranks replay the size
 that holds the rows of the one that has the most, since their experts meet in it.
 
-What a graph reads lies where it lay at the capture: the columns of the step (copied in before each replay), the state of the
-slots, the sampling tables and the KV cache. All sizes share one memory pool, so the logits of a replay are valid until the
-next: what reads them is queued behind it, on the same stream. Recorded once, largest first, before the first request.
+What a graph reads lies where it lay at the capture: the columns of the step (copied in while the step before is drawn), the
+state of the slots, the sampling tables and the KV cache. All sizes share one memory pool, so the logits of a replay are valid
+until the next: what reads them is queued behind it, on the same stream. What is drawn has memory of its own, for it leaves
+while the next step runs (side_copies.py). Recorded once, largest first, before the first request.
 """
 
 from __future__ import annotations
