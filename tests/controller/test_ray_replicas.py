@@ -32,8 +32,8 @@ def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_pa
     deployment = deploy(ranks, model_path=str(model_path), worker_class=ray.remote(WorkerActor))
     try:
         served = Served(deployment, deployment.wait_ready(timeout_s=120))
-        expected = Reader(served, max_tokens=120).finish()
-        reader = Reader(served, max_tokens=120)
+        expected = Reader(served, max_tokens=80).finish()
+        reader = Reader(served, max_tokens=80)
         reader.wait_for(20)
         (name,) = [name for name in ray.util.list_named_actors() if name.endswith(".1")]
         ray.kill(ray.get_actor(name))
