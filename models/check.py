@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 NUM_DECODE_STEPS = 16
 _CHUNK_TOKENS = 7
+_DECODE_STEPS_AFTER_CHUNKS = 4
 # One rank's rows as JSON carries them.
 RankRows = list[tuple[str, bool, str]]
 
@@ -131,7 +132,7 @@ def compare(model: CausalLM, references: Sequence[Reference]) -> list[CheckRow]:
         _logits_row("prefill logits", [(prefill[i], r.logits_PV[: len(r.prompt)]) for i, r in enumerate(references)]),
         _logits_row("decode logits", [(decode[i], r.logits_PV[len(r.prompt) :]) for i, r in enumerate(references)]),
         _tokens_row([torch.cat([prefill[i][-1:], decode[i][:-1]]) for i in range(len(references))], references),
-        _logits_row("chunked prefill", [(chunked[i], r.logits_PV) for i, r in enumerate(references)]),
+        _logits_row("chunked prefill", [(chunked[i], r.logits_PV[: len(chunked[i])]) for i, r in enumerate(references)]),
     ]
 
 
@@ -188,7 +189,8 @@ def _merge(name: str, ranks: Sequence[tuple[str, bool, str]]) -> CheckRow:
 
 
 def _run_in_chunks(model: CausalLM, references: Sequence[Reference], max_len: int) -> list[torch.Tensor]:
-    """All positions' logits, a few tokens a pass; a short prompt decodes while a long one is still in its prefill."""
+    """The first positions' logits, a few tokens a pass: a short prompt decodes while a long one is still in its prefill, and
+    the longest decodes a few tokens."""
     paged = PagedSequences(model, num_sequences=len(references), max_len=max_len, seed=1)
     pieces: list[list[torch.Tensor]] = [[] for _ in references]
     waiting = {}
@@ -196,7 +198,8 @@ def _run_in_chunks(model: CausalLM, references: Sequence[Reference], max_len: in
         prompt = reference.prompt
         chunks = [prompt[start : start + _CHUNK_TOKENS] for start in range(0, len(prompt), _CHUNK_TOKENS)]
         waiting[i] = chunks + [[token] for token in reference.tokens]
-    while waiting:
+    num_passes = max(map(len, waiting.values())) - NUM_DECODE_STEPS + _DECODE_STEPS_AFTER_CHUNKS
+    for _ in range(num_passes):
         for i, logits in paged.extend({i: chunks.pop(0) for i, chunks in waiting.items()}).items():
             pieces[i].append(logits)
         waiting = {i: chunks for i, chunks in waiting.items() if chunks}

@@ -18,7 +18,7 @@ from functools import partial
 
 import ray
 
-from ..common import logs
+from ..common import garbage, logs
 from ..common.config import EngineConfig, ModelConfig
 from ..common.errors import InternalError, PilotfishError
 from ..common.identity import Identity
@@ -129,7 +129,8 @@ class WorkerActor:
 
     def _follow(self, model_config: ModelConfig, engine_config: EngineConfig, place: RankPlace) -> None:
         # Imported here and below: this class also travels through the controller's process, which has no use for torch.
-        from .ranks import Follower
+        with garbage.imports():
+            from .ranks import Follower
 
         Follower(model_config, engine_config, place, on_end=_end_process).start()
         logger.info("rank %d of %d follows under epoch %d", place.number, place.num_ranks, place.epoch)
@@ -144,10 +145,11 @@ class WorkerActor:
         identity: Identity,
         controller_node: str,
     ) -> ServingWorker:
-        from .engine import Engine
-        from .ranks import lead
-        from .server import WorkerServer
-        from .worker_service import ServerLimits
+        with garbage.imports():
+            from .engine import Engine
+            from .ranks import lead
+            from .server import WorkerServer
+            from .worker_service import ServerLimits
 
         server = WorkerServer(ServerLimits(), identity)
         set_up = None if place is None else partial(lead, place=place)

@@ -32,7 +32,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(model_path: Path) -> tuple[str, list[int]]:
     """Text and tokens of one rank in this process, longer than any test's stream."""
     with Pipeline(str(model_path), device="cpu", num_kv_blocks=256, num_threads=1) as pipeline:
-        done = pipeline(PROMPT, SamplingParams(temperature=0, max_tokens=800, ignore_eos=True))
+        done = pipeline(PROMPT, SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
     return done.text, list(done.token_ids)
 
 

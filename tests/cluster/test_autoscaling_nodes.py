@@ -37,7 +37,7 @@ AUTOSCALING: dict[str, Any] = {
     "file_mounts_sync_continuously": False,
     **{name: [] for name in COMMANDS},
 }
-NUM_TOKENS = 600
+NUM_TOKENS = 400
 
 
 class FakeNodes(RayHosts):

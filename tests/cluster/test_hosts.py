@@ -14,7 +14,7 @@ from ray_hosts import PROMPT, Events, RayHosts
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(400)]
 
-NUM_TOKENS = 800
+NUM_TOKENS = 400
 LOST_WITHIN_S = 20.0  # it takes 10, and other tests run on this machine
 
 

@@ -97,11 +97,11 @@ async def test_200_faults_cost_no_token(
 ) -> None:
     dice = random.Random(SEED)
     prefix = [dice.randrange(97) for _ in range(40)]
-    prompts = [[*prefix[: dice.choice([0, 16, 40])], *(dice.randrange(97) for _ in range(10))] for _ in range(64)]
-    faults = schedule(SEED, num_faults=200, interval_tokens=80, longest_s=LONGEST_S)
+    prompts = [[*prefix[: dice.choice([0, 16, 40])], *(dice.randrange(97) for _ in range(10))] for _ in range(48)]
+    faults = schedule(SEED, num_faults=200, interval_tokens=50, longest_s=LONGEST_S)
     async with ChaosHost(timed_settings(tokenizer_path), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
-        async with Load(host.doors, make_requests(prompts, seed=SEED, max_tokens=(80, 160))) as load:
+        async with Load(host.doors, make_requests(prompts, seed=SEED, max_tokens=(60, 120))) as load:
             await load.learn()
             happened, tally = await disturb(host, load, faults)
     check(record_property, happened, tally, num_faults=200)
@@ -111,10 +111,10 @@ async def test_a_dozen_faults_cost_a_real_model_no_token(
     zygote: Zygote, tmp_path: Path, record_property: RecordProperty
 ) -> None:
     """What a replica computes again says the same."""
-    faults = schedule(SEED, num_faults=12, interval_tokens=40, longest_s=REAL_LONGEST_S)
+    faults = schedule(SEED, num_faults=12, interval_tokens=25, longest_s=REAL_LONGEST_S)
     async with ChaosHost(real_settings(), tmp_path, zygote=zygote, num_doors=NUM_CLIENTS) as host:
         await host.wait_serving(NUM_REPLICAS)
-        async with Load(host.doors, make_requests(stories(24), seed=SEED, max_tokens=(12, 20))) as load:
+        async with Load(host.doors, make_requests(stories(12), seed=SEED, max_tokens=(12, 20))) as load:
             await load.learn()
             happened, tally = await disturb(host, load, faults)
     check(record_property, happened, tally, num_faults=12)

@@ -47,8 +47,8 @@ def test_requests_are_served_and_the_controller_has_no_torch(served: Served) -> 
 
 
 def test_a_killed_worker_costs_no_token(served: Served) -> None:
-    expected = Reader(served, max_tokens=600).finish()
-    reader = Reader(served, max_tokens=600)
+    expected = Reader(served, max_tokens=250).finish()
+    reader = Reader(served, max_tokens=250)
     reader.wait_for(50)
     state = served.deployment.status()
     victim = next(r for r in state.replicas if r.load.num_running)
@@ -56,7 +56,7 @@ def test_a_killed_worker_costs_no_token(served: Served) -> None:
     reader.finish()
     assert reader.token_ids == expected.token_ids
     assert reader.text == expected.text
-    assert reader.usage.completion_tokens == 600
+    assert reader.usage.completion_tokens == 250
     assert reader.usage.replica != victim.name
     wait_until(lambda: all_ready(served.deployment, restarts=1), "the worker's successor")
     successor = next(r for r in served.deployment.status().replicas if r.name == victim.name)
@@ -66,7 +66,7 @@ def test_a_killed_worker_costs_no_token(served: Served) -> None:
 def test_a_killed_controller_comes_back_with_the_same_workers(served: Served) -> None:
     """A plain call ends with the process; the SDK's goes on at the next token."""
     before = served.deployment.status()
-    greedy = {"max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    greedy = {"max_tokens": 250, "temperature": 0, "ignore_eos": True}
     with Client(served.addresses.grpc, timeout_s=60) as client:
         undisturbed = client.generate(PROMPT, **greedy)
         stream = client.stream_generate(PROMPT, **greedy)
@@ -80,7 +80,7 @@ def test_a_killed_controller_comes_back_with_the_same_workers(served: Served) ->
         completion = stream.read_all()
     assert completion.token_ids == undisturbed.token_ids
     assert completion.text == undisturbed.text
-    assert completion.usage.completion_tokens == 400
+    assert completion.usage.completion_tokens == 250
     wait_until(lambda: all_ready(served.deployment, restarts=0), "the controller's successor")
     after = served.deployment.status()
     assert after.controller_pid != before.controller_pid
@@ -183,9 +183,9 @@ def test_clients_of_gateways_see_no_gap_when_the_controller_or_their_gateway_is_
         before = deployment.status()
         assert {gateway.grpc_address for gateway in before.gateways} == {served.addresses.grpc}
         assert len({gateway.pid for gateway in before.gateways} | {before.controller_pid}) == 3
-        expected = Reader(served, max_tokens=400).finish()
+        expected = Reader(served, max_tokens=250).finish()
 
-        over_grpc, over_http = Reader(served, max_tokens=400), HttpReader(served, max_tokens=400)
+        over_grpc, over_http = Reader(served, max_tokens=250), HttpReader(served, max_tokens=250)
         over_grpc.wait_for(20)
         wait_until(lambda: len(over_http.text) >= 20, "text over HTTP")
         os.kill(before.controller_pid, signal.SIGKILL)
@@ -197,7 +197,7 @@ def test_clients_of_gateways_see_no_gap_when_the_controller_or_their_gateway_is_
         assert [gateway.pid for gateway in after.gateways] == [gateway.pid for gateway in before.gateways]
 
         with Client(served.addresses.grpc) as client:
-            stream = client.stream_generate(PROMPT, max_tokens=400, temperature=0, ignore_eos=True)
+            stream = client.stream_generate(PROMPT, max_tokens=250, temperature=0, ignore_eos=True)
             for _ in range(5):
                 next(stream)
             wait_until(lambda: any(g.num_streams for g in deployment.status().gateways), "the stream's gateway")

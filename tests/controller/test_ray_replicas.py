@@ -32,8 +32,8 @@ def test_ranks_of_a_replica_end_and_come_back_together(local_ray: None, model_pa
     deployment = deploy(ranks, model_path=str(model_path), worker_class=ray.remote(WorkerActor))
     try:
         served = Served(deployment, deployment.wait_ready(timeout_s=120))
-        expected = Reader(served, max_tokens=120).finish()
-        reader = Reader(served, max_tokens=120)
+        expected = Reader(served, max_tokens=80).finish()
+        reader = Reader(served, max_tokens=80)
         reader.wait_for(20)
         (name,) = [name for name in ray.util.list_named_actors() if name.endswith(".1")]
         ray.kill(ray.get_actor(name))
@@ -68,7 +68,7 @@ def test_data_ranks_end_and_come_back_together(local_ray: None, model_path: Path
     try:
         served = Served(deployment, deployment.wait_ready(timeout_s=120))
         prompts = [f"{number}: {PROMPT}" for number in range(4)]
-        readers = [Reader(served, max_tokens=100, prompt=prompt) for prompt in prompts]
+        readers = [Reader(served, max_tokens=60, prompt=prompt) for prompt in prompts]
         for reader in readers:
             reader.wait_for(10)
         wait_until(have_moved, "moves")
@@ -78,7 +78,7 @@ def test_data_ranks_end_and_come_back_together(local_ray: None, model_path: Path
         for reader in readers:
             reader.finish()
         wait_until(lambda: all_ready(deployment, restarts=1), "the replica's successor")
-        undisturbed = [Reader(served, max_tokens=100, prompt=prompt).finish() for prompt in prompts]
+        undisturbed = [Reader(served, max_tokens=60, prompt=prompt).finish() for prompt in prompts]
         assert [reader.token_ids for reader in readers] == [reader.token_ids for reader in undisturbed]
         assert have_moved()
     finally:
@@ -102,22 +102,22 @@ def test_other_weights_are_served_and_a_stream_keeps_those_it_has(local_ray: Non
         served = Served(deployment, deployment.wait_ready(timeout_s=120))
         with pytest.raises(ModelLoadError, match=r"model\.safetensors"):
             roll_out(broken, "broken")
-        old = Reader(served, max_tokens=300).finish().token_ids
-        reader = Reader(served, max_tokens=300)
+        old = Reader(served, max_tokens=200).finish().token_ids
+        reader = Reader(served, max_tokens=200)
         reader.wait_for(20)
         rollout = threading.Thread(target=roll_out, args=(other, "2"), daemon=True)
         with stopped(deployment.status().replicas[0].info.pid):
             rollout.start()
             states = [ReplicaState.DRAINING, ReplicaState.READY]
             wait_until(lambda: [r.state for r in deployment.status().replicas] == states, "a replica with them")
-            new = Reader(served, max_tokens=300).finish().token_ids
+            new = Reader(served, max_tokens=200).finish().token_ids
         assert new != old
         assert reader.finish().token_ids == old
         rollout.join(60)
         (replica,) = deployment.status().replicas
         assert (replica.info.model_version, replica.info.model_path) == ("2", str(other))
 
-        reader = Reader(served, max_tokens=300)
+        reader = Reader(served, max_tokens=200)
         reader.wait_for(20)
         (group,) = [group["name"] for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
         ray.util.remove_placement_group(ray.util.get_placement_group(group))
@@ -138,8 +138,8 @@ def test_a_node_with_a_drain_notice_loses_its_replica_and_no_token(local_ray: No
         try:
             served = Served(deployment, deployment.wait_ready(timeout_s=120))
             nodes.add(CPU=3)
-            expected = Reader(served, max_tokens=300).finish().token_ids
-            reader = Reader(served, max_tokens=300)
+            expected = Reader(served, max_tokens=200).finish().token_ids
+            reader = Reader(served, max_tokens=200)
             reader.wait_for(20)
             assert not asyncio.run(is_any_gone([doomed, ray.get_runtime_context().get_node_id()]))
             with stopped(deployment.status().replicas[0].info.pid):

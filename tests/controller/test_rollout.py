@@ -130,16 +130,26 @@ async def test_weights_that_do_not_load_leave_the_old_ones(
     assert versions(cluster) == ["3", "3"]
 
 
-async def test_a_fleet_of_none_tries_the_weights(start_cluster: StartCluster, tokenizer_path: Path) -> None:
+async def fleet_of_none(start_cluster: StartCluster) -> Cluster:
     cluster = await start_cluster(launcher=launcher_of(), fleet={"min_replicas": 0, "max_replicas": 1, "idle_timeout_s": 0.01})
     await eventually(lambda: versions(cluster) == [])
+    return cluster
+
+
+async def test_a_fleet_of_none_tries_the_weights(start_cluster: StartCluster, tokenizer_path: Path) -> None:
+    cluster = await fleet_of_none(start_cluster)
+    await roll_out(cluster, tokenizer_path, "2")
+    assert version_of(await read(await generate(cluster))) == "2"
+
+
+async def test_a_fleet_of_none_keeps_the_weights_it_had_where_others_do_not_load(
+    start_cluster: StartCluster, tokenizer_path: Path
+) -> None:
+    cluster = await fleet_of_none(start_cluster)
     cluster.launcher.failures = [ModelLoadError("tensor lm_head.weight is missing")]
     with pytest.raises(ModelLoadError, match="lm_head"):
         await roll_out(cluster, tokenizer_path, "2")
     assert version_of(await read(await generate(cluster))) == ""
-    await eventually(lambda: versions(cluster) == [])
-    await roll_out(cluster, tokenizer_path, "2")
-    assert version_of(await read(await generate(cluster))) == "2"
 
 
 async def test_another_tokenizer_or_the_same_version_is_refused(

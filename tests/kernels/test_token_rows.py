@@ -21,7 +21,7 @@ def tokens(num_tokens, hidden, num_choices, dtype, device):
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize(("num_tokens", "num_rows"), [(0, 3), (1, 1), (5, 9), (40, 40)])
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(0, 3), (1, 1), (5, 9), (12, 12)])
 @pytest.mark.parametrize(("hidden", "num_choices"), [(24, 1), (2058, 3), (64, 8)])
 def test_packing_equals_its_reference_and_comes_back(device, x_dtype, num_tokens, num_rows, hidden, num_choices):
     x, weights, slots = tokens(num_tokens, hidden, num_choices, x_dtype, device)

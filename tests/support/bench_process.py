@@ -30,7 +30,7 @@ class BenchProcess:
         self._reader.start()
         assert self._is_warming_up.wait(START_S), self.said
         assert self._process.poll() is None, self.said
-        time.sleep(1)  # for first steps, and for a first beat
+        time.sleep(0.6)  # for first steps, and for a first beat
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

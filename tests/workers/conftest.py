@@ -18,6 +18,7 @@ from pilotfish.workers.step_loop import StepLoop
 from small_model import save_for_workers, save_tiny_mixtral
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
+from upcycled import shorten
 
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>{% endfor %}"
@@ -32,6 +33,12 @@ def smollm2_path() -> Path:
         return resolve("smollm2-135m", allow_download=False).path
     except ModelNotFound:
         pytest.skip("smollm2-135m is not set up: run `pilotfish pull smollm2-135m`")
+
+
+@pytest.fixture(scope="session")
+def short_smollm2_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first layers, for what a whole one would say no more of."""
+    return shorten(smollm2_path, tmp_path_factory.mktemp("short") / "smollm2", num_layers=6)
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ def join_both(*, timeout_s: float) -> list[RankGroup]:
 
 
 def test_a_group_can_be_closed_again_and_after_the_others():
-    first, second = join_both(timeout_s=5)
+    first, second = join_both(timeout_s=2)
     first.end_set_up()
     for group in (second, first, first):
         group.close()

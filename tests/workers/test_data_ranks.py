@@ -190,12 +190,12 @@ def wait_for_failure(engine: Engine) -> str:
 
 @pytest.mark.parametrize("tensor_size", [1, 2])
 def test_a_real_model_over_data_ranks_says_what_the_dense_one_says(
-    smollm2_path: Path, tmp_path: Path, tensor_size: int
+    short_smollm2_path: Path, tmp_path: Path, tensor_size: int
 ) -> None:
     """Whatever the routers choose, on whichever of two or four ranks the expert is; each data rank has a prompt."""
     batch = requests(0, 2, max_tokens=4)
-    dense = run_alone(smollm2_path, batch)
-    sparse = upcycle(smollm2_path, tmp_path / "moe", num_experts=2 * tensor_size)
+    dense = run_alone(short_smollm2_path, batch)
+    sparse = upcycle(short_smollm2_path, tmp_path / "moe", num_experts=2 * tensor_size)
     with data_replica(sparse, data_size=2, tensor_size=tensor_size) as (engines, told):
         for engine, request in zip(engines, batch, strict=True):
             submit(engine, [request])

@@ -80,18 +80,15 @@ def test_data_ranks_move_experts_together(tiny_mixtral: Path, data_size: int, te
     assert set(told[1].balances) == {None}
 
 
-def test_a_real_model_says_what_the_dense_one_says_while_experts_move(smollm2_path: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    question = "What is the capital of France? Explain gravity in one sentence."
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-    path = upcycle(smollm2_path, tmp_path / "moe", num_experts=4)
+def test_a_real_model_says_what_the_dense_one_says_while_experts_move(short_smollm2_path: Path, tmp_path: Path) -> None:
+    prompt = AutoTokenizer.from_pretrained(short_smollm2_path)("The capital of France is")["input_ids"]
+    dense = run_alone(short_smollm2_path, [request("r", prompt, max_tokens=9)])
+    path = upcycle(short_smollm2_path, tmp_path / "moe", num_experts=4)
     options = {"whole_experts": True, "num_redundant_experts": 2, "rebalance_interval_steps": 2}
     with replica(path, 2, **options) as (leader, collected, _):
         submit(leader, [request("r", prompt, max_tokens=9)])
         collected.wait_for_ends(1)
-    assert tokenizer.decode(collected.tokens["r"]).startswith("The capital of France is Paris.<|im_end|>")
+    assert collected.tokens == dense
     assert balances(collected)[-1].num_moves > 0
 
 
