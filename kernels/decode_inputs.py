@@ -47,10 +47,11 @@ def gather_decode_inputs(
     Running it again changes nothing. Rows with a new page have slots of their own.
     """
     _check(columns_5S, token_ids_MC, block_tables_MB)
-    run = gather_decode_inputs_ref
-    if choose_backend("gather_decode_inputs", columns_5S, token_ids_MC, block_tables_MB) == "triton":
+    run = gather_decode_inputs_ref  # on a CPU always: what gathers there is a data rank without rows, a single one of padding
+    tensors = (columns_5S, token_ids_MC, block_tables_MB)
+    if columns_5S.device.type == "cuda" and choose_backend("gather_decode_inputs", *tensors) == "triton":
         run = _gather_decode_inputs_triton
-    return run(columns_5S, token_ids_MC, block_tables_MB, page_len=page_len)
+    return run(*tensors, page_len=page_len)
 
 
 def gather_decode_inputs_ref(
