@@ -15,7 +15,8 @@ from tcp_proxy import TcpProxy
 
 NUM_TOKENS = 400
 NUM_CHOICES = 16
-SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]  # for what is not read, mostly; else 64 KiB
+# For what is not read. Once in 50 runs of a busy machine it is 64 KiB all the same.
+SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
 REQUEST = pb.GenerateRequest(
     tokens={"ids": [1]}, sampling={"max_tokens": NUM_TOKENS, "n": NUM_CHOICES, "logprobs": 0, "ignore_eos": True}
 )
@@ -46,7 +47,8 @@ async def test_a_slow_client_gets_fewer_messages_with_every_token(start_cluster:
         got[delta.index] += delta.token_ids
     assert got == [expected_tokens([1], NUM_TOKENS)] * NUM_CHOICES
     assert messages[-1].usage.completion_tokens == NUM_CHOICES * NUM_TOKENS
-    assert len(messages) < NUM_TOKENS / 2
+    # What the window takes, then one with the rest: five or so, and 310 where it is of 64 KiB; unmerged two a token.
+    assert len(messages) < NUM_TOKENS
 
 
 async def test_a_client_that_is_gone_while_messages_wait_for_it_leaves_nothing(start_cluster: StartCluster) -> None:
