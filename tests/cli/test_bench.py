@@ -161,7 +161,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_numbers(capsys: pytest.Ca
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_serve_measures_a_server_from_its_clients(protocol: str, tmp_path: Path) -> None:
     if protocol == "http":
-        pytest.importorskip("openai")
+        pytest.importorskip("aiohttp")
     with SmallServer(tmp_path) as server:
         row = run_serve(
             server, protocol, tmp_path / "a", "--request-rate", "200", "--slo-ttft-ms", "60000", "--slo-tpot-ms", "60000"
@@ -179,7 +179,7 @@ def test_serve_measures_a_server_from_its_clients(protocol: str, tmp_path: Path)
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_serve_counts_what_a_full_server_refuses(protocol: str, tmp_path: Path) -> None:
     if protocol == "http":
-        pytest.importorskip("openai")
+        pytest.importorskip("aiohttp")
     with SmallServer(tmp_path, max_queued_requests=1, max_num_seqs=1, step_s=0.02) as server:
         row = run_serve(server, protocol, tmp_path / "row")
     assert row["completed"] >= 1
@@ -187,11 +187,15 @@ def test_serve_counts_what_a_full_server_refuses(protocol: str, tmp_path: Path) 
     assert (row["completed"] + row["rejects"], row["errors"]) == (6, 0)
 
 
-def test_serve_exits_1_when_requests_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_serve_exits_1_when_requests_fail(protocol: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With seed 1 two of the four prompts are a token outside the server's vocabulary of 97."""
+    if protocol == "http":
+        pytest.importorskip("aiohttp")
     argv = ["bench", "serve", "--num-prompts", "4", "--input-len", "1", "--output-len", "8", "--vocab-size", "194"]
     with SmallServer(tmp_path) as server:
-        assert cli.main([*argv, "--seed", "1", "--address", server.address]) == 1
+        address = server.address if protocol == "grpc" else server.http_address
+        assert cli.main([*argv, "--seed", "1", "--protocol", protocol, "--address", address]) == 1
     captured = capsys.readouterr()
     row = json.loads(captured.out)
     assert (row["completed"], row["rejects"], row["errors"]) == (2, 0, 2)
@@ -206,9 +210,15 @@ def run_serve(server: SmallServer, protocol: str, out: Path, *options: str) -> d
     return row
 
 
-def test_serve_says_that_no_server_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "serve", "--address", "127.0.0.1:1"]) == 1
-    assert "cannot reach a pilotfish server at 127.0.0.1:1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [("grpc", "cannot reach a pilotfish server at 127.0.0.1:1"), ("http", "no server answers at http://127.0.0.1:1/v1")],
+)
+def test_serve_says_that_no_server_answers(protocol: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if protocol == "http":
+        pytest.importorskip("aiohttp")
+    assert cli.main(["bench", "serve", "--protocol", protocol, "--address", "127.0.0.1:1"]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_percentiles_lie_between_the_nearest_values() -> None:
