@@ -3,11 +3,11 @@
     python benchmarks/bench_controller.py [--seconds 20] [--requests 100000] [--model smollm2-135m] [--parts requests ...]
 
 Replicas compute nothing (steady_replica.py) and live in one process, the controller in another, the clients in this one; all
-over real gRPC, between controller and replicas encrypted. The clients are as cheap as they can be (raw_grpc.py), but for the
-part `sdk`, which measures the SDK's. The three processes share the machine's cores: rates are lower bounds, and the CPU time
-of each process for a request or a token says what they could do without the others. Tokens are counted at the client; the
-delay of one is from the step that made it to the arrival of its message, on one machine's clock. Each part prints whether what
-is asked for was met, and the program ends with 1 if one was not.
+over real gRPC (the part `http`: HTTP), between controller and replicas encrypted. The clients are as cheap as they can be
+(raw_grpc.py, raw_http.py), but for the part `sdk`, which measures the SDK's. The three processes share the machine's cores:
+rates are lower bounds, and the CPU time of each process for a request or a token says what they could do without the others.
+Tokens are counted at the client; the delay of one is from the step that made it to the arrival of its message, on one machine's
+clock. Each part prints whether what is asked for was met, and the program ends with 1 if one was not.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pilotfish.proto import common_pb2
 from pilotfish.proto import inference_pb2 as pb
 from pilotfish.workers.timed_runner import VOCAB_SIZE
 from raw_grpc import Call, RawConnection
+from raw_http import RawStream
 from timed_fleet import FleetSettings, TimedFleet
 
 METHOD = "/pilotfish.v1.Inference/Generate"
@@ -43,7 +44,8 @@ TARGET_P99_MS = 50
 MAX_GROWTH = 1.03
 PROMPT_TOKENS = 64
 GATEWAY_TOKENS_PER_S = 3_000  # so few that each token is a message, also where all processes share two cores
-PARTS = ("requests", "tokens", "latency", "memory", "sdk", "gateways", "bound")
+PARTS = ("requests", "tokens", "latency", "memory", "sdk", "http", "gateways", "bound")
+HTTP_STREAMS = 200
 _TOKEN_OF_BYTE = bytes(byte % VOCAB_SIZE for byte in range(256))
 
 
@@ -198,6 +200,58 @@ async def bench_sdk(fleet: TimedFleet, *, seconds: float) -> dict[str, object]:
     return result
 
 
+async def bench_http(fleet: TimedFleet, *, seconds: float) -> dict[str, object]:
+    """The HTTP door: requests of one token on kept connections, then long streams whose messages are counted."""
+
+    def body(number: int, max_tokens: int) -> bytes:
+        prompt = [number % VOCAB_SIZE, *range(PROMPT_TOKENS - 1)]
+        fields = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        return json.dumps(fields).encode()
+
+    numbers, times_ms = itertools.count(), list[float]()
+    streams = [await RawStream.open(fleet.http_address, "/v1/completions") for _ in range(HTTP_STREAMS)]
+    until_s = 0.0
+
+    def ask(stream: RawStream, asked_s: float | None = None) -> None:
+        if asked_s is not None:
+            if stream.num_events != 1:
+                raise SystemExit(f"a request ended after {stream.parts}")
+            times_ms.append((time.monotonic() - asked_s) * 1e3)
+        if (now_s := time.monotonic()) < until_s:
+            stream.begin(body(next(numbers), 1), lambda ended: ask(ended, now_s))
+
+    async def ask_all(for_s: float) -> dict[str, float]:
+        nonlocal until_s
+        until_s, before = time.monotonic() + for_s, cpu_seconds(fleet)
+        times_ms.clear()
+        for stream in streams[:NUM_CALLERS]:
+            ask(stream)
+        await asyncio.sleep(for_s + 0.5)
+        return cpu_per(fleet, before, len(times_ms), "request")
+
+    await ask_all(2)
+    of_requests = await ask_all(seconds)
+    requests_per_s = len(times_ms) / seconds
+    for stream in streams:
+        stream.begin(body(next(numbers), 10_000), lambda _: None)
+    await asyncio.sleep(3)
+    before, begin, start_s = cpu_seconds(fleet), sum(stream.num_events for stream in streams), time.monotonic()
+    await asyncio.sleep(seconds)
+    spent_s, num_events = time.monotonic() - start_s, sum(stream.num_events for stream in streams) - begin
+    of_messages = cpu_per(fleet, before, num_events, "message")
+    for stream in streams:
+        stream.close()
+    return {
+        "callers": NUM_CALLERS,
+        "requests_per_s": round(requests_per_s),
+        **of_requests,
+        **percentiles("total_ms", times_ms),
+        "streams": HTTP_STREAMS,
+        "messages_per_s": round(num_events / spent_s),
+        **of_messages,
+    }
+
+
 def cpu_seconds(fleet: TimedFleet) -> dict[str, float]:
     """CPU time so far, by process."""
     return {
@@ -229,11 +283,13 @@ def run(
     tokens_per_s: float | None = None,
 ) -> dict[str, Any]:
     """One part with a fleet of its own."""
-    offered = tokens_per_s or {"tokens": 1.1, "latency": 0.5, "sdk": 0.1}.get(part, 5.0) * TARGET_TOKENS_PER_S
+    offered = tokens_per_s or {"tokens": 1.1, "latency": 0.5, "sdk": 0.1, "http": 0.25}.get(part, 5.0) * TARGET_TOKENS_PER_S
 
     async def measure(fleet: TimedFleet) -> dict[str, object]:
         if part == "sdk":
             return await bench_sdk(fleet, seconds=seconds)
+        if part == "http":
+            return await bench_http(fleet, seconds=seconds)
         turns = itertools.islice(itertools.cycle(fleet.addresses), NUM_CONNECTIONS)
         connections = [await RawConnection.open(address, METHOD) for address in turns]
         load = Load(connections)

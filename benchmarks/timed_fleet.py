@@ -193,7 +193,7 @@ def _gateway(settings: FleetSettings, calls: Connection) -> None:
 
 
 def _control(settings: FleetSettings, calls: Connection, parent: Connection, gateways: Mapping[str, Connection]) -> None:
-    """The controller's process: sends the gRPC addresses, then serves until the parent closes the connection."""
+    """The controller's process: sends the addresses of its doors, then serves until the parent closes the connection."""
 
     async def serve() -> None:
         authority = Authority.create()
@@ -211,7 +211,7 @@ def _control(settings: FleetSettings, calls: Connection, parent: Connection, gat
         garbage.settle()
         while not all(gateway.is_connected for gateway in controller.status().gateways):  # noqa: ASYNC110 - once
             await asyncio.sleep(0.05)
-        parent.send([gateway.grpc_address for gateway in controller.status().gateways] or [addresses.grpc])
+        parent.send(([gateway.grpc_address for gateway in controller.status().gateways] or [addresses.grpc], addresses.http))
         await asyncio.to_thread(_until_closed, parent)
         await controller.stop()
 
@@ -226,7 +226,7 @@ def _until_closed(connection: Connection) -> None:
 
 
 class TimedFleet:
-    """See the module. Entered, the doors are at `addresses` (gRPC), one a gateway."""
+    """See the module. Entered, the doors are at `addresses` (gRPC), one a gateway, and `http_address` (where there is none)."""
 
     def __init__(self, settings: FleetSettings) -> None:
         host_calls, controller_calls = _PROCESSES.Pipe()
@@ -249,6 +249,7 @@ class TimedFleet:
             target=_control, args=(settings, controller_calls, controller_parent, to_gateways), daemon=True
         )
         self.addresses: list[str] = []
+        self.http_address = ""
 
     def __enter__(self) -> TimedFleet:
         self._host.start()
@@ -258,7 +259,7 @@ class TimedFleet:
             end.close()
         if not self._parent.poll(_START_S):
             raise SystemExit(f"the controller did not serve within {_START_S:g} s; its messages are above")
-        self.addresses = self._parent.recv()
+        self.addresses, self.http_address = self._parent.recv()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
