@@ -46,6 +46,10 @@ class StepScheduler:
         return bool(self._sequences or self._in_flight)
 
     @property
+    def num_waiting(self) -> int:
+        return len(self._lines.waiting)
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 

@@ -294,20 +294,26 @@ class Engine:
         loop.finish()
 
     def _take_commands(self, loop: StepLoop) -> bool:
-        """Runs the waiting commands, and waits for one when there is nothing else to do; False when the engine is to stop."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._commands or self._is_stopping or loop.has_work, self._wait_s(loop))
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            command(loop)
-        return not self._is_stopping
+        """Runs the commands that come until the next turn is due, or until there is work; False when the engine is to stop."""
+        while True:
+            rest_s = loop.plan_at_s - time.monotonic()
+            with self._changed:
+                if rest_s > 0:
+                    self._changed.wait_for(lambda: self._commands or self._is_stopping, rest_s)
+                else:
+                    self._changed.wait_for(lambda: self._commands or self._is_stopping or loop.has_work, self._wait_s(loop))
+                commands, self._commands = self._commands, deque()
+            for command in commands:
+                command(loop)
+            if rest_s <= 0 or self._is_stopping:
+                return not self._is_stopping
 
     def _wait_s(self, loop: StepLoop) -> float | None:
         """How long nothing may happen before the next turn; None: for ever. A paused loop has deadlines to keep."""
         return _PAUSED_WAIT_S if loop.idle_wait_s is None and loop.is_paused else loop.idle_wait_s
 
     def _add(self, request: EngineRequest, deadline_s: float | None, loop: StepLoop) -> None:
-        loop.scheduler.add(request)
+        loop.add(request)
         if deadline_s is not None:
             heapq.heappush(self._deadlines, (deadline_s, request.request_id))
 

@@ -82,6 +82,10 @@ class TimedStep:
         self._end_s = end_s
         self._step_ms = step_ms
 
+    @property
+    def has_arrived(self) -> bool:
+        return time.monotonic() >= self._end_s
+
     def result(self) -> StepResult:
         time.sleep(max(0.0, self._end_s - time.monotonic()))
         return self._result

@@ -15,6 +15,7 @@ from pilotfish.common.requests import BlockStored, FinishReason
 from pilotfish.common.tenants import Tenant
 from pilotfish.workers import engine as engine_module
 from pilotfish.workers.engine import Engine, Phase
+from pilotfish.workers.timed_runner import TimedReplica, TimedRunner, TimingModel
 
 TIMEOUT_S = 60.0
 
@@ -118,6 +119,36 @@ def test_requests_from_many_threads_are_all_answered(start, outputs, make_reques
     outputs.until_ended(*(request.request_id for request in requests))
     assert all(len(outputs.collector.tokens[request.request_id]) == 16 for request in requests)
     until(lambda: engine.health().phase is Phase.IDLE)
+
+
+def test_what_arrives_while_a_step_runs_is_in_the_step_after_it(outputs, make_request, monkeypatch):
+    """Of two steps in flight the first has ended: the second runs, and the third is planned shortly before its end."""
+    for name, value_s in (("_LONGEST_STEP_S", 1.0), ("_ARRIVALS_S", 60.0)):  # steps are long here: nobody else's load matters
+        monkeypatch.setattr(f"pilotfish.workers.step_loop.{name}", value_s)
+    plans = []
+
+    class Runner(TimedRunner):
+        def launch(self, plan):
+            plans.append(plan)
+            return super().launch(plan)
+
+    def set_up(model_config, engine_config):
+        _, info = TimedReplica()(model_config, engine_config)
+        return Runner(TimingModel(decode_ms=((1, 300.0), (2, 300.0)), prefill_ms_per_token=0.0)), info
+
+    config = EngineConfig(device="cpu", num_kv_blocks=128, max_num_seqs=8)
+    engine = Engine(ModelConfig(model="timed"), config, on_step=outputs, max_steps_in_flight=2, set_up=set_up)
+    engine.start()
+    try:
+        engine.submit(make_request("a", [1, 2, 3], max_tokens=6))
+        outputs.until(lambda collector: len(collector.steps) == 4)  # the fifth runs
+        time.sleep(0.05)
+        engine.submit(make_request("b", [4, 5, 6], max_tokens=1))
+        outputs.until_ended("a", "b")
+    finally:
+        engine.stop()
+    (admitting,) = (plan for plan in plans if any(admitted.request.request_id == "b" for admitted in plan.admitted))
+    assert admitting.step_id == 6
 
 
 def test_an_abort_frees_blocks_and_slots_within_two_steps(start, outputs, make_request):

@@ -10,7 +10,7 @@ import torch
 from pilotfish.common.requests import FinishReason
 from pilotfish.scheduler.step_scheduler import SchedulerConfig, StepScheduler
 from pilotfish.workers.step_loop import StepLoop
-from pilotfish.workers.timed_runner import TimedRunner, TimingModel
+from pilotfish.workers.timed_runner import TimedRunner, TimedStep, TimingModel
 from transformers import AutoModelForCausalLM
 
 LOUD = {"temperature": 1.2, "top_p": 0.95, "frequency_penalty": 0.4, "repetition_penalty": 1.1, "min_tokens": 3}
@@ -153,15 +153,89 @@ def test_steps_carry_their_timings(run_requests, make_request, in_flight):
     assert sum(t.forward_ms + t.sample_ms for t in timings) < sum(t.total_ms for t in timings)
 
 
+SIZES = {"num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 512}
+
+
+def timed_loop(*, step_ms: float, in_flight: int = 2, on_step=lambda step: None, **sizes: int) -> tuple[StepLoop, TimedRunner]:
+    runner = TimedRunner(TimingModel(decode_ms=((1, step_ms), (2, step_ms)), prefill_ms_per_token=0.0))
+    scheduler = StepScheduler(SchedulerConfig(**SIZES | sizes))
+    return StepLoop(runner, scheduler, on_step=on_step, max_in_flight=in_flight), runner
+
+
+def test_a_plan_may_wait_until_shortly_before_the_step_in_flight_ends(make_request):
+    loop, runner = timed_loop(step_ms=50.0)
+    loop.add(make_request("a", random_prompt(1, 9), max_tokens=20))
+    for _ in range(2):  # the prompt's step, and the first that decodes, of which nobody knows how long it takes
+        loop.advance()
+        assert loop.plan_at_s == 0
+    for _ in range(3):
+        loop.advance()
+        assert runner._free_s - 0.0016 <= loop.plan_at_s <= time.monotonic() + 0.0486
+
+
+def test_a_turn_that_was_late_makes_the_next_ones_earlier(make_request):
+    loop, _ = timed_loop(step_ms=80.0)
+    loop.add(make_request("a", random_prompt(1, 9), max_tokens=60))
+
+    def rest_s() -> float:
+        """Between the end of a step and the next turn."""
+        loop.advance()
+        return loop.plan_at_s - loop._last_end_s
+
+    for _ in range(3):
+        loop.advance()
+    on_time_s = rest_s()
+    time.sleep(0.1)
+    late_s = rest_s()
+    assert 0.0005 < on_time_s - late_s < 0.0025
+    assert late_s < rest_s() <= on_time_s
+
+
+def test_a_plan_does_not_wait_in_vain(make_request, monkeypatch):
+    """Without overlap; where more waits than fits; beside a prompt; where nothing comes."""
+    for sizes in ({"in_flight": 1}, {"max_num_seqs": 1}):
+        loop, _ = timed_loop(step_ms=40.0, **sizes)
+        for name in "ab":
+            loop.add(make_request(name, random_prompt(1, 9), max_tokens=20))
+        for _ in range(5):
+            loop.advance()
+            assert loop.plan_at_s == 0
+    loop, _ = timed_loop(step_ms=40.0)
+    loop.add(make_request("a", random_prompt(1, 9), max_tokens=20))
+    for _ in range(4):
+        loop.advance()
+    assert loop.plan_at_s > 0
+    loop.add(make_request("b", random_prompt(2, 40), max_tokens=20))
+    loop.advance()
+    assert loop.plan_at_s == 0
+    for _ in range(3):
+        loop.advance()
+    assert loop.plan_at_s > 0
+    monkeypatch.setattr("pilotfish.workers.step_loop._ARRIVALS_S", 0.0)
+    loop.advance()
+    assert loop.plan_at_s == 0
+
+
+def test_a_step_that_was_held_up_does_not_hold_up_the_next(make_request, monkeypatch):
+    """As by the compilation of a kernel. Were it believed, the device would wait as long once more."""
+    loop, _ = timed_loop(step_ms=5.0)
+    loop.add(make_request("a", random_prompt(1, 9), max_tokens=20))
+    for _ in range(4):
+        loop.advance()
+    monkeypatch.setattr(TimedStep, "spent_ms", lambda step: {"forward": 900.0})
+    loop.advance()
+    assert loop.plan_at_s <= time.monotonic() + 0.0036
+    loop.advance()
+    assert loop.plan_at_s <= time.monotonic() + 0.0986
+
+
 def test_the_times_of_steps_add_up_to_the_time_that_passed(collector, make_request, in_flight):
     """Also of those that were planned and launched while another ran; the time between two requests is no step's."""
-    sizes = {"num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 512}
-    runner = TimedRunner(TimingModel(decode_ms=((1, 5.0), (2, 5.0)), prefill_ms_per_token=0.0))
-    loop = StepLoop(runner, StepScheduler(SchedulerConfig(**sizes)), on_step=collector, max_in_flight=in_flight)
+    loop, _ = timed_loop(step_ms=5.0, in_flight=in_flight, on_step=collector)
     busy_s = 0.0
     for name in ("a", "b"):
         start_s = time.monotonic()
-        loop.scheduler.add(make_request(name, random_prompt(1, 9), max_tokens=6))
+        loop.add(make_request(name, random_prompt(1, 9), max_tokens=6))
         while loop.has_work:
             loop.advance()
         busy_s += time.monotonic() - start_s
