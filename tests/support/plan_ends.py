@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from multiprocessing.context import ForkServerProcess
 
 from pilotfish.common.errors import PilotfishError
 from pilotfish.common.identity import Identity
+from pilotfish.workers import plan_channel
 from pilotfish.workers.plan_channel import Reader, Writer
 from pilotfish.workers.plan_stream import PlanFollower
 from processes import preloaded_processes
@@ -31,6 +33,30 @@ def read_all(pipe: Connection, name: str, epoch: int, index: int, delay_s: float
     except PilotfishError as error:
         pipe.send(error.message)
     reader.close()
+
+
+def read_told_only(pipe: Connection, name: str, epoch: int, index: int, num_messages: int) -> None:
+    """As `read_all`, with pauses, and looks only when it is woken; tells all at the end."""
+    plan_channel._LIVENESS_INTERVAL_S, plan_channel._DOZE_AFTER_MESSAGE_S = PATIENCE_S, 0.0
+    rng = random.Random(index)
+    reader = Reader(name, epoch=epoch, index=index, timeout_s=PATIENCE_S)
+    said: list[object] = []
+    for _ in range(num_messages):
+        pause(rng)
+        message = reader.receive(PATIENCE_S / 2)
+        if message is None:
+            said.append("not woken")
+            break
+        said.append((len(message), zlib.crc32(message)))
+    pipe.send(said)
+    reader.close()
+
+
+def pause(rng: random.Random) -> None:
+    """Mostly none, else up to 0.3 ms, busy: a sleep would last longer than what it is to meet."""
+    end_s = time.monotonic() + rng.choice((0.0, 0.0, rng.random() * 3e-4))
+    while time.monotonic() < end_s:
+        pass
 
 
 def write_and_wait(pipe: Connection, name: str, epoch: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import threading
 import time
 import uuid
@@ -17,10 +18,11 @@ import pytest
 from pilotfish.common.errors import ConfigError, InternalError
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.scheduler.step_plan import AdmittedSequence, StepPlan
+from pilotfish.workers import plan_channel
 from pilotfish.workers.plan_channel import ChannelClosed, LostReader, MessageTooLarge, Reader, SlowReader, Writer
 from pilotfish.workers.plan_codec import PlanDecoder, encode_plan
 from pilotfish.workers.shared_segment import SharedSegment
-from plan_ends import PATIENCE_S, hear, process, read_all, write_and_wait
+from plan_ends import PATIENCE_S, hear, pause, process, read_all, read_told_only, write_and_wait
 
 EPOCH = 3
 SMALL = {"num_slots": 4, "slot_bytes": 64}  # a ring of 256 bytes
@@ -81,7 +83,23 @@ def test_processes_receive_everything_and_then_the_end(name: str) -> None:
             assert child.exitcode == 0
 
 
-def test_close_wakes_a_reader_that_waits(name: str) -> None:
+def test_no_wake_is_lost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither end looks by itself, so one that is not woken waits until its time is over."""
+    monkeypatch.setattr(plan_channel, "_LIVENESS_INTERVAL_S", PATIENCE_S)
+    messages = random_messages(3, 2000, max_bytes=600)
+    rng = random.Random(4)
+    with closing(Writer(name, epoch=EPOCH, readers=["rank 1", "rank 2"], **SMALL)) as writer, ExitStack() as stack:
+        ends = [stack.enter_context(process(read_told_only, name, EPOCH, index, len(messages))) for index in range(2)]
+        writer.wait_for_readers(PATIENCE_S)
+        for message in messages:
+            pause(rng)
+            writer.send(message, PATIENCE_S / 2)
+        for _, pipe in ends:
+            assert hear(pipe) == [(len(message), zlib.crc32(message)) for message in messages]
+
+
+def test_close_wakes_a_reader_that_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_channel, "_LIVENESS_INTERVAL_S", PATIENCE_S)
     writer = Writer(name, epoch=EPOCH, readers=["rank 1"])
     with process(read_all, name, EPOCH, 0, 0.0) as (_, pipe):
         assert hear(pipe) == "here"
@@ -147,6 +165,36 @@ def test_a_killed_reader_is_found_and_leaves_nothing(name: str) -> None:
             child.join(PATIENCE_S)
         with pytest.raises(LostReader, match=f"rank 1 .process {child.pid}. is gone"):
             writer.send(bytes(1000), PATIENCE_S)
+
+
+def test_a_reader_that_is_killed_while_the_writer_waits_for_room_is_found(name: str) -> None:
+    with (
+        closing(Writer(name, epoch=EPOCH, readers=["rank 1"], **SMALL)) as writer,
+        process(read_all, name, EPOCH, 0, PATIENCE_S) as (child, pipe),
+    ):
+        assert hear(pipe) == "here"
+        threading.Timer(0.1, child.kill).start()
+        with pytest.raises(LostReader, match=f"rank 1 .process {child.pid}. is gone"):
+            writer.send(bytes(1000), PATIENCE_S)
+
+
+def test_a_reader_that_leaves_while_the_writer_waits_for_room_is_named_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_channel, "_LIVENESS_INTERVAL_S", PATIENCE_S)
+    with closing(Writer(name, epoch=EPOCH, readers=["rank 1"], **SMALL)) as writer:
+        threading.Timer(0.1, reader_of(name).close).start()
+        with pytest.raises(LostReader, match="is gone"):
+            writer.send(bytes(1000), PATIENCE_S)
+
+
+def test_a_writer_that_is_killed_while_a_reader_waits_is_found(name: str) -> None:
+    with process(write_and_wait, name, EPOCH) as (child, pipe), closing(reader_of(name)) as reader:
+        assert hear(pipe) == "sent"
+        assert reader.receive(PATIENCE_S) == b"one"
+        threading.Timer(0.1, child.kill).start()
+        with pytest.raises(ChannelClosed, match="died"):
+            reader.receive(PATIENCE_S)
 
 
 def test_a_killed_writer_is_found_and_leaves_nothing(name: str) -> None:
@@ -216,8 +264,13 @@ def test_bytes_that_are_seen_after_their_number_are_waited_for(name: str) -> Non
         segment.close()
 
 
-def test_waiting_is_mostly_sleep(name: str) -> None:
-    with closing(Writer(name, epoch=EPOCH, readers=["rank 1"])), closing(reader_of(name)) as reader:
-        start_s = time.thread_time()
+def test_an_idle_reader_sleeps(name: str) -> None:
+    with closing(Writer(name, epoch=EPOCH, readers=["rank 1"])) as writer, closing(reader_of(name)) as reader:
+        writer.send(b"x", 1.0)
+        assert reader.receive(1.0) == b"x"
+        assert reader.receive(0.05) is None  # it looks by itself for a while
+        before = resource.getrusage(resource.RUSAGE_THREAD)
         assert reader.receive(1.0) is None
-        assert time.thread_time() - start_s < 0.5
+        after = resource.getrusage(resource.RUSAGE_THREAD)
+        assert after.ru_nvcsw - before.ru_nvcsw < 20
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
