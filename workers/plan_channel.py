@@ -25,8 +25,8 @@ so no change is missed. Two things keep calls of the system from the way of a pl
 
 - A reader wakes the writer at every half ring that it has taken, not at every fragment. Who waits for room has a full ring
   before this reader, so such a wake comes; whether somebody waits need not be known.
-- For 10 ms after a message a reader looks every 20 us by itself (Linux adds 50 us of timer slack): on a virtual machine, to be
-  woken by the leader takes longer, for the core has halted, or Linux thinks so and lets the rank wait for the leader's own.
+- For 50 ms after a message a reader looks every 20 us by itself (Linux adds 50 us of timer slack). To be woken by the leader
+  takes longer on a virtual machine: the rank's core has halted, or it is put on the leader's (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _CRC_WORD = 4
 
 _LIVENESS_INTERVAL_S = 0.25
 _DOZE_S = 20e-6
-_DOZE_AFTER_MESSAGE_S = 10e-3
+_DOZE_AFTER_MESSAGE_S = 50e-3
 _DAMAGED_AFTER_S = 1.0
 
 

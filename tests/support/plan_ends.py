@@ -35,21 +35,20 @@ def read_all(pipe: Connection, name: str, epoch: int, index: int, delay_s: float
     reader.close()
 
 
-def read_told_only(pipe: Connection, name: str, epoch: int, index: int, num_messages: int) -> None:
-    """As `read_all`, with pauses, and looks only when it is woken; tells all at the end."""
+def answer(pipe: Connection, name: str, epoch: int, num_slots: int, slot_bytes: int, num_messages: int) -> None:
+    """Sends each message back through a channel of its own, and looks only when it is woken."""
     plan_channel._LIVENESS_INTERVAL_S, plan_channel._DOZE_AFTER_MESSAGE_S = PATIENCE_S, 0.0
-    rng = random.Random(index)
-    reader = Reader(name, epoch=epoch, index=index, timeout_s=PATIENCE_S)
-    said: list[object] = []
+    rng = random.Random(1)
+    writer = Writer(f"{name}-back", epoch=epoch, readers=["leader"], num_slots=num_slots, slot_bytes=slot_bytes)
+    writer.wait_for_readers(PATIENCE_S)
+    reader = Reader(name, epoch=epoch, index=0, timeout_s=PATIENCE_S)
     for _ in range(num_messages):
+        message = reader.receive(PATIENCE_S)
+        assert message is not None
         pause(rng)
-        message = reader.receive(PATIENCE_S / 2)
-        if message is None:
-            said.append("not woken")
-            break
-        said.append((len(message), zlib.crc32(message)))
-    pipe.send(said)
-    reader.close()
+        writer.send(message, PATIENCE_S)
+    pipe.send("done")
+    pipe.poll(PATIENCE_S)
 
 
 def pause(rng: random.Random) -> None:
@@ -57,6 +56,14 @@ def pause(rng: random.Random) -> None:
     end_s = time.monotonic() + rng.choice((0.0, 0.0, rng.random() * 3e-4))
     while time.monotonic() < end_s:
         pass
+
+
+@contextmanager
+def woken() -> Iterator[None]:
+    """What waits in it for up to PATIENCE_S does not wait until its time is over."""
+    start_s = time.monotonic()
+    yield
+    assert time.monotonic() - start_s < PATIENCE_S / 2, "it was not woken"
 
 
 def write_and_wait(pipe: Connection, name: str, epoch: int) -> None:
