@@ -63,8 +63,8 @@ def decode_plan(num_sequences: int, step_id: int) -> StepPlan:
     return StepPlan(step_id, (), tuple(rows), ())
 
 
-def open_ring(name: str, index: int, spin_us: float) -> Reader | PlanFollower:
-    return Reader(name, epoch=EPOCH, index=index, timeout_s=PATIENCE_S, spin_s=spin_us * 1e-6)
+def open_ring(name: str, index: int) -> Reader | PlanFollower:
+    return Reader(name, epoch=EPOCH, index=index, timeout_s=PATIENCE_S)
 
 
 def open_stream(address: str, leader: str, rank: str, identity: Identity) -> Reader | PlanFollower:
@@ -94,13 +94,13 @@ def follow(pipe: Connection, open_end: Callable[[], Reader | PlanFollower], num_
 
 
 def open_writer(
-    way: str, names: list[str], spin_us: float
+    way: str, names: list[str]
 ) -> tuple[Writer | PlanServer, Callable[[], None], list[Callable[[], Reader | PlanFollower]]]:
     """The leader's end, what waits for all ranks, and what opens the end of each."""
     if way == "ring":
         name = f"pilotfish-bench-{uuid.uuid4().hex}-epoch-{EPOCH}"
         ring = Writer(name, epoch=EPOCH, readers=names)
-        ends = [partial(open_ring, name, index, spin_us) for index in range(len(names))]
+        ends = [partial(open_ring, name, index) for index in range(len(names))]
         return ring, partial(ring.wait_for_readers, PATIENCE_S), ends
     authority, leader = Authority.create(), "leader"
     server = PlanServer(epoch=EPOCH, followers=names, identity=authority.issue(leader))
@@ -111,7 +111,7 @@ def open_writer(
 
 def measure(way: str, num_readers: int, args: argparse.Namespace) -> dict[str, object]:
     context = multiprocessing.get_context("spawn")
-    writer, wait_for_ranks, ends = open_writer(way, [f"rank {index + 1}" for index in range(num_readers)], args.spin_us)
+    writer, wait_for_ranks, ends = open_writer(way, [f"rank {index + 1}" for index in range(num_readers)])
     pipes, ranks = [], []
     try:
         for end in ends:
@@ -144,7 +144,6 @@ def measure(way: str, num_readers: int, args: argparse.Namespace) -> dict[str, o
         "processes": 1 + num_readers,
         "sequences": args.sequences,
         "step_ms": args.step_ms,
-        "spin_us": args.spin_us,
         "message_bytes": num_bytes,
         "encode_p50_us": round(statistics.median(encode_us), 1),
         "received_p50_us": quantile(received_us, 0.5),
@@ -165,7 +164,6 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--step-ms", type=float, default=5.0)
-    parser.add_argument("--spin-us", type=float, default=50.0)
     args = parser.parse_args()
     machine = {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     for way, num_readers in product(("ring", "stream"), (1, 3)):

@@ -7,22 +7,26 @@ fails was delivered to nobody and may be repeated: readers drop a message that b
 The memory, in 8-byte words, a cache line for each that writes it:
 
     line 0       LAYOUT (published last), epoch, readers, slots, bytes of a slot
-    line 1       1 when the writer has closed
-    line 2 + i   of reader i: fragments it has taken, its state, its process
-    slots        number (published last), bytes here, their offset in the message, bytes of the message, CRC; then the bytes
+    line 1       2 x the fragments sent, + 1 when the writer has closed
+    line 2 + i   of reader i: 4 x the fragments it has taken + its state; its process
+    slots        number, bytes here, their offset in the message, bytes of the message, CRC; then the bytes
 
 Fragment f (from 0) goes to slot f % slots with number f + 1. Why that is safe without locks:
 
-- A slot's bytes are written first and its number last, in one aligned 8-byte store. x86 makes stores visible in their order,
-  and CPython executes these in the order of the program. ARM may reorder them; there a reader can see the number before the
-  bytes. Hence the CRC over number, sizes and bytes: what does not match is not there yet, and is read again.
+- A slot is written first and line 1 last, in one aligned 8-byte store. x86 makes stores visible in their order, and CPython
+  executes these in the order of the program. ARM may reorder them; there a reader can see line 1 before the slot. Hence the
+  number and the CRC over it, sizes and bytes: what does not match is not there yet, and is read again.
 - A reader raises its count after it has copied and checked the bytes, the writer fills a slot after it has seen the counts.
   Both stores depend on a branch over what was loaded, and no processor makes such a store visible before the loads.
 
-Waiting is polling. A reader first spins for `spin_s`, then sleeps, 20 us at a time at first (Linux adds 50 us of timer slack)
-and at most 1/500 of the time that the channel has been silent, up to 1 ms. A rank with a core to spare may spin through a whole
-step; other threads of its process run all the same, at Python's switch interval. Whoever holds an end is known to live by a
-lock that dies with its process.
+Who waits sleeps until the other end changes the first word of its line (futex.py), and looks every 0.25 s whether that end
+lives: whoever holds one is known to live by a lock that dies with its process. Each end decides by this one word of the other,
+so no change is missed. Two things keep calls of the system from the way of a plan:
+
+- A reader wakes the writer at every half ring that it has taken, not at every fragment. Who waits for room has a full ring
+  before this reader, so such a wake comes; whether somebody waits need not be known.
+- For 50 ms after a message a reader looks every 20 us by itself (Linux adds 50 us of timer slack). To be woken by the leader
+  takes longer on a virtual machine: the rank's core has halted, or it is put on the leader's (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -36,16 +40,18 @@ from collections.abc import Sequence
 from ..common.errors import InternalError
 from .shared_segment import SharedSegment
 
-_LAYOUT = int.from_bytes(b"PFring\0\x01", "little")
+_LAYOUT = int.from_bytes(b"PFring\0\x02", "little")
 _LINE_WORDS = 8
 _LINE_BYTES = 64
-_CLOSED_WORD = _LINE_WORDS
+_SENT_WORD = _LINE_WORDS
 _ABSENT, _ATTACHED, _LEFT = range(3)  # a reader's state
+_STATE_BITS, _STATE_MASK = 2, 3
 _HEAD = struct.Struct("=4Q")  # number, bytes here, offset, bytes of the message
 _CRC_WORD = 4
 
-_MIN_SLEEP_S, _MAX_SLEEP_S, _SLEEP_SHARE = 20e-6, 1e-3, 1 / 500
 _LIVENESS_INTERVAL_S = 0.25
+_DOZE_S = 20e-6
+_DOZE_AFTER_MESSAGE_S = 50e-3
 _DAMAGED_AFTER_S = 1.0
 
 
@@ -111,10 +117,11 @@ class Writer:
         Raises:
             LostReader: one has not come in time.
         """
-        pause = _Pause(timeout_s)
+        limit = _Limit(timeout_s)
         for index, reader in enumerate(self._readers):
-            while self._state(index) == _ABSENT:
-                if not pause.wait():
+            word = _reader_word(index)
+            while (seen := self._words[word]) & _STATE_MASK == _ABSENT:
+                if not limit.wait(self._segment, word, seen):
                     raise LostReader(reader, f"{reader} did not open the channel of step plans within {timeout_s:g} s")
         self._segment.remove_name()
 
@@ -128,16 +135,16 @@ class Writer:
         num_bytes = len(message)
         if num_bytes > self._max_message_bytes:
             raise MessageTooLarge(f"a message of {num_bytes} bytes; this channel takes up to {self._max_message_bytes}")
-        pause = _Pause(timeout_s)
+        limit = _Limit(timeout_s)
         view = memoryview(message)
         for offset in range(0, num_bytes or 1, self._slot_bytes):
-            self._wait_for_room(pause, timeout_s)
+            self._wait_for_room(limit, timeout_s)
             self._publish(view[offset : offset + self._slot_bytes], offset, num_bytes)
 
     def close(self) -> None:
         """Readers get what was sent, then ChannelClosed."""
         if self._segment.is_open:
-            self._words[_CLOSED_WORD] = 1
+            self._segment.set_and_wake(_SENT_WORD, 2 * self._num_sent + 1)
         self._segment.close()
 
     def _publish(self, fragment: memoryview, offset: int, message_bytes: int) -> None:
@@ -150,32 +157,31 @@ class Writer:
         words[word + _CRC_WORD] = zlib.crc32(fragment, zlib.crc32(head))
         words[word] = number
         self._num_sent = number
+        self._segment.set_and_wake(_SENT_WORD, 2 * number)
 
-    def _wait_for_room(self, pause: _Pause, timeout_s: float) -> None:
+    def _wait_for_room(self, limit: _Limit, timeout_s: float) -> None:
         for index, reader in enumerate(self._readers):
-            if self._state(index) == _LEFT:
+            if self._words[_reader_word(index)] & _STATE_MASK == _LEFT:
                 raise LostReader(reader, f"{reader} has closed the channel of step plans")
         while self._num_sent - self._num_taken == self._num_slots:
-            taken = [self._words[_reader_word(index)] for index in range(len(self._readers))]
+            seen = [self._words[_reader_word(index)] for index in range(len(self._readers))]
+            taken = [word >> _STATE_BITS for word in seen]
             self._num_taken = min(taken, default=self._num_sent)
             if self._num_sent - self._num_taken < self._num_slots:
                 return
             slowest = taken.index(self._num_taken)
-            reader, state = self._readers[slowest], self._state(slowest)
-            if state == _LEFT or (state == _ATTACHED and pause.is_check_due() and not self._segment.is_held(1 + slowest)):
-                raise LostReader(reader, f"{reader} (process {self._words[_reader_word(slowest) + 2]}) is gone")
-            if not pause.wait():
+            reader, state, word = self._readers[slowest], seen[slowest] & _STATE_MASK, _reader_word(slowest)
+            if state == _LEFT or (state == _ATTACHED and limit.is_check_due() and not self._segment.is_held(1 + slowest)):
+                raise LostReader(reader, f"{reader} (process {self._words[word + 1]}) is gone")
+            if not limit.wait(self._segment, word, seen[slowest]):
                 left = "has not opened the channel" if state == _ABSENT else f"has taken {self._num_taken} fragments"
                 raise SlowReader(reader, f"{reader} {left} of {self._num_sent} sent, and no more within {timeout_s:g} s")
-
-    def _state(self, index: int) -> int:
-        return self._words[_reader_word(index) + 1]
 
 
 class Reader:
     """A receiving end; for one thread at a time."""
 
-    def __init__(self, name: str, *, epoch: int, index: int, timeout_s: float, spin_s: float = 50e-6) -> None:
+    def __init__(self, name: str, *, epoch: int, index: int, timeout_s: float) -> None:
         """Opens the writer's segment as its reader `index`, waiting for it to be made.
 
         Raises:
@@ -185,26 +191,26 @@ class Reader:
         self._segment = _open(name, timeout_s)
         self._words = words = self._segment.words
         self._num_slots, self._slot_bytes = words[3], words[4]
+        self._half_ring = max(1, self._num_slots // 2)
         self._word = _reader_word(index)
         problem = ""
         if words[1] != epoch:
             problem = f"it belongs to epoch {words[1]}, not {epoch}"
         elif index >= words[2]:
             problem = f"it has {words[2]} readers, and none of index {index}"
-        elif words[self._word + 1] != _ABSENT:
-            problem = f"reader {index} was here already (process {words[self._word + 2]})"
+        elif words[self._word] != _ABSENT:
+            problem = f"reader {index} was here already (process {words[self._word + 1]})"
         if problem:
             self._segment.close()
             raise InternalError(f"the channel {name} is not for this rank: {problem}")
         self._first_slot = (2 + words[2]) * _LINE_WORDS
-        self._spin_s = spin_s
         self._num_taken = 0
         self._partial = bytearray()
-        self._silent_since_s = time.monotonic()
         self._mismatch_since_s: float | None = None
+        self._doze_until_s = 0.0
         self._segment.hold(1 + index)
-        words[self._word + 2] = os.getpid()
-        words[self._word + 1] = _ATTACHED
+        words[self._word + 1] = os.getpid()
+        self._tell(_ATTACHED)
 
     def receive(self, timeout_s: float) -> bytes | None:
         """The next message, or None if there is none within `timeout_s`.
@@ -213,47 +219,59 @@ class Reader:
             ChannelClosed: there will be none: the writer has closed, or died.
             InternalError: the memory is damaged.
         """
-        pause = _Pause(timeout_s, spin_s=self._spin_s, silent_since_s=self._silent_since_s)
+        limit = _Limit(timeout_s)
         while True:
-            is_closed = self._words[_CLOSED_WORD] == 1  # before the look at the slot: it was written after the last one
-            is_dead = not is_closed and pause.is_check_due() and not self._segment.is_held(0)
-            if self._take():
+            is_dead = limit.is_check_due() and not self._segment.is_held(0)  # before the look at what it has sent
+            seen = self._words[_SENT_WORD]
+            num_sent, is_closed = seen >> 1, seen & 1
+            if self._take(num_sent):
                 message, self._partial = bytes(self._partial), bytearray()
-                self._silent_since_s = time.monotonic()
+                self._doze_until_s = time.monotonic() + _DOZE_AFTER_MESSAGE_S
                 return message
-            if is_closed or is_dead:
+            is_all_taken = self._num_taken == num_sent
+            if is_all_taken and (is_closed or is_dead):
                 raise ChannelClosed(f"the leader has {'closed' if is_closed else 'died and left'} the channel of step plans")
-            if not pause.wait():
+            if is_all_taken and time.monotonic() > self._doze_until_s:
+                is_in_time = limit.wait(self._segment, _SENT_WORD, seen)
+            else:
+                is_in_time = limit.doze()
+            if not is_in_time:
                 return None
 
     def close(self) -> None:
         if self._segment.is_open:
-            self._words[self._word + 1] = _LEFT
+            self._tell(_LEFT)
         self._segment.close()
 
-    def _take(self) -> bool:
-        """Takes all fragments that are there, up to the end of a message; whether it came to one."""
-        words, data, number = self._words, self._segment.data, self._num_taken + 1
-        while True:
+    def _tell(self, state: int) -> None:
+        self._segment.set_and_wake(self._word, self._num_taken << _STATE_BITS | state)
+
+    def _take(self, num_sent: int) -> bool:
+        """Takes fragments up to number `num_sent` or to the end of a message; whether it came to one."""
+        words, data = self._words, self._segment.data
+        while self._num_taken < num_sent:
+            number = self._num_taken + 1
             word = self._first_slot + self._num_taken % self._num_slots * (_LINE_BYTES + self._slot_bytes) // 8
-            if words[word] != number:
-                return False
             start = word * 8
             head = bytes(data[start : start + _HEAD.size])
-            _, num_bytes, offset, message_bytes = _HEAD.unpack(head)
+            number_here, num_bytes, offset, message_bytes = _HEAD.unpack(head)
             start += _LINE_BYTES
             fragment = bytes(data[start : start + min(num_bytes, self._slot_bytes)])
-            if zlib.crc32(fragment, zlib.crc32(head)) != words[word + _CRC_WORD]:
+            if number_here != number or zlib.crc32(fragment, zlib.crc32(head)) != words[word + _CRC_WORD]:
                 self._note_mismatch(number)
                 return False
-            words[self._word] = self._num_taken = number
+            self._num_taken = number
+            if number % self._half_ring == 0:
+                self._tell(_ATTACHED)
+            else:
+                words[self._word] = number << _STATE_BITS | _ATTACHED
             self._mismatch_since_s = None
             if offset == 0:
                 self._partial = bytearray()
             self._partial += fragment
-            number += 1
             if len(self._partial) == message_bytes:
                 return True
+        return False
 
     def _note_mismatch(self, number: int) -> None:
         now_s = time.monotonic()
@@ -263,26 +281,27 @@ class Reader:
             raise InternalError(f"fragment {number} of the channel of step plans is damaged")
 
 
-class _Pause:
-    """One wait with a deadline, in sleeps whose length follows from the time since `silent_since_s`."""
+class _Limit:
+    """What bounds one wait: its deadline, and when to look whether the other end lives."""
 
-    def __init__(self, timeout_s: float, *, spin_s: float = 0.0, silent_since_s: float | None = None) -> None:
-        self._start_s = time.monotonic()
-        self._deadline_s = self._start_s + timeout_s
-        self._spin_until_s = self._start_s + spin_s
-        self._silent_since_s = self._start_s if silent_since_s is None else silent_since_s
-        self._check_s = self._start_s + min(_LIVENESS_INTERVAL_S, timeout_s)
-
-    def wait(self) -> bool:
-        """Sleeps a little; False at once when the time is over."""
+    def __init__(self, timeout_s: float) -> None:
         now_s = time.monotonic()
-        if now_s >= self._deadline_s:
+        self._deadline_s = now_s + timeout_s
+        self._check_s = now_s + min(_LIVENESS_INTERVAL_S, timeout_s)
+
+    def wait(self, segment: SharedSegment, word: int, seen: int) -> bool:
+        """Sleeps while the word is what was seen, or until it is time for a look; False at once when the time is over."""
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
             return False
-        if now_s < self._spin_until_s:
-            os.sched_yield()  # not sleep(0), which sets a timer: some 50 us
-            return True
-        sleep_s = max(_MIN_SLEEP_S, (now_s - self._silent_since_s) * _SLEEP_SHARE)
-        time.sleep(min(sleep_s, _MAX_SLEEP_S, self._deadline_s - now_s))
+        segment.wait(word, seen, min(left_s, _LIVENESS_INTERVAL_S))
+        return True
+
+    def doze(self) -> bool:
+        """Sleeps a little; False at once when the time is over."""
+        if time.monotonic() >= self._deadline_s:
+            return False
+        time.sleep(_DOZE_S)
         return True
 
     def is_check_due(self) -> bool:
@@ -295,7 +314,7 @@ class _Pause:
 
 
 def _open(name: str, timeout_s: float) -> SharedSegment:
-    pause = _Pause(timeout_s)
+    limit = _Limit(timeout_s)
     while True:
         try:
             segment = SharedSegment.open(name)
@@ -305,7 +324,7 @@ def _open(name: str, timeout_s: float) -> SharedSegment:
             if segment.words[0] == _LAYOUT:
                 return segment
             segment.close()
-        if not pause.wait():
+        if not limit.doze():
             raise ChannelClosed(f"no channel {name} within {timeout_s:g} s: the leader has not made it, or has closed it")
 
 

@@ -10,20 +10,18 @@ removal, so the first reader that ends takes it from the others.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
 import struct
-import tempfile
 import weakref
 from pathlib import Path
 
 from ..common.errors import ConfigError
+from . import futex
 
 _FLOCK = struct.Struct("hhqqi0q")  # struct flock: type, whence, start, length, pid
-# Locks of the open file: the system drops them when its process dies, whatever killed it and whichever namespace it was in.
-_SET_LOCK: int | None = getattr(fcntl, "F_OFD_SETLK", None)
-_GET_LOCK: int | None = getattr(fcntl, "F_OFD_GETLK", None)
 
 
 class SharedSegment:
@@ -40,6 +38,7 @@ class SharedSegment:
         self._map = mmap.mmap(file, os.fstat(file).st_size)
         self.data = memoryview(self._map)
         self.words = self.data.cast("Q")
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._unlink: weakref.finalize[..., SharedSegment] | None = None
 
     @classmethod
@@ -78,16 +77,26 @@ class SharedSegment:
             raise
 
     def hold(self, number: int) -> None:
-        """Marks this process as the living holder of `number`, until it closes the segment or dies."""
-        if _SET_LOCK is not None:
-            fcntl.fcntl(self._file, _SET_LOCK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
+        """Marks this process as the living holder of `number`, until it closes the segment or dies.
+
+        With a lock of the open file: the system drops it when the process dies, whatever killed it and whichever namespace
+        it was in.
+        """
+        fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
 
     def is_held(self, number: int) -> bool:
-        """Whether someone else who holds `number` lives; True where the system cannot tell."""
-        if _GET_LOCK is None:
-            return True
-        answer = fcntl.fcntl(self._file, _GET_LOCK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
+        """Whether someone else who holds `number` lives."""
+        answer = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def wait(self, word: int, seen: int, timeout_s: float) -> None:
+        """Sleeps while the low half of words[word] is that of `seen`, which was read from it: futex.py says until when."""
+        futex.wait(self._address + 8 * word, seen, timeout_s)
+
+    def set_and_wake(self, word: int, value: int) -> None:
+        """Writes words[word] and wakes all who wait for it to change."""
+        self.words[word] = value
+        futex.wake(self._address + 8 * word)
 
     def remove_name(self) -> None:
         """Nobody else can open it from now on; those who have keep it. Only its creator can."""
@@ -111,8 +120,7 @@ class SharedSegment:
 def _path(name: str) -> Path:
     if not name or "/" in name:
         raise ConfigError(f"the name of a shared segment is a plain word, not {name!r}")
-    memory = Path("/dev/shm")
-    return (memory if memory.is_dir() else Path(tempfile.gettempdir())) / name
+    return Path("/dev/shm") / name
 
 
 def _unlink_of_creator(path: str, pid: int) -> None:

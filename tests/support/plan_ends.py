@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from multiprocessing.context import ForkServerProcess
 
 from pilotfish.common.errors import PilotfishError
 from pilotfish.common.identity import Identity
+from pilotfish.workers import plan_channel
 from pilotfish.workers.plan_channel import Reader, Writer
 from pilotfish.workers.plan_stream import PlanFollower
 from processes import preloaded_processes
@@ -31,6 +33,37 @@ def read_all(pipe: Connection, name: str, epoch: int, index: int, delay_s: float
     except PilotfishError as error:
         pipe.send(error.message)
     reader.close()
+
+
+def answer(pipe: Connection, name: str, epoch: int, num_slots: int, slot_bytes: int, num_messages: int) -> None:
+    """Sends each message back through a channel of its own, and looks only when it is woken."""
+    plan_channel._LIVENESS_INTERVAL_S, plan_channel._DOZE_AFTER_MESSAGE_S = PATIENCE_S, 0.0
+    rng = random.Random(1)
+    writer = Writer(f"{name}-back", epoch=epoch, readers=["leader"], num_slots=num_slots, slot_bytes=slot_bytes)
+    writer.wait_for_readers(PATIENCE_S)
+    reader = Reader(name, epoch=epoch, index=0, timeout_s=PATIENCE_S)
+    for _ in range(num_messages):
+        message = reader.receive(PATIENCE_S)
+        assert message is not None
+        pause(rng)
+        writer.send(message, PATIENCE_S)
+    pipe.send("done")
+    pipe.poll(PATIENCE_S)
+
+
+def pause(rng: random.Random) -> None:
+    """Mostly none, else up to 0.3 ms, busy: a sleep would last longer than what it is to meet."""
+    end_s = time.monotonic() + rng.choice((0.0, 0.0, rng.random() * 3e-4))
+    while time.monotonic() < end_s:
+        pass
+
+
+@contextmanager
+def woken() -> Iterator[None]:
+    """What waits in it for up to PATIENCE_S does not wait until its time is over."""
+    start_s = time.monotonic()
+    yield
+    assert time.monotonic() - start_s < PATIENCE_S / 2, "it was not woken"
 
 
 def write_and_wait(pipe: Connection, name: str, epoch: int) -> None:

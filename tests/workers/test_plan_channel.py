@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import threading
-import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -17,10 +17,11 @@ import pytest
 from pilotfish.common.errors import ConfigError, InternalError
 from pilotfish.common.requests import EngineRequest, TokenSampling
 from pilotfish.scheduler.step_plan import AdmittedSequence, StepPlan
+from pilotfish.workers import plan_channel
 from pilotfish.workers.plan_channel import ChannelClosed, LostReader, MessageTooLarge, Reader, SlowReader, Writer
 from pilotfish.workers.plan_codec import PlanDecoder, encode_plan
 from pilotfish.workers.shared_segment import SharedSegment
-from plan_ends import PATIENCE_S, hear, process, read_all, write_and_wait
+from plan_ends import PATIENCE_S, answer, hear, pause, process, read_all, woken, write_and_wait
 
 EPOCH = 3
 SMALL = {"num_slots": 4, "slot_bytes": 64}  # a ring of 256 bytes
@@ -30,10 +31,17 @@ SMALL = {"num_slots": 4, "slot_bytes": 64}  # a ring of 256 bytes
 def name() -> Iterator[str]:
     name = f"pilotfish-test-{uuid.uuid4().hex}-epoch-{EPOCH}"
     yield name
-    left = [path for path in (Path("/dev/shm") / name,) if path.exists()]
+    left = list(Path("/dev/shm").glob(f"{name}*"))
     for path in left:
         path.unlink()
     assert not left
+
+
+@pytest.fixture
+def told_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No end looks by itself: who is not woken waits until its time is over."""
+    monkeypatch.setattr(plan_channel, "_LIVENESS_INTERVAL_S", PATIENCE_S)
+    monkeypatch.setattr(plan_channel, "_DOZE_AFTER_MESSAGE_S", 0.0)
 
 
 def reader_of(name: str, index: int = 0) -> Reader:
@@ -81,13 +89,52 @@ def test_processes_receive_everything_and_then_the_end(name: str) -> None:
             assert child.exitcode == 0
 
 
+@pytest.mark.usefixtures("told_only")
+def test_no_wake_is_lost(name: str) -> None:
+    """A message goes only when the one before has come back, so that none makes up for one that nobody was woken for."""
+    messages = random_messages(3, 2000, max_bytes=600)
+    rng = random.Random(4)
+    with (
+        closing(Writer(name, epoch=EPOCH, readers=["rank 1"], **SMALL)) as writer,
+        process(answer, name, EPOCH, *SMALL.values(), len(messages)) as (_, pipe),
+        closing(reader_of(f"{name}-back")) as back,
+    ):
+        writer.wait_for_readers(PATIENCE_S)
+        for message in messages:
+            with woken():
+                writer.send(message, PATIENCE_S)
+                pause(rng)
+                assert back.receive(PATIENCE_S) == message
+        assert hear(pipe) == "done"
+
+
+@pytest.mark.usefixtures("told_only")
+def test_what_the_other_end_does_just_before_one_sleeps_is_not_slept_over(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait, acts = SharedSegment.wait, []
+
+    def act_and_wait(segment: SharedSegment, word: int, seen: int, timeout_s: float) -> None:
+        acts.pop()()
+        wait(segment, word, seen, timeout_s)
+
+    with closing(Writer(name, epoch=EPOCH, readers=["rank 1"], **SMALL)) as writer, closing(reader_of(name)) as reader, woken():
+        monkeypatch.setattr(SharedSegment, "wait", act_and_wait)
+        acts.append(lambda: writer.send(b"one", 1.0))
+        assert reader.receive(PATIENCE_S) == b"one"
+        for _ in range(4):
+            writer.send(b"x", 1.0)
+        acts.append(lambda: [reader.receive(1.0) for _ in range(4)])
+        writer.send(b"two", PATIENCE_S)
+        assert reader.receive(1.0) == b"two"
+        assert not acts
+
+
+@pytest.mark.usefixtures("told_only")
 def test_close_wakes_a_reader_that_waits(name: str) -> None:
     writer = Writer(name, epoch=EPOCH, readers=["rank 1"])
-    with process(read_all, name, EPOCH, 0, 0.0) as (_, pipe):
-        assert hear(pipe) == "here"
-        time.sleep(0.05)  # it waits by now
-        writer.close()
-        assert "closed" in str(hear(pipe))
+    with closing(reader_of(name)) as reader, woken():
+        threading.Timer(0.1, writer.close).start()
+        with pytest.raises(ChannelClosed, match="closed"):
+            reader.receive(PATIENCE_S)
 
 
 def test_the_plan_of_a_very_long_prompt(name: str) -> None:
@@ -147,6 +194,45 @@ def test_a_killed_reader_is_found_and_leaves_nothing(name: str) -> None:
             child.join(PATIENCE_S)
         with pytest.raises(LostReader, match=f"rank 1 .process {child.pid}. is gone"):
             writer.send(bytes(1000), PATIENCE_S)
+
+
+def test_a_reader_that_is_killed_while_the_writer_waits_for_room_is_found(name: str) -> None:
+    with (
+        closing(Writer(name, epoch=EPOCH, readers=["rank 1"], **SMALL)) as writer,
+        process(read_all, name, EPOCH, 0, PATIENCE_S) as (child, pipe),
+    ):
+        assert hear(pipe) == "here"
+        threading.Timer(0.1, child.kill).start()
+        with pytest.raises(LostReader, match=f"rank 1 .process {child.pid}. is gone"):
+            writer.send(bytes(1000), PATIENCE_S)
+
+
+@pytest.mark.usefixtures("told_only")
+def test_a_reader_that_leaves_wakes_a_writer_that_waits_for_room(name: str) -> None:
+    with closing(Writer(name, epoch=EPOCH, readers=["rank 1"], **SMALL)) as writer, woken():
+        threading.Timer(0.1, reader_of(name).close).start()
+        with pytest.raises(LostReader, match="is gone"):
+            writer.send(bytes(1000), PATIENCE_S)
+
+
+@pytest.mark.usefixtures("told_only")
+def test_a_reader_that_comes_wakes_a_writer_that_waits_for_it(name: str) -> None:
+    ends: list[Reader] = []
+    with closing(Writer(name, epoch=EPOCH, readers=["rank 1"])) as writer, woken():
+        coming = threading.Timer(0.1, lambda: ends.append(reader_of(name)))
+        coming.start()
+        writer.wait_for_readers(PATIENCE_S)
+        coming.join()
+    ends[0].close()
+
+
+def test_a_writer_that_is_killed_while_a_reader_waits_is_found(name: str) -> None:
+    with process(write_and_wait, name, EPOCH) as (child, pipe), closing(reader_of(name)) as reader:
+        assert hear(pipe) == "sent"
+        assert reader.receive(PATIENCE_S) == b"one"
+        threading.Timer(0.1, child.kill).start()
+        with pytest.raises(ChannelClosed, match="died"):
+            reader.receive(PATIENCE_S)
 
 
 def test_a_killed_writer_is_found_and_leaves_nothing(name: str) -> None:
@@ -216,8 +302,13 @@ def test_bytes_that_are_seen_after_their_number_are_waited_for(name: str) -> Non
         segment.close()
 
 
-def test_waiting_is_mostly_sleep(name: str) -> None:
-    with closing(Writer(name, epoch=EPOCH, readers=["rank 1"])), closing(reader_of(name)) as reader:
-        start_s = time.thread_time()
+def test_an_idle_reader_sleeps(name: str) -> None:
+    with closing(Writer(name, epoch=EPOCH, readers=["rank 1"])) as writer, closing(reader_of(name)) as reader:
+        writer.send(b"x", 1.0)
+        assert reader.receive(1.0) == b"x"
+        assert reader.receive(0.2) is None  # it looks by itself for a while
+        before = resource.getrusage(resource.RUSAGE_THREAD)
         assert reader.receive(1.0) is None
-        assert time.thread_time() - start_s < 0.5
+        after = resource.getrusage(resource.RUSAGE_THREAD)
+        assert after.ru_nvcsw - before.ru_nvcsw < 20
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
