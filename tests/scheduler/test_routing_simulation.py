@@ -19,7 +19,7 @@ def outcome(workload: str, policy: str = OURS, *, max_num_seqs: int = 64, num_se
 
 def test_shared_prompts_are_found_and_a_new_one_is_computed_once() -> None:
     ours, prefix = outcome("shared-prompts"), outcome("shared-prompts", "longest-prefix")
-    assert ours.hit_rate > 0.98 * prefix.hit_rate  # in longer runs it finds more (docs/performance.md)
+    assert ours.hit_rate > 0.98 * prefix.hit_rate  # in longer runs it finds more (docs/performance-routing.md)
     assert ours.ttft_p50_ms < prefix.ttft_p50_ms
     assert ours.ttft_p99_ms < 0.7 * prefix.ttft_p99_ms
     assert ours.busiest_ms < 0.8 * prefix.busiest_ms
@@ -35,7 +35,7 @@ def test_where_batches_are_full_requests_are_held_for_the_replica_that_has_their
 
 
 def test_conversations_stay_where_their_history_is() -> None:
-    """The first second is the router's prior: later it is no slower at all (docs/performance.md)."""
+    """The first second is the router's prior: later it is no slower at all (docs/performance-routing.md)."""
     ours, prefix = (outcome("multi-turn-chat", policy, num_seeds=2) for policy in (OURS, "longest-prefix"))
     assert ours.hit_rate > 0.99 * prefix.hit_rate
     assert ours.ttft_p50_ms < 1.06 * prefix.ttft_p50_ms
