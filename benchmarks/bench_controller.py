@@ -3,7 +3,7 @@
     python benchmarks/bench_controller.py [--seconds 20] [--requests 100000] [--model smollm2-135m] [--parts requests ...]
 
 Replicas compute nothing (steady_replica.py) and live in one process, the controller in another, the clients in this one; all
-over real gRPC (the part `http`: HTTP), between controller and replicas encrypted. The clients are as cheap as they can be
+over real gRPC (the parts `http`: HTTP), between controller and replicas encrypted. The clients are as cheap as they can be
 (raw_grpc.py, raw_http.py), but for the part `sdk`, which measures the SDK's. The three processes share the machine's cores:
 rates are lower bounds, and the CPU time of each process for a request or a token says what they could do without the others.
 Tokens are counted at the client; the delay of one is from the step that made it to the arrival of its message, on one machine's
@@ -44,8 +44,7 @@ TARGET_P99_MS = 50
 MAX_GROWTH = 1.03
 PROMPT_TOKENS = 64
 GATEWAY_TOKENS_PER_S = 3_000  # so few that each token is a message, also where all processes share two cores
-PARTS = ("requests", "tokens", "latency", "memory", "sdk", "http", "gateways", "bound")
-HTTP_STREAMS = 200
+PARTS = ("requests", "tokens", "latency", "memory", "sdk", "http-requests", "http-tokens", "gateways", "bound")
 _TOKEN_OF_BYTE = bytes(byte % VOCAB_SIZE for byte in range(256))
 
 
@@ -200,56 +199,68 @@ async def bench_sdk(fleet: TimedFleet, *, seconds: float) -> dict[str, object]:
     return result
 
 
-async def bench_http(fleet: TimedFleet, *, seconds: float) -> dict[str, object]:
-    """The HTTP door: requests of one token on kept connections, then long streams whose messages are counted."""
+class HttpLoad:
+    """The clients of the HTTP door: completions over kept connections, one call at a time on each."""
 
-    def body(number: int, max_tokens: int) -> bytes:
-        prompt = [number % VOCAB_SIZE, *range(PROMPT_TOKENS - 1)]
+    def __init__(self, streams: list[RawStream]) -> None:
+        self.streams = streams
+        self._numbers = itertools.count()
+        self._until_s = 0.0
+        self._times_ms: list[float] = []
+
+    async def requests(self, num_callers: int, *, seconds: float) -> list[float]:
+        """Callers that ask for one token, and again as soon as they have it; what each took, in milliseconds."""
+        self._until_s, self._times_ms = time.monotonic() + seconds, []
+        for stream in self.streams[:num_callers]:
+            self._ask(stream)
+        await asyncio.sleep(seconds)
+        return self._times_ms
+
+    def _ask(self, stream: RawStream) -> None:
+        if (asked_s := time.monotonic()) < self._until_s:
+            self.begin(stream, 1, lambda ended: self._note(ended, asked_s))
+
+    def _note(self, stream: RawStream, asked_s: float) -> None:
+        if stream.num_events != 1:
+            raise SystemExit(f"a request ended after {stream.parts}")
+        self._times_ms.append((time.monotonic() - asked_s) * 1e3)
+        self._ask(stream)
+
+    def begin(self, stream: RawStream, max_tokens: int, on_end: Callable[[RawStream], None]) -> None:
+        prompt = [next(self._numbers) % VOCAB_SIZE, *range(PROMPT_TOKENS - 1)]
         fields = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-        return json.dumps(fields).encode()
+        stream.begin(json.dumps(fields).encode(), on_end)
 
-    numbers, times_ms = itertools.count(), list[float]()
-    streams = [await RawStream.open(fleet.http_address, "/v1/completions") for _ in range(HTTP_STREAMS)]
-    until_s = 0.0
 
-    def ask(stream: RawStream, asked_s: float | None = None) -> None:
-        if asked_s is not None:
-            if stream.num_events != 1:
-                raise SystemExit(f"a request ended after {stream.parts}")
-            times_ms.append((time.monotonic() - asked_s) * 1e3)
-        if (now_s := time.monotonic()) < until_s:
-            stream.begin(body(next(numbers), 1), lambda ended: ask(ended, now_s))
-
-    async def ask_all(for_s: float) -> dict[str, float]:
-        nonlocal until_s
-        until_s, before = time.monotonic() + for_s, cpu_seconds(fleet)
-        times_ms.clear()
-        for stream in streams[:NUM_CALLERS]:
-            ask(stream)
-        await asyncio.sleep(for_s + 0.5)
-        return cpu_per(fleet, before, len(times_ms), "request")
-
-    await ask_all(2)
-    of_requests = await ask_all(seconds)
-    requests_per_s = len(times_ms) / seconds
-    for stream in streams:
-        stream.begin(body(next(numbers), 10_000), lambda _: None)
-    await asyncio.sleep(3)
-    before, begin, start_s = cpu_seconds(fleet), sum(stream.num_events for stream in streams), time.monotonic()
-    await asyncio.sleep(seconds)
-    spent_s, num_events = time.monotonic() - start_s, sum(stream.num_events for stream in streams) - begin
-    of_messages = cpu_per(fleet, before, num_events, "message")
-    for stream in streams:
-        stream.close()
+async def bench_http_requests(fleet: TimedFleet, load: HttpLoad, *, seconds: float) -> dict[str, object]:
+    await load.requests(NUM_CALLERS, seconds=2)
+    await asyncio.sleep(1)
+    before = cpu_seconds(fleet)
+    times_ms = await load.requests(NUM_CALLERS, seconds=seconds)
     return {
         "callers": NUM_CALLERS,
-        "requests_per_s": round(requests_per_s),
-        **of_requests,
+        "requests_per_s": round(len(times_ms) / seconds),
+        **cpu_per(fleet, before, len(times_ms), "request"),
         **percentiles("total_ms", times_ms),
-        "streams": HTTP_STREAMS,
-        "messages_per_s": round(num_events / spent_s),
-        **of_messages,
     }
+
+
+async def bench_http_tokens(fleet: TimedFleet, load: HttpLoad, *, seconds: float) -> dict[str, object]:
+    """Long streams, each of whose messages is counted."""
+    for stream in load.streams:
+        load.begin(stream, 10_000, lambda _: None)
+    await asyncio.sleep(5)
+    before, begin, start_s = cpu_seconds(fleet), sum(stream.num_events for stream in load.streams), time.monotonic()
+    await asyncio.sleep(seconds)
+    spent_s, num_events = time.monotonic() - start_s, sum(stream.num_events for stream in load.streams) - begin
+    return {
+        "streams": len(load.streams),
+        "messages_per_s": round(num_events / spent_s),
+        **cpu_per(fleet, before, num_events, "message"),
+    }
+
+
+HTTP_PARTS = {"http-requests": bench_http_requests, "http-tokens": bench_http_tokens}
 
 
 def cpu_seconds(fleet: TimedFleet) -> dict[str, float]:
@@ -283,13 +294,20 @@ def run(
     tokens_per_s: float | None = None,
 ) -> dict[str, Any]:
     """One part with a fleet of its own."""
-    offered = tokens_per_s or {"tokens": 1.1, "latency": 0.5, "sdk": 0.1, "http": 0.25}.get(part, 5.0) * TARGET_TOKENS_PER_S
+    offered = (
+        tokens_per_s or {"tokens": 1.1, "latency": 0.5, "sdk": 0.1, "http-tokens": 0.25}.get(part, 5.0) * TARGET_TOKENS_PER_S
+    )
 
     async def measure(fleet: TimedFleet) -> dict[str, object]:
         if part == "sdk":
             return await bench_sdk(fleet, seconds=seconds)
-        if part == "http":
-            return await bench_http(fleet, seconds=seconds)
+        if part in HTTP_PARTS:
+            streams = [await RawStream.open(fleet.http_address, "/v1/completions") for _ in range(NUM_STREAMS)]
+            try:
+                return await HTTP_PARTS[part](fleet, HttpLoad(streams), seconds=seconds)
+            finally:
+                for stream in streams:
+                    stream.close()
         turns = itertools.islice(itertools.cycle(fleet.addresses), NUM_CONNECTIONS)
         connections = [await RawConnection.open(address, METHOD) for address in turns]
         load = Load(connections)
