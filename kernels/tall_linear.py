@@ -42,7 +42,10 @@ def _config(rows: int, num_stages: int, *, cluster: int, shares_weight: bool = F
 # Worth measuring: the largest items, which read the least, and smaller ones, of which the last round leaves fewer CTAs idle.
 TALL_CONFIGS: tuple[Config, ...] = tuple(
     _config(rows, num_stages, cluster=cluster, shares_weight=shares_weight, pingpong=pingpong)
-    for pingpong, choices in ((False, ((192, 3), (176, 3), (160, 3), (128, 4))), (True, ((192, 4), (160, 4), (128, 5))))
+    for pingpong, choices in (
+        (False, ((192, 3), (176, 3), (160, 3), (128, 4), (112, 4))),
+        (True, ((192, 4), (160, 4), (128, 5))),
+    )
     for rows, num_stages in choices
     for cluster, shares_weight in ((2, False), (2, True), (1, False))
 )
