@@ -2,9 +2,7 @@
 
 It is the twin of grouped_gemm.py for prefill, in 16 bits, on compute capability 9.0: same arguments, same results; its
 reference is that of streaming_experts.py. A CTA on every multiprocessor goes through items (256 rows of the weight of one
-expert, by up to `most_pairs` of its pairs) with its copies ahead of its arithmetic, `num_stages` steps of 64 inputs deep. Or,
-`pingpong`, its two warpgroups have items of 128 rows each, in turns; and the two CTAs of a `cluster` of 2 share the pairs' rows
-where these are in the order of places (scattered rows are copied by each CTA for itself).
+expert, by up to `most_pairs` of its pairs) with its copies ahead of its arithmetic, `num_stages` steps of 64 inputs deep.
 
 T tokens, C choices a token, P = T * C pairs, E experts, H hidden, F intermediate, K inputs and N outputs of a product.
 """
@@ -22,9 +20,9 @@ from .gated_activation import ACTIVATIONS
 from .streaming_experts import STEP_INPUTS, unfit_weight, with_aligned_rows
 
 SOURCE = "tall_experts"
-TILE = 256  # rows of the weight an item, half as many where warpgroups play pingpong; gated: half of them gates, half ups
+TILE = 256  # rows of the weight an item; gated: half of them gates, half ups
 ROWS_TOGETHER = 8  # of the gate, then of up, in a stage
-MOST_PAIRS, MAX_STAGES, MAX_EXPERTS, MAX_CLUSTER = 192, 8, 256, 2
+MOST_PAIRS, MAX_STAGES, MAX_EXPERTS = 192, 8, 256
 NUM_THREADS = 384
 _MAX_SHARED_BYTES = loader.CTA_SHARED_BYTES - 10 * 1024  # dynamic ones: items and their pairs have static ones
 
@@ -35,8 +33,6 @@ class TallConfig:
 
     most_pairs: int
     num_stages: int
-    cluster: int = 1
-    pingpong: bool = False
 
 
 # Worth measuring: as many pairs as accumulators hold, or fewer and more even shares.
@@ -45,12 +41,6 @@ TALL_CONFIGS = (
     TallConfig(most_pairs=160, num_stages=3),
     TallConfig(most_pairs=128, num_stages=3),
     TallConfig(most_pairs=96, num_stages=4),
-    TallConfig(most_pairs=192, num_stages=3, cluster=2),
-    *(
-        TallConfig(most_pairs=most_pairs, num_stages=num_stages, cluster=cluster, pingpong=True)
-        for most_pairs, num_stages in ((192, 4), (176, 4), (128, 5))
-        for cluster in (1, 2)
-    ),
 )
 
 
@@ -76,15 +66,13 @@ def tall_experts(
         raise ValueError(f"tall_experts: {reason}")
     x_RK = with_aligned_rows(x_RK)
     num_experts, num_inputs, num_outputs = weight_EUK.shape[0], weight_EUK.shape[2], y_PN.shape[1]
-    in_order = activation is None and sorted_rows
-    cluster = config.cluster if in_order else 1
-    kernel = _load(config, weight_EUK, activation, in_order=in_order)
+    kernel = _load(config, weight_EUK, activation, in_order=activation is None and sorted_rows)
     assert kernel is not None  # unfit_reason has loaded its like
     x_box = (32 if config.most_pairs % 32 == 0 else 16, STEP_INPUTS)
     loader.launch(
         kernel,
         (
-            weight_map(weight_EUK, _tile(config), gated=activation is not None),
+            _weight_map(weight_EUK, gated=activation is not None),
             loader.tensor_map(x_RK.data_ptr(), x_RK.dtype, (x_RK.shape[0], num_inputs), x_RK.stride(0), x_box),
             ctypes.c_void_p(x_RK.data_ptr()),
             ctypes.c_void_p(None if scales is None else scales.data_ptr()),
@@ -98,17 +86,16 @@ def tall_experts(
             ctypes.c_int(y_PN.shape[0] // x_RK.shape[0]),
             ctypes.c_int(sorted_rows),
         ),
-        grid=(num_multiprocessors(x_RK.device) // cluster * cluster, 1),
+        grid=(_num_multiprocessors(x_RK.device), 1),
         num_threads=NUM_THREADS,
         shared_bytes=shared_bytes(config),
-        cluster_size=cluster,
         early_start=True,
     )
 
 
 def shared_bytes(config: TallConfig) -> int:
     """Dynamic shared memory of a CTA: its stages, and 64 outputs of each pair for both warpgroups."""
-    stage = (_tile(config) + config.most_pairs) * STEP_INPUTS * 2
+    stage = (TILE + config.most_pairs) * STEP_INPUTS * 2
     return 1024 + config.num_stages * stage + 2 * config.most_pairs * 64 * 2
 
 
@@ -130,15 +117,9 @@ def unfit_reason(config: TallConfig, weight_EUK: torch.Tensor, dtype: torch.dtyp
 def _unfit_config(config: TallConfig) -> str | None:
     if config.most_pairs not in range(16, MOST_PAIRS + 1, 16) or not 2 <= config.num_stages <= MAX_STAGES:
         return f"{config} is not of 16 to {MOST_PAIRS} pairs, by 16, and 2 to {MAX_STAGES} stages"
-    if not 1 <= config.cluster <= MAX_CLUSTER:
-        return f"{config} is not of clusters of 1 to {MAX_CLUSTER} CTAs"
     if shared_bytes(config) > _MAX_SHARED_BYTES:
         return f"{config} needs {shared_bytes(config)} bytes of shared memory, there are {_MAX_SHARED_BYTES}"
     return None
-
-
-def _tile(config: TallConfig) -> int:
-    return TILE // 2 if config.pingpong else TILE
 
 
 def _load(config: TallConfig, weight_EUK: torch.Tensor, activation: str | None, *, in_order: bool) -> loader.Kernel | None:
@@ -146,8 +127,6 @@ def _load(config: TallConfig, weight_EUK: torch.Tensor, activation: str | None, 
         ("PAIRS", config.most_pairs),
         ("STAGES", config.num_stages),
         ("IN_ORDER", int(in_order)),
-        ("CLUSTER", config.cluster if in_order else 1),
-        ("PINGPONG", int(config.pingpong)),
         ("GATED", int(activation is not None)),
         ("ACTIVATION", 0 if activation is None else ACTIVATIONS.index(activation)),
         ("FLOAT16", int(weight_EUK.dtype == torch.float16)),
@@ -155,19 +134,19 @@ def _load(config: TallConfig, weight_EUK: torch.Tensor, activation: str | None, 
     return loader.load(SOURCE, macros, weight_EUK.device.index)
 
 
-def weight_map(weight_EUK: torch.Tensor, box_rows: int, *, gated: bool) -> loader.TensorMap:
-    """[expert, group of 8 outputs, gate or up, row of the group, input], in boxes of `box_rows`; ungated the groups are one."""
+def _weight_map(weight_EUK: torch.Tensor, *, gated: bool) -> loader.TensorMap:
+    """[expert, group of 8 outputs, gate or up, row of the group, input], in boxes of TILE rows; ungated the groups are one."""
     num_experts, rows, inputs = weight_EUK.shape
     if gated:
         shape = (num_experts, rows // 2 // ROWS_TOGETHER, 2, ROWS_TOGETHER, inputs)
         strides = (rows * inputs, ROWS_TOGETHER * inputs, rows // 2 * inputs, inputs)
-        box = (1, box_rows // 2 // ROWS_TOGETHER, 2, ROWS_TOGETHER, STEP_INPUTS)
+        box = (1, TILE // 2 // ROWS_TOGETHER, 2, ROWS_TOGETHER, STEP_INPUTS)
     else:
         shape, strides = (num_experts, 1, 1, rows, inputs), (rows * inputs, rows * inputs, rows * inputs, inputs)
-        box = (1, 1, 1, box_rows, STEP_INPUTS)
+        box = (1, 1, 1, TILE, STEP_INPUTS)
     return loader.tensor_map_of(weight_EUK.data_ptr(), weight_EUK.dtype, shape, strides, box)
 
 
 @cache
-def num_multiprocessors(device: torch.device) -> int:
+def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,7 +1,7 @@
 """What sanitize.sh watches: each CUDA C++ kernel named, on small ragged shapes, against its reference.
 
-    python benchmarks/gpu/sanitized_kernels.py streaming_linear tall_linear streaming_experts tall_experts norm_and_route \
-        decode_attention prefill_attention
+    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts norm_and_route decode_attention \
+        prefill_attention
 
 Every way through a kernel once: sums split and not, beside the stages and in their place, gated and not, rows in order and not.
 """
@@ -29,7 +29,6 @@ from pilotfish.kernels.skinny_linear import skinny_linear
 from pilotfish.kernels.specialized_prefill import specialized_prefill
 from pilotfish.kernels.streaming_experts import StreamingConfig
 from pilotfish.kernels.tall_experts import TallConfig
-from pilotfish.kernels.tall_linear import TALL_CONFIGS
 
 ALLOWED_ERROR = 1e-2  # of norms
 Pair = tuple[str, torch.Tensor, torch.Tensor]  # what it is, the result, the reference's
@@ -67,16 +66,6 @@ def racing_heads() -> Iterator[Pair]:
         yield f"bests of {num_rows} rows, {config}", scores.bests.scores_ST[~wanted], expected.bests.scores_ST[~wanted]
 
 
-def tall_linear() -> Iterator[Pair]:
-    """Rows and outputs that fill no item; alone and in clusters that share either, together and in turns."""
-    weight, bias, x = random(976, 320, scale=0.05), random(976, scale=1.0), random(300, 320, scale=1.0)
-    for config in TALL_CONFIGS:
-        name = f"{config}"
-        yield name, skinny_linear(x, weight, bias, config, out_dtype=torch.bfloat16), linear_ref(x, weight, bias)
-        y = skinny_linear(x, weight, bias, config, out_dtype=torch.bfloat16, activation="silu")
-        yield f"gated, {name}", y, gated_linear_ref(x, weight, bias, activation="silu")
-
-
 def streaming_experts() -> Iterator[Pair]:
     for num_tokens, programs in ((3, 3), (40, 132)):
         yield expert_layer(num_tokens, StreamingConfig(tile=64, rows=16, num_stages=3, programs=programs))
@@ -84,9 +73,8 @@ def streaming_experts() -> Iterator[Pair]:
 
 def tall_experts() -> Iterator[Pair]:
     """Both products of a layer, rows that are gathered and rows in order."""
-    for most_pairs, cluster, pingpong in ((96, 1, False), (192, 1, False), (192, 2, False), (128, 2, True)):
-        config = TallConfig(most_pairs=most_pairs, num_stages=3, cluster=cluster, pingpong=pingpong)
-        yield expert_layer(200, config)
+    for most_pairs in (96, 192):
+        yield expert_layer(200, TallConfig(most_pairs=most_pairs, num_stages=3))
 
 
 def norm_and_route() -> Iterator[Pair]:
@@ -158,7 +146,6 @@ def random(*shape: int, scale: float) -> torch.Tensor:
 
 KERNELS: dict[str, Callable[[], Iterator[Pair]]] = {
     "streaming_linear": streaming_linear,
-    "tall_linear": tall_linear,
     "streaming_experts": streaming_experts,
     "tall_experts": tall_experts,
     "norm_and_route": norm_and_route,

@@ -252,10 +252,6 @@ struct Place {
   __device__ __forceinline__ void advance(int num_stages) {
     if (++stage == num_stages) stage = 0, parity ^= 1;
   }
-  __device__ __forceinline__ void move_to(int step, int num_stages) {
-    stage = step % num_stages;
-    parity = step / num_stages % 2;
-  }
 };
 
 // --- clusters
@@ -264,11 +260,6 @@ __device__ __forceinline__ u32 address_in_rank(u32 address, u32 rank) {
   u32 remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
-}
-
-// At the barrier of that place in another CTA's shared memory, or in one's own.
-__device__ __forceinline__ void arrive_in_rank(u32 barrier, u32 rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in_rank(barrier, rank)) : "memory");
 }
 
 // Relaxed: before it come the initialised mbarriers, which have their own fence, and reads of shared memory that have finished.

@@ -1,29 +1,35 @@
 // y[pair] = x[row of the pair] @ weight[expert of the pair]^T for the pairs of each expert, on sm_90a, where experts have many
 // pairs each: at the rate of the tensor cores.
 //
-// Pairs are sorted by expert (moe_sort.py): those of expert e are pairs[expert_starts[e] .. expert_starts[e + 1]). An item is
-// TILE rows of one expert's weight (the M side of wgmma) by up to PAIRS of its pairs (the N side). An expert's pairs are shared
-// out evenly among its items, in multiples of 16 for which there is an instruction each, so that few products are made in vain.
-// The CTAs of a cluster take neighbouring blocks of outputs for the same pairs, whose rows are copied once for both; a cluster
-// takes every num_clusters-th item. One warpgroup copies ahead through all of them, stages of 64 inputs: the weight by TMA, and
-// where the rows of x are IN_ORDER of the places of `pairs` these too; scattered rows 16 bytes a lane. GATED: y =
-// activation(gate) * up, both rounded before, see tall.cuh. Otherwise y = scales[pair] * sum. Sums are float32, in the order of
-// K. With sorted_rows the rows of y of the gated product are in the order of `pairs`, else in that of pair. It waits for the
-// kernel before it lets the next one start, which may read the routing before its own wait.
+// Pairs are sorted by expert (moe_sort.py): those of expert e are pairs[expert_starts[e] .. expert_starts[e + 1]). An item is TILE
+// rows of one expert's weight (the M side of wgmma) by up to PAIRS of its pairs (the N side). An expert's pairs are shared out
+// evenly among its items, in multiples of 16 for which there is an instruction each, so that few products are made in vain.
+// A CTA takes every gridDim.x-th item. One warpgroup copies ahead through all of them, stages of 64 inputs: the weight by TMA, and
+// where the rows of x are IN_ORDER of the places of `pairs` these too; scattered rows 16 bytes a lane. Two warpgroups multiply, 128
+// rows of the weight each.
+// GATED: 8 rows of the gate and the 8 rows of up for the same outputs follow each other in a stage, which leaves a gate and its up
+// in one thread; y = activation(gate) * up, both rounded before. Otherwise y = scales[pair] * sum. Sums are float32, in the order of
+// K. With sorted_rows the rows of y of the gated product are in the order of `pairs`, else in that of pair.
+// It waits for the kernel before it lets the next one start, which may read the routing before its own wait.
 //
-// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, IN_ORDER, CLUSTER (1; 2 where IN_ORDER),
-// PINGPONG, FLOAT16, GATED, ACTIVATION.
+// Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, IN_ORDER, FLOAT16, GATED, ACTIVATION.
 
-#include "tall.cuh"
+#include "hopper.cuh"
 
-constexpr int PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+constexpr int TILE = 256;
+constexpr int OUTPUTS = GATED ? TILE / 2 : TILE;
+constexpr int GROUPS = 2;         // warpgroups that multiply
+constexpr int BLOCKS = 2;         // of 64 rows of the weight, of a warpgroup
+constexpr int CONSUMERS = GROUPS * 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
 constexpr int PRODUCER_REGISTERS = IN_ORDER ? 40 : 56, CONSUMER_REGISTERS = IN_ORDER ? 232 : 224;  // 168 a thread in all
 constexpr int WEIGHT_BYTES = TILE * STEP_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + PAIRS * STEP_BYTES;
 constexpr int ROWS_A_PRODUCER = PAIRS / 16;  // of x, whose 8 chunks of 16 bytes are copied by 8 threads
 constexpr int BOX_ROWS = PAIRS % 32 == 0 ? 32 : 16;  // of x, where IN_ORDER
+constexpr int PASS_OUTPUTS = 64;             // of a warpgroup, that lie in shared memory at once: rows of 128 swizzled bytes
+constexpr int PASSES = OUTPUTS / GROUPS / PASS_OUTPUTS;
 constexpr int PASS_BYTES = PAIRS * 2 * PASS_OUTPUTS;
-constexpr int BLOCKS_AT_ONCE = 12 * 256 / TILE / CLUSTER;  // of an expert's outputs: those and the pairs that meet them stay in L2
+constexpr int BLOCKS_AT_ONCE = 12;  // of an expert's outputs: those and the pairs that meet them stay in L2
 constexpr int MAX_EXPERTS = 256;
 
 struct Item {
@@ -61,9 +67,8 @@ struct Items {
     if (lane == 0) first[num_experts] = before;
   }
 
-  // `expert`: not after the item's. An expert's items go through BLOCKS_AT_ONCE blocks of outputs, each of a whole cluster, for
-  // all its pairs, then the next.
-  __device__ __forceinline__ Item find(int index, int expert, int num_blocks, int rank) const {
+  // `expert`: not after the item's. An expert's items go through BLOCKS_AT_ONCE blocks of outputs for all its pairs, then the next.
+  __device__ __forceinline__ Item find(int index, int expert, int num_blocks) const {
     while (index >= first[expert + 1]) ++expert;
     const u32 own = index - first[expert], tiles_here = tiles[expert];
     const u32 band = num_blocks <= BLOCKS_AT_ONCE ? 0 : own / (tiles_here * BLOCKS_AT_ONCE) * BLOCKS_AT_ONCE;
@@ -71,10 +76,19 @@ struct Items {
     const u32 tile = in_band / width, share = shares[expert];
     const int first_place = starts[expert] + tile * share;
     const int num_pairs = min(starts[expert + 1] - first_place, static_cast<int>(share));
-    const int first_output = (static_cast<int>(band + in_band - tile * width) * CLUSTER + rank) * OUTPUTS;
+    const int first_output = static_cast<int>(band + in_band - tile * width) * OUTPUTS;
     return Item{expert, first_output, first_place, num_pairs, (num_pairs + 15) / 16 * 16};
   }
 };
+
+// The box of TILE rows of a weight [expert, group of 8 rows, gate or up, row, input]; not GATED: [expert, 1, 1, row, input].
+__device__ __forceinline__ void load_weight(u32 target, const TensorMap& map, int input, int output, int expert, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(
+          target),
+      "l"(&map), "r"(input), "r"(GATED ? 0 : output), "r"(0), "r"(GATED ? output / 8 : 0), "r"(expert), "r"(barrier)
+      : "memory");
+}
 
 struct alignas(16) Sixteen {
   u32 words[4];
@@ -89,13 +103,29 @@ __device__ __forceinline__ Sixteen load_sixteen(u32 address) {
   return bytes;
 }
 
+__device__ __forceinline__ void synchronize_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
+// Four 8 x 8 matrices in the layout of wgmma's sums, each to 8 rows of 16 bytes, transposed; a lane has the address of a row.
+__device__ __forceinline__ void store_transposed(u32 address, const u32 (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(matrices[0]),
+               "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
+
+// Two outputs from their gates and ups.
+__device__ __forceinline__ u32 activate_two(const float* gates, const float* ups) {
+  const u32 gate = round_two(gates[0], gates[1]), up = round_two(ups[0], ups[1]);
+  return round_two(activate(widen_input(gate & 0xffff), widen_input(up & 0xffff), ACTIVATION),
+                   activate(widen_input(gate >> 16), widen_input(up >> 16), ACTIVATION));
+}
+
 // What a role needs to go through items: from the first on every stride-th is this CTA's.
 struct Job {
   const Items& items;
-  int num_items, first_item, stride, rank, num_blocks, steps;
+  int num_items, first_item, stride, num_blocks, steps;
   u32 stages, full, empty;  // addresses: of the stages, and of two mbarriers for each
 
-  __device__ __forceinline__ Item find(int index, int expert) const { return items.find(index, expert, num_blocks, rank); }
+  __device__ __forceinline__ Item find(int index, int expert) const { return items.find(index, expert, num_blocks); }
 };
 
 // Rows of x that are in the order of places, and the weight: by one thread.
@@ -108,17 +138,12 @@ __device__ __forceinline__ void copy_boxes(const Job& job, const TensorMap& weig
     const int num_boxes = (item.columns + BOX_ROWS - 1) / BOX_ROWS;
     for (int step = 0; step < job.steps; ++step, ++count) {
       const u32 stage = job.stages + ring.stage * STAGE_BYTES, barrier = job.full + 8 * ring.stage;
-      if (count >= STAGES) wait_for_peers(job.empty + 8 * ring.stage, ring.parity ^ 1);
+      if (count >= STAGES) wait(job.empty + 8 * ring.stage, ring.parity ^ 1);
       arrive_and_expect(barrier, WEIGHT_BYTES + num_boxes * BOX_ROWS * STEP_BYTES);
       load_weight(stage, weight_map, step * STEP_INPUTS, item.first_output, item.expert, barrier);
-      for (int box = job.rank; box < num_boxes; box += CLUSTER) {
+      for (int box = 0; box < num_boxes; ++box) {
         const u32 target = stage + WEIGHT_BYTES + box * BOX_ROWS * STEP_BYTES;
-        const int row = item.first_place + box * BOX_ROWS;
-        if (CLUSTER > 1) {
-          load_box_for_all(target, x_map, step * STEP_INPUTS, row, barrier);
-        } else {
-          load_box(target, x_map, step * STEP_INPUTS, row, barrier);
-        }
+        load_box(target, x_map, step * STEP_INPUTS, item.first_place + box * BOX_ROWS, barrier);
       }
       ring.advance(STAGES);
     }
@@ -221,45 +246,38 @@ __device__ __forceinline__ void stage_outputs(float (&sums)[BLOCKS][PAIRS / 2], 
 __device__ __forceinline__ void multiply_items(const Job& job, const float* scales, u16* y, const int* pairs, int num_outputs,
                                                bool in_order_of_places, Known (&known)[2], int group) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const u32 own_weight = PINGPONG ? 0 : group * GROUP_ROWS * STEP_BYTES;
   Place ring, released;
-  int steps_before_turn = 0;  // of the other warpgroup; 0 or less: it has none to come
   const auto acquire = [&]() {
     wait(job.full + 8 * ring.stage, ring.parity);
-    if (PINGPONG && --steps_before_turn == 0) give_turn_to(1 - group);
     if (!IN_ORDER) show_copies_to_tensor_cores();
     const u32 stage = job.stages + ring.stage * STAGE_BYTES;
     ring.advance(STAGES);
-    return Operands{matrix_descriptor(stage + own_weight), matrix_descriptor(stage + WEIGHT_BYTES)};
+    return Operands{matrix_descriptor(stage + group * BLOCKS * 64 * STEP_BYTES), matrix_descriptor(stage + WEIGHT_BYTES)};
   };
   const auto release = [&]() {
-    release_stage(job.empty + 8 * released.stage, lane);
+    if (lane == 0) arrive(job.empty + 8 * released.stage);
     released.advance(STAGES);
   };
-  const u32 staging = job.stages + STAGES * STAGE_BYTES + group * PASS_BYTES, own_row = own_staged_row(staging, warp, lane);
+  // store_transposed writes outputs of 16 pairs: matrices 0 and 1 of the first 8, 2 and 3 of the others. GATED: 8 outputs of each
+  // block of 64 rows in turn; otherwise 16 of one block.
+  const u32 staging = job.stages + STAGES * STAGE_BYTES + group * PASS_BYTES;
+  const int matrix = lane / 8, own_chunk = GATED ? matrix % 2 * 4 + warp : warp * 2 + matrix % 2;
+  const u32 own_row = staging + (matrix / 2 * 8 + lane % 8) * STEP_BYTES + (own_chunk ^ lane % 8) * 16;
   const int chunk = thread % 8;  // of 8 outputs, that the thread stores
 
-  int count = PINGPONG ? group : 0;  // items of this CTA before
-  const int first_item = job.first_item + count * job.stride, stride = TURNS * job.stride;
-  if (first_item >= job.num_items) return;
+  if (job.first_item >= job.num_items) return;
   const bool needs_pairs = !in_order_of_places;
   Expected expected;
-  Item item = job.find(first_item, 0);
+  Item item = job.find(job.first_item, 0);
   if (needs_pairs) expected.load_pairs(item, pairs, thread);
   if (!GATED) expected.load_scales(scales);
   float sums[BLOCKS][PAIRS / 2];
   int buffer = 0;
-  for (int index = first_item; index < job.num_items; index += stride, count += TURNS, buffer ^= 1) {
+  for (int index = job.first_item; index < job.num_items; index += job.stride, buffer ^= 1) {
     if (needs_pairs) expected.keep(known[buffer], thread);
     Item next = item;
-    if (index + stride < job.num_items) next = job.find(index + stride, item.expert);
+    if (index + job.stride < job.num_items) next = job.find(index + job.stride, item.expert);
     if (needs_pairs) expected.load_pairs(next, pairs, thread);
-    if (PINGPONG) {
-      if (count > 0) wait_for_turn(group);
-      steps_before_turn = index + job.stride < job.num_items ? job.steps : 0;
-      ring.move_to(count * job.steps, STAGES);
-      released = ring;
-    }
     switch (item.columns / 16) {  // an instruction for each
 #define CASE(sixteens) \
   case sixteens: \
@@ -276,7 +294,7 @@ __device__ __forceinline__ void multiply_items(const Job& job, const float* scal
         if (i * 16 < item.columns) stage_outputs(sums, known[buffer], pass, i, own_row, lane);
       }
       synchronize_group(group);
-      const int output = item.first_output + (PINGPONG ? 0 : group * GROUP_OUTPUTS) + pass * PASS_OUTPUTS + chunk * 8;
+      const int output = item.first_output + (group * PASSES + pass) * PASS_OUTPUTS + chunk * 8;
       if (output >= num_outputs) continue;
 #pragma unroll 4
       for (int place = thread / 8; place < item.num_pairs; place += 16) {
@@ -301,14 +319,14 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
   __shared__ Known known[GROUPS][2];  // of this item and of the next
   const u32 stages = (shared_address(dynamic_memory) + 1023) & ~1023u;  // whole groups of swizzled rows
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-  const int warp = threadIdx.x / 32, num_blocks = (num_outputs + OUTPUTS * CLUSTER - 1) / (OUTPUTS * CLUSTER);
+  const int warp = threadIdx.x / 32, num_blocks = (num_outputs + OUTPUTS - 1) / OUTPUTS;
 
   if (threadIdx.x == CONSUMERS) {
     prefetch_map(weight_map);
     if (IN_ORDER) prefetch_map(x_map);
     for (int stage = 0; stage < STAGES; ++stage) {
       init_barrier(full + 8 * stage, IN_ORDER ? 1 : 1 + PRODUCERS);  // the weight, and scattered rows of each thread
-      init_barrier(empty + 8 * stage, RELEASES);
+      init_barrier(empty + 8 * stage, CONSUMERS / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -318,21 +336,10 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
   __syncthreads();
   if (warp == 0) items.cut(num_experts, num_blocks, threadIdx.x);
   __syncthreads();
-  if (CLUSTER > 1) {  // the other CTA's barriers are there
-    arrive_at_cluster();
-    wait_for_cluster();
-  }
 
   const Job job{
-      items,
-      items.first[num_experts],
-      static_cast<int>(blockIdx.x) / CLUSTER,
-      static_cast<int>(gridDim.x) / CLUSTER,
-      static_cast<int>(blockIdx.x) % CLUSTER,
-      num_blocks,
-      num_inputs / STEP_INPUTS,
-      stages,
-      full,
+      items,      items.first[num_experts], static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+      num_blocks, num_inputs / STEP_INPUTS, stages,                       full,
       empty,
   };
   if (warp >= CONSUMERS / 32) {
@@ -344,5 +351,4 @@ tall_experts(const __grid_constant__ TensorMap weight_map, const __grid_constant
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     multiply_items(job, scales, y, pairs, num_outputs, GATED && sorted_rows, known[warp / 4], warp / 4);
   }
-  if (CLUSTER > 1) wait_for_all_of_cluster();
 }

@@ -25,9 +25,6 @@ CONFIGS = (
     TallConfig(most_pairs=128, num_stages=3),
     TallConfig(most_pairs=96, num_stages=4),
     TallConfig(most_pairs=16, num_stages=2),
-    TallConfig(most_pairs=192, num_stages=3, cluster=2),
-    TallConfig(most_pairs=192, num_stages=4, cluster=2, pingpong=True),
-    TallConfig(most_pairs=48, num_stages=3, pingpong=True),
 )
 
 
@@ -148,8 +145,7 @@ def test_on_a_gpu_the_table_chooses_it_and_x_may_lie_anywhere(monkeypatch):
 def test_a_config_is_read_from_the_table():
     fields = {"kernel": "tall", "most_pairs": 192, "num_stages": 3}
     assert parse_config(fields) == CONFIG
-    assert table_config(CONFIG) == fields | {"cluster": 1, "pingpong": False}
-    assert parse_config(table_config(CONFIGS[-1])) == CONFIGS[-1]
+    assert table_config(CONFIG) == fields
 
 
 def weight_of(*, num_experts=4, outputs=64, inputs=128, dtype=torch.bfloat16):
@@ -163,7 +159,6 @@ def weight_of(*, num_experts=4, outputs=64, inputs=128, dtype=torch.bfloat16):
         ({"most_pairs": 100}, weight_of(), "by 16"),
         ({"num_stages": 1}, weight_of(), "2 to 8 stages"),
         ({"num_stages": 4}, weight_of(), "bytes of shared memory"),
-        ({"cluster": 3}, weight_of(), "clusters of 1 to 2"),
         ({}, weight_of(num_experts=257), "at most 256 experts"),
         ({}, weight_of(inputs=96), "inputs by 64"),
         ({}, weight_of(outputs=56), "outputs by 8"),
@@ -200,8 +195,8 @@ def test_all_memory_of_a_cta_is_within_the_limit_of_the_hardware():
 @pytest.mark.parametrize(
     "macros",
     [
-        {"PAIRS": 192, "STAGES": 3, "IN_ORDER": 0, "CLUSTER": 1, "PINGPONG": 0, "GATED": 1, "ACTIVATION": 0, "FLOAT16": 0},
-        {"PAIRS": 96, "STAGES": 4, "IN_ORDER": 1, "CLUSTER": 2, "PINGPONG": 1, "GATED": 0, "ACTIVATION": 0, "FLOAT16": 1},
+        {"PAIRS": 192, "STAGES": 3, "IN_ORDER": 0, "GATED": 1, "ACTIVATION": 0, "FLOAT16": 0},
+        {"PAIRS": 96, "STAGES": 4, "IN_ORDER": 1, "GATED": 0, "ACTIVATION": 0, "FLOAT16": 1},
     ],
     ids=str,
 )
