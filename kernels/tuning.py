@@ -9,6 +9,7 @@ bytes of bfloat16 and shares its entries.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 TABLES = Path(__file__).parent / "tuned"
 
@@ -65,7 +68,16 @@ def _lookup(op: str, dtype: str, sizes: tuple[int, ...], num_rows: int, device: 
 
 @cache
 def _table(gpu_name: str) -> dict[tuple[str, str, tuple[int, ...], int], Config]:
-    return {entry.key: entry.config for entry in load_entries(table_path(gpu_name))}
+    """Cached, so that a GPU without one is named once."""
+    path = table_path(gpu_name)
+    if not path.exists():
+        logger.warning(
+            "no table says which kernels are fastest on %s (%s): general rules choose them. "
+            "`python -m pilotfish.kernels.tune` measures and writes one",
+            gpu_name,
+            path.name,
+        )
+    return {entry.key: entry.config for entry in load_entries(path)}
 
 
 def row_bucket(num_rows: int) -> int:

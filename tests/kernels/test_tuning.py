@@ -1,6 +1,7 @@
 """The tables of measured choices: what is saved is found, by its bucket of rows, and what is not is not guessed."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_what_was_saved_is_found(table):
     assert lookup("linear", torch.bfloat16, (64, 32), 9, GPU) is None
     assert lookup("linear", torch.bfloat16, (32, 64), 5, GPU) is None
     assert lookup("gated_linear", torch.bfloat16, (64, 32), 5, GPU) is None
+
+
+def test_a_gpu_without_a_table_is_named_once_with_what_makes_one(table, caplog):
+    with caplog.at_level(logging.WARNING):
+        for num_rows in (1, 8):
+            assert lookup("linear", torch.bfloat16, (64, 32), num_rows, GPU) is None
+        (record,) = caplog.records
+        assert "Some GPU (some-gpu.json)" in record.message
+        assert "python -m pilotfish.kernels.tune" in record.message
+        save_entries(table, [entry()], measured_on={})
+        assert lookup("linear", torch.bfloat16, (64, 32), 8, GPU) == {"kernel": "skinny"}
+    assert len(caplog.records) == 1
 
 
 def test_saving_replaces_what_it_measured_again_and_keeps_the_rest(table):
