@@ -25,16 +25,14 @@ from .kv_cache import KvCache
 _SLOT, _START, _NUM_TOKENS, _SAMPLES, _OUTPUT_POSITION = range(5)
 _NO_NEW_PAGES = (NO_NEW_PAGE,)
 
-HostColumns = tuple[np.ndarray, np.ndarray, np.ndarray]  # of SamplingRows
-
 
 @dataclass(frozen=True, slots=True)
 class DrawRows:
     """What the draw reads of each row that samples: int64 tensors on the device."""
 
     slots_R: torch.Tensor
-    output_positions_R: torch.Tensor
-    lengths_R: torch.Tensor
+    output_positions_R: torch.Tensor  # the sampled token becomes this output of its sequence
+    lengths_R: torch.Tensor  # tokens known before it, prompt included
     wants_logits_R: torch.Tensor  # 0 or 1
 
     def first(self, num_rows: int) -> DrawRows:
@@ -45,11 +43,9 @@ class DrawRows:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """The rows of a step that sample, on the host (numpy int64) and on the device."""
+    """The rows of a step that sample: on the host (numpy int64) whose they are, and all else on the device."""
 
     host_slots_R: np.ndarray
-    host_output_positions_R: np.ndarray  # the sampled token becomes this output of its sequence
-    host_lengths_R: np.ndarray  # tokens known before it, prompt included
     on_device: DrawRows
 
 
@@ -145,13 +141,13 @@ class BatchState:
     def compose(self, rows: Sequence[PlannedRow], kv_cache: KvCache) -> tuple[ForwardBatch, SamplingRows]:
         """The rows' tokens as one batch, in order, and which of them sample."""
         shape = self._shape(rows)
-        columns, host_3R = self.step_columns(rows, shape)
+        columns, host_slots_R = self.step_columns(rows, shape)
         batch, on_device = self.compose_columns(self.to_device(columns), shape, kv_cache)
-        return batch, SamplingRows(*host_3R, on_device)
+        return batch, SamplingRows(host_slots_R, on_device)
 
-    def step_columns(self, rows: Sequence[PlannedRow], shape: StepShape) -> tuple[np.ndarray, HostColumns]:
-        """(what `compose_columns` wants to know, int64 in one array, so that it travels in one copy; the host's columns of the
-        rows that sample, as in SamplingRows).
+    def step_columns(self, rows: Sequence[PlannedRow], shape: StepShape) -> tuple[np.ndarray, np.ndarray]:
+        """(what `compose_columns` wants to know, int64 in one array, so that it travels in one copy; the slots of
+        the rows that sample).
 
         Where `shape` has room for more, the rows left compute the tokens left, in the slot and the page of padding, none more
         than a sequence can have; and the first row takes the places left among those that sample.
@@ -186,12 +182,11 @@ class BatchState:
             *(column_S[padded_R] for column_S in drawn_S3),
             wants_logits_R,
         )
-        slots_R, output_positions_R, lengths_R = (column_S[sampling] for column_S in drawn_S3)
         places = shape.columns
         array = np.zeros(places[-1].stop, dtype=np.int64)
         for place, column in zip(places, columns, strict=True):
             array[place] = column
-        return array, (slots_R, output_positions_R, lengths_R)
+        return array, slots_S[sampling]
 
     def compose_columns(self, columns: torch.Tensor, shape: StepShape, kv_cache: KvCache) -> tuple[ForwardBatch, DrawRows]:
         """The batch of `step_columns`, made on the device alone: what is launched follows from `shape` and nothing else."""

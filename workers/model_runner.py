@@ -290,12 +290,12 @@ class ModelRunner:
 
     def _replay_chunk(self, graph: ChunkGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled | None:
         step = graph.step
-        columns, host_3R = self._batch_state.step_columns(rows, step.shape)
+        columns, slots_R = self._batch_state.step_columns(rows, step.shape)
         self._batch_state.fill(step.columns, columns)
         with stopwatch.measure("forward"):
             graph.forward.replay()
-        num_sampling = len(host_3R[0])
-        sampling = SamplingRows(*host_3R, step.draw_rows.first(num_sampling))
+        num_sampling = len(slots_R)
+        sampling = SamplingRows(slots_R, step.draw_rows.first(num_sampling))
         return self._draw(graph.hidden_RH[:num_sampling], sampling, stopwatch)
 
     def _draw(self, hidden_RH: torch.Tensor, sampling: SamplingRows, stopwatch: Stopwatch) -> Sampled | None:
@@ -311,7 +311,7 @@ class ModelRunner:
     def _replay_decode(self, graph: DecodeGraph, rows: Sequence[PlannedRow], stopwatch: Stopwatch) -> Sampled:
         """What was sampled, on its way to the host."""
         columns = self._batch_state.decode_columns(rows, graph.columns.shape[1])
-        slots_R, positions_R, output_positions_R, *_ = columns[:, : len(rows)]
+        slots_R = columns[0, : len(rows)]
         self._sampler.upload()
         computed = self._replay_forward(graph, columns, stopwatch)
         if self._sampler.is_simple(slots_R):
@@ -320,7 +320,7 @@ class ModelRunner:
                 graph.draw.replay()
             return graph.sampled.map(partial(self._copies.to_host, event=drawn))
         with stopwatch.measure("sample", since=computed):
-            sampling = SamplingRows(slots_R, output_positions_R, positions_R + 1, graph.rows.first(len(rows)))
+            sampling = SamplingRows(slots_R, graph.rows.first(len(rows)))
             sampled = self._sampler.draw(self.model.gather_logits(graph.own_logits_SV[: len(rows)]), sampling)
         return sampled.map(self._to_host)
 

@@ -55,7 +55,7 @@ class PenaltyRule:
             self._free_rows.append(row)
             self._table_rows_M[slot] = _NO_ROW
 
-    def apply(self, logits_RV: torch.Tensor, rows: SamplingRows, concerned: np.ndarray) -> None:  # noqa: ARG002 - by table row
+    def apply(self, logits_RV: torch.Tensor, rows: SamplingRows) -> None:
         strengths_3R = self._to_device(np.ascontiguousarray(self._strengths_M3[rows.host_slots_R].T))
         apply_penalties(
             logits_RV,

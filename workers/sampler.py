@@ -107,10 +107,10 @@ class Sampler:
         self._num_logprobs_M = np.full(num_slots, _NO_LOGPROBS, dtype=np.int64)
         self._penalties = PenaltyRule(self._to_device, token_ids_MC, vocab.total)
         self._rules: tuple[LogitRule, ...] = (  # in the order they apply
-            LogitBiasRule(self._to_device),
+            LogitBiasRule(self._to_device, num_slots),
             self._penalties,
             BadWordsRule(self._to_device, token_ids_MC),
-            MinTokensRule(self._to_device),
+            MinTokensRule(self._to_device, num_slots),
         )
         self._rule_on = np.zeros((len(self._rules), num_slots), dtype=bool)
         # The device's copies stay where they are, so that a CUDA graph may read them.
@@ -170,7 +170,7 @@ class Sampler:
         if has_rules:
             for rule, on_R in zip(self._rules, rules_on_KR, strict=True):
                 if on_R.any():
-                    rule.apply(logits_RV, rows, np.flatnonzero(on_R))
+                    rule.apply(logits_RV, rows)
         sampled = self._draw_plain(HeadScores(logits_RV), rows.on_device)
         if has_rules and rules_on_KR[_PENALTIES].any():
             self._penalties.record(rows, sampled.tokens_R)

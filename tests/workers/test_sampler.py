@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from pilotfish.common.requests import EngineRequest, TokenSampling
@@ -34,9 +33,8 @@ class Bench:
         self.sampler.admit(sequence)
 
     def rows(self, slots: list[int], lengths: list[int], positions: list[int]) -> SamplingRows:
-        columns = [np.array(column, dtype=np.int64) for column in (slots, positions, lengths)]
-        slots, positions, lengths = (torch.from_numpy(column) for column in columns)
-        return SamplingRows(*columns, DrawRows(slots, positions, lengths, torch.ones_like(slots)))
+        slots, positions, lengths = (torch.tensor(column, dtype=torch.int64) for column in (slots, positions, lengths))
+        return SamplingRows(slots.numpy(), DrawRows(slots, positions, lengths, torch.ones_like(slots)))
 
     def draw(self, logits: torch.Tensor, sequences: list[tuple[TokenSampling, list[int], list[int]]], *, slots=None):
         """Sequences are (sampling, prompt, outputs); the logits are changed in place."""
@@ -246,6 +244,46 @@ def test_a_slot_forgets_the_rules_of_its_last_sequence(bench, logits):
     sampled = bench.draw(changed, [(sampling(), PROMPT, [])] * 3)
     assert torch.equal(changed, logits)
     assert sampled.logprobs is None
+
+
+def test_rules_touch_the_rows_of_their_own_sequences_in_any_step(bench, logits):
+    """Some sequences with rules wait, one has gone and left its slot to one without, the others stand in any order."""
+    loud = {"bias": 9.0, "words": ((9, 20, 33), (34,)), "min_tokens": 2}
+    other = {"bias": -9.0, "words": ((4, 3, 9, 20, 35),), "min_tokens": 1}
+
+    def rules(values):
+        bias = {1: values["bias"], 2: values["bias"]}
+        return sampling(logit_bias=bias, bad_words_ids=values["words"], min_tokens=values["min_tokens"])
+
+    for slot, values in ((7, loud), (3, other), (5, loud), (2, loud)):
+        bench.admit(slot, rules(values), PROMPT, [])
+    bench.sampler.release(5)
+    bench.admit(5, sampling(), PROMPT, [])
+    changed = logits.clone()
+    bench.sampler.draw(changed, bench.rows([5, 3, 7], [len(PROMPT)] * 3, [0, 1, 1]))
+    expected = logits.clone()
+    expected[1, [1, 2]] -= 9
+    expected[1, 35] = -math.inf
+    expected[2, [1, 2]] += 9
+    expected[2, [END, 33, 34]] = -math.inf
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("values", [{"logit_bias": {1: 2.0}}, {"bad_words_ids": ((9, 20, 33),)}, {"min_tokens": 9}])
+def test_rules_travel_when_sequences_come_and_go_and_not_in_every_step(monkeypatch, logits, values):
+    copied = []
+    to_device = BatchState.to_device
+    monkeypatch.setattr(BatchState, "to_device", lambda state, array: copied.append(array) or to_device(state, array))
+    bench = Bench()
+    bench.draw(logits.clone(), [(sampling(**values), PROMPT, [])] * 3)
+    del copied[:]
+    changed = logits[:2].clone()
+    bench.sampler.draw(changed, bench.rows([0, 1], [len(PROMPT)] * 2, [0, 0]))
+    assert not copied
+    assert not torch.equal(changed[1], logits[1])
+    bench.sampler.release(0)
+    bench.sampler.draw(logits[:1].clone(), bench.rows([1], [len(PROMPT)], [0]))
+    assert copied
 
 
 def test_drawn_tokens_count_as_if_they_had_been_known_at_admission(bench, logits):
