@@ -6,7 +6,6 @@ Ray must have been started or joined (`ray.init` with a namespace of its own for
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from . import grpc_wakeups
 from .actor import ControllerActor
 from .authority import Authority
 from .layouts import settle_device
+from .ports import hold
 from .service import Addresses
 
 CONTROLLER_NAME = "controller"
@@ -142,21 +142,12 @@ def _with_ports(gateway: GatewayConfig) -> GatewayConfig:
     Raises:
         ConfigError: a port that gateway processes are to share is in use; they would share it with whoever has it.
     """
-    names = ["grpc_port", "http_port"]
+    names = ["grpc_port", "http_port", "link_port"] if gateway.num_gateways else ["grpc_port", "http_port"]
+    ports = {}
     with contextlib.ExitStack() as held:  # all held until all are known: they must differ
-        ports = {}
-        for name in [*names, "link_port"] if gateway.num_gateways else names:
+        for name in names:
             if (port := getattr(gateway, name)) == 0 or gateway.num_gateways:
                 host = "127.0.0.1" if name == "link_port" else gateway.host
-                listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    listener.bind((host, port))
-                    listener.listen()
-                except OSError as error:
-                    flag = f"--{name.replace('_', '-')}"
-                    raise ConfigError(
-                        f"cannot serve on {host}:{port}: {error.strerror}; choose another with {flag} (0 takes a free one)"
-                    ) from error
+                listener = held.enter_context(hold(host, port, flag=f"--{name.replace('_', '-')}"))
                 ports[name] = listener.getsockname()[1]
     return replace(gateway, **ports)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from pilotfish.cli.ray_access import check_access
 from pilotfish.common.errors import Unavailable
+from pilotfish.controller.ports import hold
 
 pytestmark = pytest.mark.cluster
 TOKEN, OTHER_TOKEN = "5" * 64, "6" * 64
@@ -54,7 +54,7 @@ def guarded() -> Iterator[GuardedRay]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with hold("127.0.0.1", 0, flag="") as server:
         return int(server.getsockname()[1])
 
 
