@@ -1,7 +1,7 @@
 """What sanitize.sh watches: each CUDA C++ kernel named, on small ragged shapes, against its reference.
 
     python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts norm_and_route decode_attention \
-        prefill_attention between_attentions
+        prefill_attention
 
 Every way through a kernel once: sums split and not, beside the stages and in their place, gated and not, rows in order and not.
 """
@@ -15,7 +15,6 @@ from itertools import product
 
 import torch
 from pilotfish.kernels.attention_config import SPECIALIZED_PREFILL_CONFIGS, FusedDecodeConfig
-from pilotfish.kernels.between_attentions import fused_layer, new_counter, separate_layer
 from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.fused_decode import fused_decode
 from pilotfish.kernels.gated_linear import gated_linear_ref
@@ -30,7 +29,6 @@ from pilotfish.kernels.skinny_linear import skinny_linear
 from pilotfish.kernels.specialized_prefill import specialized_prefill
 from pilotfish.kernels.streaming_experts import StreamingConfig
 from pilotfish.kernels.tall_experts import TallConfig
-from pilotfish.kernels.tune_layer import make_layer
 
 ALLOWED_ERROR = 1e-2  # of norms
 Pair = tuple[str, torch.Tensor, torch.Tensor]  # what it is, the result, the reference's
@@ -131,19 +129,6 @@ def prefill_attention() -> Iterator[Pair]:
         yield f"{config}", out, expected
 
 
-def between_attentions() -> Iterator[Pair]:
-    """Dense and sparse layers, the last one too, x whole and in blocks, in rings that come round many times."""
-    for sizes, num_rows in product(((512, 256, 768, 1, 1, 1280), (256, 512, 256, 32, 2, 768)), (1, 8)):
-        layer, following = make_layer(sizes, torch.Generator("cuda").manual_seed(0))
-        attended, residual = random(num_rows, sizes[1], scale=1.0), random(num_rows, sizes[0], scale=1.0)
-        for after, (max_steps, most_x_bytes) in product((following, None), ((4, 1 << 20), (1, 0))):
-            config = {"max_steps": max_steps, "most_x_bytes": most_x_bytes, "spare_bytes": 150 * 1024, "prefetches": 1000}
-            results = fused_layer(attended, residual, layer, after, counter=new_counter(attended.device), config=config)
-            expected = separate_layer(attended, residual, layer, after)
-            for name, result, reference in zip(("result", "residual"), results, expected, strict=True):
-                yield f"{name} of {num_rows} rows of {sizes}, {config}", result, sum_terms(reference)
-
-
 def expert_layer(num_tokens: int, config: StreamingConfig | TallConfig) -> Pair:
     """Six experts, of which one token's choice belongs to another rank."""
     x, gate_up, down = random(num_tokens, 256, scale=1.0), random(6, 384, 256, scale=0.06), random(6, 256, 192, scale=0.07)
@@ -166,7 +151,6 @@ KERNELS: dict[str, Callable[[], Iterator[Pair]]] = {
     "norm_and_route": norm_and_route,
     "decode_attention": decode_attention,
     "prefill_attention": prefill_attention,
-    "between_attentions": between_attentions,
 }
 
 

@@ -39,7 +39,6 @@ HEADERS = (  # what a source may include
     "hopper.cuh",
     "streaming.cuh",
     "race.cuh",
-    "route.cuh",
     "peers.cuh",
     "prefill_products.cuh",
     "prefill_tiles.cuh",
