@@ -3,7 +3,7 @@
 The checkpoint, of the named shape and with a word for each token, is written to a scratch directory. Each door serves each rate
 twice: prompts that it sees for the first time, then the same ones from the prefix cache. A JSON row each.
 
-    python benchmarks/bench_server.py --shape qwen3-8b --rates 8,24 [--protocols grpc,http] [--output-len 128]
+    python benchmarks/bench_server.py --shape qwen3-8b --rates 8 24 [--protocols grpc http] [--output-len 128]
 """
 
 from __future__ import annotations
@@ -37,14 +37,17 @@ def main() -> None:
     parser.add_argument(
         "--shape", default="tiny", choices=[name for name, shape in SHAPES.items() if "Qwen3" in shape.architecture]
     )
-    parser.add_argument("--rates", default=[8.0], type=lambda text: [float(rate) for rate in text.split(",")])
-    parser.add_argument("--protocols", default=["grpc", "http"], type=lambda text: text.split(","))
-    parser.add_argument("--num-prompts", type=int, default=160)
-    parser.add_argument("--input-len", type=int, default=512)
-    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument(
+        "--rates", nargs="+", default=[8.0], type=float, metavar="X", help="mean arrivals a second, one load each"
+    )
+    parser.add_argument("--protocols", nargs="+", default=["grpc", "http"], choices=["grpc", "http"], help="doors to load")
+    parser.add_argument("--num-prompts", type=int, default=160, help="of a load")
+    parser.add_argument("--input-len", type=int, default=512, help="tokens of each prompt")
+    parser.add_argument("--output-len", type=int, default=128, help="tokens generated for each")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pilotfish-bench-") as directory:
         path = save_checkpoint(args.shape, Path(directory))
+        torch.cuda.empty_cache()  # the worker, another process, wants that memory
         max_model_len = args.input_len + args.output_len
         config = ServeConfig(
             model=ModelConfig(model=str(path), max_model_len=max_model_len),

@@ -32,7 +32,6 @@ from .events import Delta, Started, Usage
 from .http_server import (
     EventStream,
     Server,
-    bind,
     dump,
     error_response,
     json_response,
@@ -42,6 +41,7 @@ from .http_server import (
 )
 from .openai_response import Choice, ResponseWriter, error_json, usage_json
 from .openai_schema import ChatBody, CompletionBody, RequestBody, parse_body
+from .ports import listen
 from .service import InferenceService, RequestHandle
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ class HttpGateway:
         Raises:
             ConfigError: the port is in use or the host is not of this machine.
         """
-        listener = bind(self._config.host, self._config.http_port, shared=self._config.num_gateways > 1)
+        config = self._config
+        listener = listen(config.host, config.http_port, flag="--http-port", shared=config.num_gateways > 1)
         self._server = make_server(self.app, self._config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         return f"{self._config.host}:{listener.getsockname()[1]}"

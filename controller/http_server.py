@@ -1,4 +1,4 @@
-"""What every HTTP route needs: a socket bound with a clear error, bodies with a bound, a stream that ends with its reader."""
+"""What every HTTP route needs: a server, bodies with a bound, a stream that ends with its reader."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import math
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -18,7 +17,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..common.config import GatewayConfig
 from ..common.errors import (
     Cancelled,
-    ConfigError,
     InvalidRequest,
     PilotfishError,
     RequestTooLarge,
@@ -37,32 +35,6 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A listening TCP socket; a `shared` one takes its part of the connections to a port that other processes listen on too.
-
-    Raises:
-        ConfigError: the port is in use or the host is not of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio lets what is small leave at once (TCP_NODELAY) only where the socket says that it is TCP: else the second write of
-    # an answer waits for the reader's acknowledgement of the first, 40 ms on a connection that was kept.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot serve HTTP on {host}:{port}: {error.strerror}; choose another with --http-port (0 takes a free one) "
-            "or --host"
-        ) from error
-    listener.setblocking(False)
-    return listener
 
 
 def make_server(app: ASGIApp, gateway: GatewayConfig) -> Server:
