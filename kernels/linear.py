@@ -2,15 +2,15 @@
 
 On the CPU x is float32 and the weight stays in the checkpoint's dtype: a bfloat16 weight is widened exactly as it is read,
 so the result is that of float32 at half the memory traffic. On CUDA x, weight and bias have one dtype, and cuBLAS or a
-kernel for few rows (skinny_linear.py, streaming_linear.py) does the work: whichever was measured to be faster, see
-`choose_skinny_config`.
+kernel for few rows (skinny_linear.py, streaming_linear.py) or many (tall_linear.py) does the work: whichever was measured to
+be faster, see `choose_skinny_config`.
 Sums are float32, rounded once. M rows (tokens), K inputs, N outputs.
 """
 
 import torch
 import torch.nn.functional as F
 
-from . import tuning
+from . import tall_linear, tuning
 from .cpu import ops as cpu_ops
 from .dispatch import choose_backend, kernel_mode
 from .skinny_linear import default_gemv_config, fits, invariant_config, skinny_linear
@@ -49,7 +49,7 @@ def linear_ref(
 
 
 def choose_skinny_config(op: str, weight_NK: torch.Tensor, num_rows: int) -> tuning.Config | None:
-    """The config of a kernel for few rows, or None where cuBLAS (or what the op does without) is to be used.
+    """The config of a kernel of skinny_linear.py, or None where cuBLAS (or what the op does without) is to be used.
 
     It is the measured choice for this GPU and shape. Where there is none: gemv for one row of 16-bit numbers. One row is where
     cuBLAS reads weights at 1.6 to 4.2 TB/s on an H200 and a gemv at 2.3 to 4.4, ahead of it at all sizes from K x N = 1024 x
@@ -62,6 +62,8 @@ def choose_skinny_config(op: str, weight_NK: torch.Tensor, num_rows: int) -> tun
     config = tuning.lookup(op, weight_NK.dtype, (num_outputs, num_inputs), num_rows, weight_NK.device)
     if config is None and num_rows == 1 and weight_NK.element_size() == 2:
         config = default_gemv_config(num_inputs)
+    if config is not None and config["kernel"] == "tall":
+        return config if tall_linear.serves(config, weight_NK, gated=op == "gated_linear") else None
     if config is not None and config["kernel"] == "streaming":
         if serves(config, weight_NK, num_rows, gated=op == "gated_linear"):
             return config

@@ -12,7 +12,7 @@ the same inputs give the same bits; a row's gemv sums do not depend on the rows 
 M rows, K inputs, N outputs, F = N / 2 outputs after a gated activation. A config (kernels/tuning.py) is
     {"kernel": "gemv", "block_n", "num_warps"}                                        K up to MAX_GEMV_INPUTS
     {"kernel": "skinny", "block_n", "block_k", "split_k", "num_warps", "num_stages"}  M up to MAX_SKINNY_ROWS
-or one of streaming_linear.py, a CUDA C++ kernel for compute capability 9.0, which is launched from here too;
+or one of streaming_linear.py or tall_linear.py, CUDA C++ kernels for compute capability 9.0, which are launched from here too;
 and with "block_m" a skinny kernel takes so many rows at a time, however many there are (`invariant_config`),
 and with "early_start": True (compute capability 9.0 or newer) the kernel starts while the one before it in the stream ends:
 it touches nothing but the weight, which the kernel before must not write, until that has finished (programmatic dependent
@@ -26,6 +26,7 @@ import triton.language as tl
 from .gated_activation import activate
 from .race import HeadScores, RaceRows, race_tensors, race_tile
 from .streaming_linear import launch_race, launch_streaming, unfit_sizes
+from .tall_linear import launch_tall
 from .tuning import Config
 
 MAX_SKINNY_ROWS = 64
@@ -45,7 +46,7 @@ def skinny_linear(
     num_rows, num_outputs = x_MK.shape[0], weight_NK.shape[0]
     y = torch.empty(num_rows, num_outputs // (1 if activation is None else 2), dtype=out_dtype, device=x_MK.device)
     if y.numel() > 0:
-        launchers = {"gemv": _launch_gemv, "skinny": _launch_skinny, "streaming": launch_streaming}
+        launchers = {"gemv": _launch_gemv, "skinny": _launch_skinny, "streaming": launch_streaming, "tall": launch_tall}
         launch, at_once = launchers[config["kernel"]], config.get("block_m", num_rows)
         for x_rows, y_rows in zip(x_MK.split(at_once), y.split(at_once), strict=True):
             launch(x_rows, weight_NK, bias_N, y_rows, activation or "", config)

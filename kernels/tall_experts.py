@@ -72,7 +72,7 @@ def tall_experts(
     loader.launch(
         kernel,
         (
-            _weight_map(weight_EUK, gated=activation is not None),
+            weight_map(weight_EUK, gated=activation is not None),
             loader.tensor_map(x_RK.data_ptr(), x_RK.dtype, (x_RK.shape[0], num_inputs), x_RK.stride(0), x_box),
             ctypes.c_void_p(x_RK.data_ptr()),
             ctypes.c_void_p(None if scales is None else scales.data_ptr()),
@@ -86,7 +86,7 @@ def tall_experts(
             ctypes.c_int(y_PN.shape[0] // x_RK.shape[0]),
             ctypes.c_int(sorted_rows),
         ),
-        grid=(_num_multiprocessors(x_RK.device), 1),
+        grid=(num_multiprocessors(x_RK.device), 1),
         num_threads=NUM_THREADS,
         shared_bytes=shared_bytes(config),
         early_start=True,
@@ -134,7 +134,7 @@ def _load(config: TallConfig, weight_EUK: torch.Tensor, activation: str | None, 
     return loader.load(SOURCE, macros, weight_EUK.device.index)
 
 
-def _weight_map(weight_EUK: torch.Tensor, *, gated: bool) -> loader.TensorMap:
+def weight_map(weight_EUK: torch.Tensor, *, gated: bool) -> loader.TensorMap:
     """[expert, group of 8 outputs, gate or up, row of the group, input], in boxes of TILE rows; ungated the groups are one."""
     num_experts, rows, inputs = weight_EUK.shape
     if gated:
@@ -148,5 +148,5 @@ def _weight_map(weight_EUK: torch.Tensor, *, gated: bool) -> loader.TensorMap:
 
 
 @cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

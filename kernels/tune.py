@@ -28,7 +28,7 @@ from triton.runtime.errors import OutOfResources
 
 from .graph_timing import time_in_graph
 from .tune_head import HeadCase, head_cases
-from .tune_linear import ROWS, SHAPES, LinearCase, linear_cases
+from .tune_linear import LINEAR_ROWS, ROWS, SHAPES, LinearCase, linear_cases
 from .tune_moe import MOE_ROWS, MoeCase, moe_cases
 from .tune_route import ROUTE_ROWS, RouteCase, route_cases
 from .tuning import Config, Entry, load_entries, row_bucket, save_entries, table_path
@@ -209,7 +209,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chosen_linear_cases(args: argparse.Namespace) -> list[LinearCase]:
     """The linear layers of add_case_arguments' arguments."""
-    return linear_cases(_shapes(args), args.nk, args.rows or ROWS, num_ranks=args.tensor_parallel)
+    return linear_cases(_shapes(args), args.nk, args.rows or LINEAR_ROWS, num_ranks=args.tensor_parallel)
 
 
 def chosen_head_cases(args: argparse.Namespace) -> list[HeadCase]:

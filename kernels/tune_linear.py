@@ -20,6 +20,7 @@ from .linear import cublas_linear, linear
 from .rms_norm import rms_norm
 from .skinny_linear import MAX_GEMV_INPUTS, MAX_SKINNY_ROWS, skinny_linear
 from .streaming_linear import MAX_STREAMING_ROWS, STEP_INPUTS, TILES, stages_within
+from .tall_linear import TALL_CONFIGS
 from .tuning import Config
 
 
@@ -64,7 +65,8 @@ SHAPES: dict[str, list[Layer]] = {
         Layer("linear_float32", 151936, 2048),
     ],
 }
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # that kernels for few rows take
+LINEAR_ROWS = (*ROWS, 256, 512, 1024, 2048, 4096, 8192)
 MULTIPROCESSORS = 132  # of an H100 or H200
 TARGET_PROGRAMS = 2 * MULTIPROCESSORS
 MIN_ROWS_FOR_X_STAGES = 16  # with fewer a stage of x is small beside one of the weight
@@ -106,6 +108,8 @@ class LinearCase:
             configs += [{**config, "early_start": True} for config in configs]
         if capability == (9, 0) and 1 < self.num_rows <= MAX_STREAMING_ROWS:
             configs += streaming_configs(num_outputs, num_inputs, self.num_rows, gated=self.op == "gated_linear")
+        if capability == (9, 0) and self.num_rows > MAX_STREAMING_ROWS and self.op != "linear_float32":
+            configs += TALL_CONFIGS
         return configs
 
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:
@@ -131,7 +135,7 @@ class LinearCase:
             if activation:
                 return gated_linear(x_MK, weight_NK, activation=activation)
             return linear(x_MK, weight_NK, out_dtype=out_dtype)
-        if config["kernel"] in ("gemv", "skinny", "streaming"):
+        if config["kernel"] in ("gemv", "skinny", "streaming", "tall"):
             return skinny_linear(x_MK, weight_NK, None, config, out_dtype=out_dtype, activation=activation)
         y_MN = cublas_linear(x_MK, weight_NK, None, out_dtype=out_dtype)
         return gated_activation(y_MN, activation) if activation else y_MN

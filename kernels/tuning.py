@@ -2,8 +2,8 @@
 
 A table is a JSON file for each GPU model, `tuned/<gpu>.json`, shipped with the package and written by `python -m
 pilotfish.kernels.tune`. It is read once, at the first lookup. What is not in it is not guessed here: `lookup` answers None
-and the op applies its own rule. Rows are kept in buckets of powers of two. float16 has no entries of its own: it moves the
-bytes of bfloat16 and shares its entries.
+and the op applies its own rule. Rows are kept in buckets of powers of two. Where the largest of an op and shape is MANY_ROWS or
+more, it serves what is beyond it too. float16 has no entries of its own: it moves the bytes of bfloat16 and shares its entries.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 TABLES = Path(__file__).parent / "tuned"
+MANY_ROWS = 512  # from here on the rate of the tensor cores decides, and what is best for some is best for more
 
 Config = Mapping[str, Any]
 
@@ -54,7 +55,7 @@ class Entry:
 
 
 def lookup(op: str, dtype: torch.dtype, sizes: tuple[int, ...], num_rows: int, device: torch.device) -> Config | None:
-    """The config measured best for `num_rows` rows, or the bucket above; None where the table has none.
+    """The config of the bucket of `num_rows`, or, beyond the largest bucket, of that, if it is MANY_ROWS or more; else None.
 
     Host values only, so it may be called while a CUDA graph is captured. `device` has an index.
     """
@@ -63,7 +64,9 @@ def lookup(op: str, dtype: torch.dtype, sizes: tuple[int, ...], num_rows: int, d
 
 @cache  # it runs at every op
 def _lookup(op: str, dtype: str, sizes: tuple[int, ...], num_rows: int, device: torch.device) -> Config | None:
-    return _table(torch.cuda.get_device_name(device)).get((op, dtype, sizes, num_rows))
+    table, shape = _table(torch.cuda.get_device_name(device)), (op, dtype, sizes)
+    most_rows = max((rows for *some_shape, rows in table if tuple(some_shape) == shape), default=0)
+    return table.get((*shape, most_rows if num_rows > most_rows >= MANY_ROWS else num_rows))
 
 
 @cache

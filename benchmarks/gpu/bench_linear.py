@@ -14,7 +14,7 @@ import json
 
 from pilotfish.kernels.graph_timing import time_in_graph
 from pilotfish.kernels.tune import add_case_arguments, chosen_linear_cases
-from pilotfish.kernels.tune_linear import LinearCase
+from pilotfish.kernels.tune_linear import ROWS, LinearCase
 
 
 def measure(case: LinearCase, bandwidth_tb_s: float) -> dict[str, object]:
@@ -37,6 +37,7 @@ def measure(case: LinearCase, bandwidth_tb_s: float) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_arguments(parser)
+    parser.set_defaults(rows=ROWS)
     parser.add_argument("--bandwidth", type=float, default=4.28, help="TB/s this GPU reads; 4.28 was measured on an H200")
     args = parser.parse_args()
     for case in chosen_linear_cases(args):

@@ -1,7 +1,7 @@
 """What sanitize.sh watches: each CUDA C++ kernel named, on small ragged shapes, against its reference.
 
-    python benchmarks/gpu/sanitized_kernels.py streaming_linear streaming_experts tall_experts norm_and_route decode_attention \
-        prefill_attention
+    python benchmarks/gpu/sanitized_kernels.py streaming_linear tall_linear streaming_experts tall_experts norm_and_route \
+        decode_attention prefill_attention
 
 Every way through a kernel once: sums split and not, beside the stages and in their place, gated and not, rows in order and not.
 """
@@ -29,6 +29,7 @@ from pilotfish.kernels.skinny_linear import skinny_linear
 from pilotfish.kernels.specialized_prefill import specialized_prefill
 from pilotfish.kernels.streaming_experts import StreamingConfig
 from pilotfish.kernels.tall_experts import TallConfig
+from pilotfish.kernels.tall_linear import TALL_CONFIGS
 
 ALLOWED_ERROR = 1e-2  # of norms
 Pair = tuple[str, torch.Tensor, torch.Tensor]  # what it is, the result, the reference's
@@ -64,6 +65,15 @@ def racing_heads() -> Iterator[Pair]:
         assert scores.bests is not None
         assert expected.bests is not None
         yield f"bests of {num_rows} rows, {config}", scores.bests.scores_ST[~wanted], expected.bests.scores_ST[~wanted]
+
+
+def tall_linear() -> Iterator[Pair]:
+    """Rows and outputs that fill no item."""
+    weight, bias, x = random(976, 320, scale=0.05), random(976, scale=1.0), random(300, 320, scale=1.0)
+    for config in TALL_CONFIGS:
+        yield f"{config}", skinny_linear(x, weight, bias, config, out_dtype=torch.bfloat16), linear_ref(x, weight, bias)
+        y = skinny_linear(x, weight, bias, config, out_dtype=torch.bfloat16, activation="silu")
+        yield f"gated, {config}", y, gated_linear_ref(x, weight, bias, activation="silu")
 
 
 def streaming_experts() -> Iterator[Pair]:
@@ -146,6 +156,7 @@ def random(*shape: int, scale: float) -> torch.Tensor:
 
 KERNELS: dict[str, Callable[[], Iterator[Pair]]] = {
     "streaming_linear": streaming_linear,
+    "tall_linear": tall_linear,
     "streaming_experts": streaming_experts,
     "tall_experts": tall_experts,
     "norm_and_route": norm_and_route,

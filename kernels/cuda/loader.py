@@ -42,6 +42,7 @@ HEADERS = (  # what a source may include
     "peers.cuh",
     "prefill_products.cuh",
     "prefill_tiles.cuh",
+    "tall.cuh",
 )
 CAPABILITY = (9, 0)
 CTA_SHARED_BYTES = 227 * 1024  # that a CTA may have, static ones included

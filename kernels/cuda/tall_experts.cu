@@ -7,27 +7,20 @@
 // A CTA takes every gridDim.x-th item. One warpgroup copies ahead through all of them, stages of 64 inputs: the weight by TMA, and
 // where the rows of x are IN_ORDER of the places of `pairs` these too; scattered rows 16 bytes a lane. Two warpgroups multiply, 128
 // rows of the weight each.
-// GATED: 8 rows of the gate and the 8 rows of up for the same outputs follow each other in a stage, which leaves a gate and its up
-// in one thread; y = activation(gate) * up, both rounded before. Otherwise y = scales[pair] * sum. Sums are float32, in the order of
-// K. With sorted_rows the rows of y of the gated product are in the order of `pairs`, else in that of pair.
+// GATED: y = activation(gate) * up, both rounded before, see tall.cuh. Otherwise y = scales[pair] * sum. Sums are float32, in the
+// order of K. With sorted_rows the rows of y of the gated product are in the order of `pairs`, else in that of pair.
 // It waits for the kernel before it lets the next one start, which may read the routing before its own wait.
 //
 // Set by the compiler's command line: PAIRS (a multiple of 16 up to 192), STAGES, IN_ORDER, FLOAT16, GATED, ACTIVATION.
 
-#include "hopper.cuh"
+#include "tall.cuh"
 
-constexpr int TILE = 256;
-constexpr int OUTPUTS = GATED ? TILE / 2 : TILE;
-constexpr int GROUPS = 2;         // warpgroups that multiply
-constexpr int BLOCKS = 2;         // of 64 rows of the weight, of a warpgroup
-constexpr int CONSUMERS = GROUPS * 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+constexpr int PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
 constexpr int PRODUCER_REGISTERS = IN_ORDER ? 40 : 56, CONSUMER_REGISTERS = IN_ORDER ? 232 : 224;  // 168 a thread in all
 constexpr int WEIGHT_BYTES = TILE * STEP_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + PAIRS * STEP_BYTES;
 constexpr int ROWS_A_PRODUCER = PAIRS / 16;  // of x, whose 8 chunks of 16 bytes are copied by 8 threads
 constexpr int BOX_ROWS = PAIRS % 32 == 0 ? 32 : 16;  // of x, where IN_ORDER
-constexpr int PASS_OUTPUTS = 64;             // of a warpgroup, that lie in shared memory at once: rows of 128 swizzled bytes
-constexpr int PASSES = OUTPUTS / GROUPS / PASS_OUTPUTS;
 constexpr int PASS_BYTES = PAIRS * 2 * PASS_OUTPUTS;
 constexpr int BLOCKS_AT_ONCE = 12;  // of an expert's outputs: those and the pairs that meet them stay in L2
 constexpr int MAX_EXPERTS = 256;
@@ -81,15 +74,6 @@ struct Items {
   }
 };
 
-// The box of TILE rows of a weight [expert, group of 8 rows, gate or up, row, input]; not GATED: [expert, 1, 1, row, input].
-__device__ __forceinline__ void load_weight(u32 target, const TensorMap& map, int input, int output, int expert, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(
-          target),
-      "l"(&map), "r"(input), "r"(GATED ? 0 : output), "r"(0), "r"(GATED ? output / 8 : 0), "r"(expert), "r"(barrier)
-      : "memory");
-}
-
 struct alignas(16) Sixteen {
   u32 words[4];
 };
@@ -101,22 +85,6 @@ __device__ __forceinline__ Sixteen load_sixteen(u32 address) {
                : "r"(address)
                : "memory");
   return bytes;
-}
-
-__device__ __forceinline__ void synchronize_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
-
-// Four 8 x 8 matrices in the layout of wgmma's sums, each to 8 rows of 16 bytes, transposed; a lane has the address of a row.
-__device__ __forceinline__ void store_transposed(u32 address, const u32 (&matrices)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(matrices[0]),
-               "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
-               : "memory");
-}
-
-// Two outputs from their gates and ups.
-__device__ __forceinline__ u32 activate_two(const float* gates, const float* ups) {
-  const u32 gate = round_two(gates[0], gates[1]), up = round_two(ups[0], ups[1]);
-  return round_two(activate(widen_input(gate & 0xffff), widen_input(up & 0xffff), ACTIVATION),
-                   activate(widen_input(gate >> 16), widen_input(up >> 16), ACTIVATION));
 }
 
 // What a role needs to go through items: from the first on every stride-th is this CTA's.
@@ -252,17 +220,13 @@ __device__ __forceinline__ void multiply_items(const Job& job, const float* scal
     if (!IN_ORDER) show_copies_to_tensor_cores();
     const u32 stage = job.stages + ring.stage * STAGE_BYTES;
     ring.advance(STAGES);
-    return Operands{matrix_descriptor(stage + group * BLOCKS * 64 * STEP_BYTES), matrix_descriptor(stage + WEIGHT_BYTES)};
+    return Operands{matrix_descriptor(stage + group * GROUP_ROWS * STEP_BYTES), matrix_descriptor(stage + WEIGHT_BYTES)};
   };
   const auto release = [&]() {
     if (lane == 0) arrive(job.empty + 8 * released.stage);
     released.advance(STAGES);
   };
-  // store_transposed writes outputs of 16 pairs: matrices 0 and 1 of the first 8, 2 and 3 of the others. GATED: 8 outputs of each
-  // block of 64 rows in turn; otherwise 16 of one block.
-  const u32 staging = job.stages + STAGES * STAGE_BYTES + group * PASS_BYTES;
-  const int matrix = lane / 8, own_chunk = GATED ? matrix % 2 * 4 + warp : warp * 2 + matrix % 2;
-  const u32 own_row = staging + (matrix / 2 * 8 + lane % 8) * STEP_BYTES + (own_chunk ^ lane % 8) * 16;
+  const u32 staging = job.stages + STAGES * STAGE_BYTES + group * PASS_BYTES, own_row = own_staged_row(staging, warp, lane);
   const int chunk = thread % 8;  // of 8 outputs, that the thread stores
 
   if (job.first_item >= job.num_items) return;

@@ -9,9 +9,16 @@ import torch
 from pilotfish.kernels import tune
 from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.skinny_linear import MAX_SKINNY_ROWS, fits, fits_race
-from pilotfish.kernels.tune import chosen_linear_cases, chosen_moe_cases, chosen_route_cases, configs_to_try, measure
+from pilotfish.kernels.tall_linear import TALL_CONFIGS
+from pilotfish.kernels.tune import (
+    chosen_linear_cases,
+    chosen_moe_cases,
+    chosen_route_cases,
+    configs_to_try,
+    measure,
+)
 from pilotfish.kernels.tune_head import head_cases
-from pilotfish.kernels.tune_linear import ROWS, SHAPES, LinearCase, linear_cases
+from pilotfish.kernels.tune_linear import LINEAR_ROWS, ROWS, SHAPES, LinearCase, linear_cases
 from pilotfish.kernels.tune_moe import moe_cases
 from pilotfish.kernels.tuning import Entry, load_entries
 from triton.runtime.errors import OutOfResources
@@ -105,6 +112,14 @@ def test_candidates_are_within_the_limits_of_the_kernels_and_of_shared_memory():
                 assert stage_bytes * config["num_stages"] <= SHARED_MEMORY_BYTES
 
 
+def test_layers_of_many_rows_are_measured_with_the_kernel_for_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for case in linear_cases(SHAPES, [], (512, 8192)):
+        assert configs_to_try(case, ["tall"], []) == ([] if case.op == "linear_float32" else list(TALL_CONFIGS))
+    assert {case.num_rows for case in linear_cases(SHAPES, [], ROWS) if configs_to_try(case, ["tall"], [])} == set()
+
+
 def test_what_comes_before_experts_is_measured_once_for_models_that_share_it():
     cases = chosen_route_cases(tune.argparse.Namespace(shapes=None, nk=[], rows=[1, 8, 1024]))
     assert [(case.sizes, case.num_rows) for case in cases] == [((128, 8, 2048), 1), ((128, 8, 2048), 8)]
@@ -150,7 +165,7 @@ def test_arguments(capsys):
         *linear_cases(SHAPES, [], [4], num_ranks=2),
         *moe_cases(SHAPES, [4], num_ranks=2),
     ]
-    assert parse() == [*linear_cases(SHAPES, [], ROWS), *moe_cases(SHAPES)]
+    assert parse() == [*linear_cases(SHAPES, [], LINEAR_ROWS), *moe_cases(SHAPES)]
     for wrong in (["--nk", "64"], ["--shapes", "qwen9"]):
         with pytest.raises(SystemExit):
             parse(*wrong)

@@ -44,6 +44,16 @@ def test_what_was_saved_is_found(table):
     assert lookup("gated_linear", torch.bfloat16, (64, 32), 5, GPU) is None
 
 
+def test_the_largest_bucket_serves_what_is_beyond_it_where_it_is_of_many_rows(table):
+    kernels = {128: "skinny", 512: "cublas", 2048: "tall"}
+    save_entries(table, [entry(num_rows, kernel) for num_rows, kernel in kernels.items()], measured_on={})
+    save_entries(table, [entry(256, sizes=(32, 64))], measured_on={})
+    found = {rows: lookup("linear", torch.bfloat16, (64, 32), rows, GPU) for rows in (128, 200, 512, 1000, 1025, 2049, 10**6)}
+    names = [config and config["kernel"] for config in found.values()]
+    assert names == ["skinny", None, "cublas", None, "tall", "tall", "tall"]
+    assert lookup("linear", torch.bfloat16, (32, 64), 257, GPU) is None
+
+
 def test_a_gpu_without_a_table_is_named_once_with_what_makes_one(table, caplog):
     with caplog.at_level(logging.WARNING):
         for num_rows in (1, 8):
