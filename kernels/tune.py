@@ -28,6 +28,7 @@ from triton.runtime.errors import OutOfResources
 
 from .graph_timing import time_in_graph
 from .tune_head import HeadCase, head_cases
+from .tune_layer import LAYER_ROWS, LayerCase, layer_cases
 from .tune_linear import LINEAR_ROWS, ROWS, SHAPES, LinearCase, linear_cases
 from .tune_moe import MOE_ROWS, MoeCase, moe_cases
 from .tune_route import ROUTE_ROWS, RouteCase, route_cases
@@ -227,6 +228,11 @@ def chosen_route_cases(args: argparse.Namespace) -> list[RouteCase]:
     return route_cases(_shapes(args), args.rows or ROUTE_ROWS)
 
 
+def chosen_layer_cases(args: argparse.Namespace) -> list[LayerCase]:
+    """Layers behind their attention, of add_case_arguments' arguments; none on several ranks, which sum in between."""
+    return layer_cases(_shapes(args) if args.tensor_parallel == 1 else [], args.rows or LAYER_ROWS)
+
+
 def _shapes(args: argparse.Namespace) -> list[str]:
     return args.shapes or ([] if args.nk else list(SHAPES))
 
@@ -244,6 +250,7 @@ LAYERS: dict[str, Callable[[argparse.Namespace], Sequence[Case]]] = {
     "head": chosen_head_cases,
     "moe": chosen_moe_cases,
     "route": chosen_route_cases,
+    "layer": chosen_layer_cases,
 }
 
 

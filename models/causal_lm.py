@@ -15,6 +15,7 @@ from ..kernels.race import HeadScores, RaceRows
 from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
 from .layers.attention import Attention
+from .layers.chain import build_chain
 from .layers.decoder import DecoderLayer
 from .layers.embedding import Embedding
 from .layers.latent_attention import LatentAttention
@@ -65,6 +66,7 @@ class CausalLM(torch.nn.Module):
             for layer in range(shape.num_layers)
         ]
         self.layers = torch.nn.ModuleList(self.decoder_layers)  # the same objects, so that torch finds their parameters
+        self.chain = build_chain(self.decoder_layers, placement.parallel, placement.device)
         self.final_norm = RmsNorm("norm", shape.hidden_size, eps=shape.norm_eps, placement=placement)
         self.num_kv_heads = self.decoder_layers[0].attention.num_kv_heads
         self.ignored_prefixes = tuple(_prefix(shape.num_layers + index) for index in range(shape.num_extra_layers))
@@ -78,7 +80,10 @@ class CausalLM(torch.nn.Module):
             num_tokens = len(batch.token_ids_T)
             self.data.begin(batch.rank_tokens, num_tokens=num_tokens, is_padding_T=batch.is_padding_T)
         x_TH = self.embedding.embed(batch.token_ids_T)
-        addend, residual_TH = run_layers(self.decoder_layers, x_TH, batch, self.parallel)
+        if self.chain is not None and self.chain.serves(len(x_TH)):
+            addend, residual_TH = self.chain.run(x_TH, batch)
+        else:
+            addend, residual_TH = run_layers(self.decoder_layers, x_TH, batch, self.parallel)
         rows = batch.logits_rows_R
         if rows is not None:
             addend, residual_TH = sum_terms(addend).index_select(0, rows), residual_TH.index_select(0, rows)

@@ -8,7 +8,7 @@ command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on t
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 tools=("$@")
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck synccheck)
-kernels=(streaming_linear tall_linear streaming_experts tall_experts norm_and_route decode_attention prefill_attention)
+kernels=(streaming_linear tall_linear streaming_experts tall_experts norm_and_route decode_attention prefill_attention between_attentions)
 collectives=(all_reduce reduce_scatter all_gather)  # between ranks that are streams of one GPU, as their tests have them
 python3 sanitized_kernels.py "${kernels[@]}" || exit 1  # compiled, and right without it
 status=0

@@ -1,7 +1,7 @@
 """What sanitize.sh watches: each CUDA C++ kernel named, on small ragged shapes, against its reference.
 
     python benchmarks/gpu/sanitized_kernels.py streaming_linear tall_linear streaming_experts tall_experts norm_and_route \
-        decode_attention prefill_attention
+        decode_attention prefill_attention between_attentions
 
 Every way through a kernel once: sums split and not, beside the stages and in their place, gated and not, rows in order and not.
 """
@@ -15,6 +15,7 @@ from itertools import product
 
 import torch
 from pilotfish.kernels.attention_config import SPECIALIZED_PREFILL_CONFIGS, FusedDecodeConfig
+from pilotfish.kernels.between_attentions import fused_layer, new_counter, separate_layer
 from pilotfish.kernels.expert_terms import sum_terms
 from pilotfish.kernels.fused_decode import fused_decode
 from pilotfish.kernels.gated_linear import gated_linear_ref
@@ -30,6 +31,7 @@ from pilotfish.kernels.specialized_prefill import specialized_prefill
 from pilotfish.kernels.streaming_experts import StreamingConfig
 from pilotfish.kernels.tall_experts import TallConfig
 from pilotfish.kernels.tall_linear import TALL_CONFIGS
+from pilotfish.kernels.tune_layer import make_layer
 
 ALLOWED_ERROR = 1e-2  # of norms
 Pair = tuple[str, torch.Tensor, torch.Tensor]  # what it is, the result, the reference's
@@ -139,6 +141,19 @@ def prefill_attention() -> Iterator[Pair]:
         yield f"{config}", out, expected
 
 
+def between_attentions() -> Iterator[Pair]:
+    """Dense and sparse layers, the last one too, the dense one of more weights than a ring holds."""
+    for sizes, num_rows in product(((1024, 2048, 3072, 1, 1, 4096), (256, 512, 256, 32, 2, 768)), (1, 8)):
+        layer, following = make_layer(sizes, torch.Generator("cuda").manual_seed(0))
+        attended, residual = random(num_rows, sizes[1], scale=1.0), random(num_rows, sizes[0], scale=1.0)
+        config = {"max_in_flight": 3, "prefetches": 1000}
+        for after in (following, None):
+            results = fused_layer(attended, residual, layer, after, counter=new_counter(attended.device), config=config)
+            expected = separate_layer(attended, residual, layer, after)
+            for name, result, reference in zip(("result", "residual"), results, expected, strict=True):
+                yield f"{name} of {num_rows} rows of {sizes}, last {after is None}", result, sum_terms(reference)
+
+
 def expert_layer(num_tokens: int, config: StreamingConfig | TallConfig) -> Pair:
     """Six experts, of which one token's choice belongs to another rank."""
     x, gate_up, down = random(num_tokens, 256, scale=1.0), random(6, 384, 256, scale=0.06), random(6, 256, 192, scale=0.07)
@@ -162,6 +177,7 @@ KERNELS: dict[str, Callable[[], Iterator[Pair]]] = {
     "norm_and_route": norm_and_route,
     "decode_attention": decode_attention,
     "prefill_attention": prefill_attention,
+    "between_attentions": between_attentions,
 }
 
 

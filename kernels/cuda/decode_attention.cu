@@ -27,13 +27,6 @@ static_assert(GROUP <= ROWS && STAGES >= 2 && GROUP * PITCH * 4 <= STAGES * TILE
 // Where 8 numbers of a row lie: rows of 128 or 256 bytes, whose chunks are exchanged so that 8 rows of one chunk differ in banks.
 __device__ __forceinline__ u32 place(u32 row, u32 chunk) { return row * ROW_BYTES + (chunk ^ (row & 7)) * 16; }
 
-__device__ __forceinline__ void load_matrices(u32 (&bits)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
-               : "r"(address)
-               : "memory");
-}
-
 __device__ __forceinline__ void load_transposed(u32 (&bits)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])

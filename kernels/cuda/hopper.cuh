@@ -130,6 +130,14 @@ __device__ __forceinline__ float load_one(u32 address) {
 
 // --- tensor cores
 
+// Four 8 x 8 matrices of 16-bit numbers, in the layout of mma's inputs; a lane has the address of a row.
+__device__ __forceinline__ void load_matrices(u32 (&bits)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "r"(address)
+               : "memory");
+}
+
 // Rows of 128 swizzled bytes, groups of 8 rows 1024 bytes apart: (64 << 32), swizzle of 128 bytes: (1 << 62).
 __device__ __forceinline__ u64 matrix_descriptor(u32 address) {
   return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);

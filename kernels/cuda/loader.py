@@ -39,6 +39,7 @@ HEADERS = (  # what a source may include
     "hopper.cuh",
     "streaming.cuh",
     "race.cuh",
+    "route.cuh",
     "peers.cuh",
     "prefill_products.cuh",
     "prefill_tiles.cuh",

@@ -50,9 +50,12 @@ class Attention(torch.nn.Module):
 
     def forward(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """What this rank adds to the sum over ranks."""
+        return self.o_proj.forward(self.attend(self.qkv_proj.forward(x_TH), batch))
+
+    def attend(self, qkv_TX: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """[T, N * D] from what `qkv_proj` answers."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        qkv = self.qkv_proj.forward(x_TH).view(x_TH.shape[0], sum(heads), self.head_dim)
-        q_TND, k_TKD, v_TKD = qkv.split_with_sizes(heads, dim=1)
+        q_TND, k_TKD, v_TKD = qkv_TX.view(len(qkv_TX), sum(heads), self.head_dim).split_with_sizes(heads, dim=1)
         k_cache, v_cache = batch.kv_caches[self.layer]
         out_TND = prepare_and_attend(
             q_TND,
@@ -77,7 +80,7 @@ class Attention(torch.nn.Module):
             soft_cap=self.soft_cap,
             sinks_N=self.sinks,
         )
-        return self.o_proj.forward(out_TND.view(x_TH.shape[0], -1))
+        return out_TND.view(len(qkv_TX), -1)
 
     def weight_sources(self, prefix: str) -> Iterator[WeightSource]:
         for part in (self.qkv_proj, self.o_proj, self.q_norm, self.k_norm):

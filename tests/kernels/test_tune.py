@@ -11,6 +11,7 @@ from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.skinny_linear import MAX_SKINNY_ROWS, fits, fits_race
 from pilotfish.kernels.tall_linear import TALL_CONFIGS
 from pilotfish.kernels.tune import (
+    chosen_layer_cases,
     chosen_linear_cases,
     chosen_moe_cases,
     chosen_route_cases,
@@ -180,3 +181,24 @@ def test_on_a_gpu_it_writes_a_table(tmp_path, capsys):
     assert [(entry.op, entry.sizes, entry.num_rows) for entry in entries] == [("linear", (512, 256), rows) for rows in (1, 8)]
     assert all(0 < entry.time_us <= entry.baseline_us for entry in entries)
     assert [json.loads(line)["rows"] for line in capsys.readouterr().out.splitlines()] == [1, 8]
+
+
+def test_layers_are_those_of_the_shapes_and_read_what_their_rows_choose():
+    cases = chosen_layer_cases(tune.argparse.Namespace(shapes=None, nk=[], rows=[1, 8, 64], tensor_parallel=1))
+    assert {(case.sizes, case.num_rows) for case in cases} == {
+        (sizes, num_rows)
+        for sizes in ((4096, 4096, 12288, 1, 1, 6144), (1024, 2048, 3072, 1, 1, 4096), (2048, 4096, 768, 128, 8, 5120))
+        for num_rows in (1, 8)
+    }
+    read = {case.num_rows: case.read_bytes for case in cases if case.sizes[3] == 128}
+    others = 2 * 2048 * (4096 + 128 + 5120)
+    assert read[1] == others + 2 * 8 * 3 * 2048 * 768
+    assert read[8] == pytest.approx(others + 2 * 51.6 * 3 * 2048 * 768, rel=1e-3)
+    assert not chosen_layer_cases(tune.argparse.Namespace(shapes=None, nk=[], rows=None, tensor_parallel=2))
+
+
+def test_a_layer_has_candidates_where_x_leaves_room_for_weights(monkeypatch):
+    monkeypatch.setattr(loader, "can_run_on", lambda device: True)
+    cases = chosen_layer_cases(tune.argparse.Namespace(shapes=None, nk=[], rows=None, tensor_parallel=1))
+    without = [case for case in cases if not case.candidates()]
+    assert [(case.sizes[2], case.num_rows) for case in without] == [(12288, 8)]
