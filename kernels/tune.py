@@ -7,12 +7,15 @@
 Prints one JSON row for each op, shape and number of rows, and keeps it at once. Every candidate's result is compared with the
 baseline's before it is timed: a wrong one is left out and named on stderr, and the exit status is 1. What this GPU has too
 little shared memory for is left out. Candidates are compiled first, by several processes, into Triton's cache on disk.
+Products of MANY_ROWS or more are timed on a card that has worked for HEAT_S: it holds its power limit then, as under a server's
+load, and other kernels win there than in its first second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -32,12 +35,13 @@ from .tune_layer import LAYER_ROWS, LayerCase, layer_cases
 from .tune_linear import LINEAR_ROWS, ROWS, SHAPES, LinearCase, linear_cases
 from .tune_moe import MOE_ROWS, MoeCase, moe_cases
 from .tune_route import ROUTE_ROWS, RouteCase, route_cases
-from .tuning import Config, Entry, load_entries, row_bucket, save_entries, table_path
+from .tuning import MANY_ROWS, Config, Entry, load_entries, row_bucket, save_entries, table_path
 
 # A candidate must save this share of the baseline's time: less is noise, and another way to round.
 WORTHWHILE = 0.02
 # Largest |y - baseline| / |baseline|, in norms: two ways to round bfloat16 differ by a few 1e-3.
 TOLERATED_ERROR = 1e-2
+HEAT_S = 4.0
 
 
 class Case(Protocol):
@@ -85,15 +89,26 @@ class Measured:
 def time_in_step(case: Case, config: Config) -> float:
     """Microseconds that a call adds to a step."""
     calls, neighbour = case.calls(config), case.neighbour()
+    num_replays = 30 if case.num_rows >= MANY_ROWS else 7
     if neighbour is None:
-        return time_in_graph(calls)
+        return time_in_graph(calls, num_replays=num_replays)
     with_neighbours = [each for call in calls for each in (call, neighbour)]
-    return 2 * time_in_graph(with_neighbours) - time_in_graph([neighbour] * len(calls))
+    both_us = 2 * time_in_graph(with_neighbours, num_replays=num_replays)
+    return both_us - time_in_graph([neighbour] * len(calls), num_replays=num_replays)
+
+
+def heat_up(case: Case) -> None:
+    """Runs the baseline for HEAT_S."""
+    calls = case.calls(case.baseline)
+    replay_us = time_in_graph(calls) * len(calls)
+    time_in_graph(calls, num_replays=math.ceil(HEAT_S * 1e6 / replay_us))
 
 
 def measure(case: Case, configs: Sequence[Config] | None = None) -> Measured:
     """Compares configs, by default the candidates of the case, which are in bfloat16, with its baseline."""
     expected = case.calls(case.baseline, num_weights=1)[0]().float()
+    if case.num_rows >= MANY_ROWS:
+        heat_up(case)
     baseline_us = time_in_step(case, case.baseline)
     best_us, best = baseline_us * (1 - WORTHWHILE), None
     twin_us, twin = best_us, case.baseline  # for where CUDA C++ cannot be compiled

@@ -55,7 +55,7 @@ class Scripted:
 @pytest.fixture(autouse=True)
 def _scripted_times(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(tune, "time_in_graph", lambda calls: mean(call.time_us for call in calls))
+        monkeypatch.setattr(tune, "time_in_graph", lambda calls, num_replays=7: mean(call.time_us for call in calls))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,23 @@ def test_the_fastest_is_kept_if_it_saves_enough(configs, best_us):
     assert measured.faults == []
     assert entry.config["time_us"] == entry.time_us == best_us
     assert (entry.baseline_us, entry.num_rows, entry.dtype) == (10.0, 4, "bfloat16")
+
+
+def test_many_rows_are_timed_on_a_card_that_is_hot(monkeypatch):
+    replays = []
+
+    def time_in_graph(calls, num_replays=7):
+        replays.append(num_replays)
+        return mean(call.time_us for call in calls)
+
+    monkeypatch.setattr(tune, "time_in_graph", time_in_graph)
+    case = Scripted((7.0, 0.0))
+    few = measure(case).entry
+    assert replays == [7] * 4  # the baseline and a candidate, each with its neighbour and the neighbour alone
+    replays.clear()
+    case.num_rows = tune.MANY_ROWS
+    assert measure(case).entry.config == few.config
+    assert replays == [7, tune.HEAT_S * 1e6 / 10.0] + [30] * 4
 
 
 @pytest.mark.parametrize("error", [0.1, float("nan")])
