@@ -45,9 +45,12 @@ GROUP = 8  # rows of a weight: outputs are a multiple
 NORM_STEP = 256  # numbers of inputs are a multiple
 
 # As in the source.
-_NUM_THREADS, _STEP, _TEAMS, _MAX_CHUNK, _MAX_IN_FLIGHT = 288, 64, 4, 16, 31
+_NUM_THREADS, _STEP, _TEAMS, _MAX_CHUNK = 288, 64, 4, 16
 _PAD, _PART_BYTES, _PIECE_BYTES = 16, 4096, 2 * GROUP * _STEP
 _STATIC_BYTES = 7 * 1024
+# A team waits for a chunk by the parity of its slot, of which there are 32: the one there before must have arrived by then, and
+# has where teams take turns of so many chunks of an expert, and no more are on their way.
+_MAX_EXPERT_CHUNKS, _MAX_IN_FLIGHT = 8, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +268,10 @@ def unfit_reason(num_rows: int, layer: LayerWeights, following: Next | None) -> 
     for is_kept, reason in limits:
         if not is_kept:
             return reason
+    if num_experts > 1 and intermediate // _STEP > _MAX_EXPERT_CHUNKS * chunks_of(layer.sizes)[2]:
+        return (
+            f"{intermediate} inputs of an expert do not divide into {_MAX_EXPERT_CHUNKS} chunks of up to {_MAX_CHUNK * _STEP}"
+        )
     device = layer.down_EHF.device
     misplaced = loader.misplaced_reason("the layer", device)
     if misplaced is not None:

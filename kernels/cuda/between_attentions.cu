@@ -77,6 +77,7 @@ struct Product {
   static constexpr int GROUPS = OUTPUTS / GROUP, ROWS_OF_EXPERT = GATED ? 2 * OUTPUTS : OUTPUTS;
   static constexpr int CHUNK = chunk_of(INPUTS, BY_EXPERT), CHUNKS = INPUTS / STEP / CHUNK;  // steps of a chunk; a tile's
   static constexpr u32 GROUP_BYTES = CHUNK * PIECE_BYTES;
+  static_assert(!BY_EXPERT || TEAMS * CHUNKS <= SLOTS, "a team's next chunk is at most a round of the slots ahead");
 };
 
 // --- memory

@@ -73,7 +73,7 @@ def test_on_a_gpu_it_equals_the_separate_ops(sizes, dtype):
         for is_last, config in (
             (False, CONFIG),
             (True, CONFIG),
-            (False, CONFIG | {"max_in_flight": 31, "prefetches": 10000}),
+            (False, CONFIG | {"max_in_flight": 8, "prefetches": 10000}),
         ):
             attended, residual, layer, following = make(sizes, num_rows, dtype, "cuda", renormalize=num_rows % 2 == 0)
             after = None if is_last else following
@@ -131,13 +131,19 @@ def test_on_a_gpu_a_chain_in_a_graph_gives_the_same_bits_again(sizes):
         ({"hidden": 384}, 1, "not multiples of 256"),
         ({"experts": 96, "choices": 8}, 1, "8 of 96 experts"),
         ({"experts": 64, "choices": 16}, 5, "5 rows of 16 choices"),
+        (
+            {"intermediate": 4352, "experts": 32, "choices": 2},
+            1,
+            "4352 inputs of an expert do not divide into 8 chunks of up to 1024",
+        ),
         ({"activation": "relu"}, 1, "activation 'relu'"),
         ({"dtype": torch.float32}, 1, "all must be bfloat16 or all float16"),
         ({}, 1, "compute capability 9.0"),
     ],
 )
 def test_what_does_not_fit_says_why(changes, num_rows, reason):
-    sizes = (changes.get("hidden", 256), 256, 256, changes.get("experts", 1), changes.get("choices", 1), 512)
+    intermediate, experts = changes.get("intermediate", 256), changes.get("experts", 1)
+    sizes = (changes.get("hidden", 256), 256, intermediate, experts, changes.get("choices", 1), 512)
     dtype, activation = changes.get("dtype", torch.bfloat16), changes.get("activation", "silu")
     attended, residual, layer, following = make(sizes, num_rows, dtype, activation=activation)
     assert reason in unfit_reason(num_rows, layer, following)
