@@ -44,9 +44,11 @@ class LayerChain:
     def serves(self, num_tokens: int) -> bool:
         """Whether one kernel is faster for every layer, and can run."""
         for weights, following in zip(self._weights, self._following, strict=False):
-            if choose_config(weights, following, num_tokens) is None:
+            config = choose_config(weights, following, num_tokens)
+            if config is None:
                 return False
-            if not loader.is_served(SOURCE, unfit_reason(num_tokens, weights, following), instead="a kernel for each op"):
+            reason = unfit_reason(num_tokens, weights, following, config)
+            if not loader.is_served(SOURCE, reason, instead="a kernel for each op"):
                 return False
         return True
 
