@@ -9,10 +9,9 @@ idles for two or three of them, until results have travelled and the first bytes
 (cuda/between_attentions.cu) reads all of a layer's weights without a stop, for up to MAX_ROWS rows, on compute capability 9.0,
 where it was measured to be faster; `separate_layer` is the same by the ops that serve otherwise, with the same roundings. The
 tuned table has it as op "between_attentions", sizes (H, Q, F, E, C, N), with the config
-    {"kernel": "fused", "max_chunk", "max_in_flight", "prefetches"}
-steps (64 inputs, 2 KB of a tile) of a chunk of weights, at most; how many chunks each CTA waits for at once, for more of them
-only make all else wait; numbers of the next layer's weight that each CTA asks L2 for while nobody knows yet which experts are
-read.
+    {"kernel": "fused", "max_in_flight", "prefetches"}
+how many chunks of weights each CTA waits for at once, for more of them only make everything else wait; numbers of the next
+layer's weight that each CTA asks L2 for while nobody knows yet which experts are read.
 
 T tokens, Q what attention leaves of each, H hidden, F intermediate, E experts (1: a dense layer), C choices, N outputs of next.
 """
@@ -46,7 +45,7 @@ GROUP = 8  # rows of a weight: outputs are a multiple
 NORM_STEP = 256  # numbers of inputs are a multiple
 
 # As in the source.
-_NUM_THREADS, _STEP, _TEAMS = 288, 64, 4
+_NUM_THREADS, _STEP, _TEAMS, _MAX_CHUNK = 288, 64, 4, 16
 _PAD, _PART_BYTES, _PIECE_BYTES = 16, 4096, 2 * GROUP * _STEP
 _STATIC_BYTES = 7 * 1024
 # A team waits for a chunk by the parity of its slot, of which there are 32: the one there before must have arrived by then, and
@@ -127,7 +126,7 @@ def fused_layer(
     `counter`: what `new_counter` answered, of no other calls than these, on one stream.
     """
     num_rows, (hidden, attended_size, intermediate, num_experts, choices) = len(attended_TQ), layer.sizes
-    reason = unfit_reason(num_rows, layer, following, config)
+    reason = unfit_reason(num_rows, layer, following)
     if reason is not None:
         raise ValueError(f"between_attentions: {reason}")
     for name, tensor, size in (("attended", attended_TQ, attended_size), ("residual", residual_TH, hidden)):
@@ -136,7 +135,9 @@ def fused_layer(
                 f"between_attentions: {name} {tuple(tensor.shape)} {tensor.dtype} must be {(num_rows, size)} "
                 f"{layer.down_EHF.dtype}, contiguous"
             )
-    kernel = _load(layer, following, config)
+    if not 0 < config["max_in_flight"] <= _MAX_IN_FLIGHT:
+        raise ValueError(f"between_attentions: max_in_flight of {dict(config)} must be 1 to {_MAX_IN_FLIGHT}")
+    kernel = _load(layer, following)
     assert kernel is not None  # unfit_reason has loaded it
     out_size = hidden if following is None else following.weight_NH.shape[0]
     sum_TH, new_residual_TH = (torch.empty_like(residual_TH, memory_format=torch.contiguous_format) for _ in range(2))
@@ -155,9 +156,7 @@ def fused_layer(
         layer.down_EHF,
         layer.output_HQ if following is None else following.weight_NH,
     )
-    maps = [
-        _weight_map(weight, chunk) for weight, chunk in zip(weights, chunks_of(layer.sizes, config["max_chunk"]), strict=True)
-    ]
+    maps = [_weight_map(weight, chunk) for weight, chunk in zip(weights, chunks_of(layer.sizes), strict=True)]
     numbers = (
         num_rows,
         int(layer.router is not None and layer.router.renormalize),
@@ -204,18 +203,18 @@ class Memory:
     x_bytes: int
     all_bytes: int
 
-    def holds_chunks(self, sizes: tuple[int, ...], max_chunk: int) -> bool:
+    def holds_chunks(self, sizes: tuple[int, ...]) -> bool:
         """Whether there is room for two chunks of each product, one that is read and one on its way."""
-        return self.ring_bytes >= 2 * 2 * max(chunks_of(sizes, max_chunk)) * _PIECE_BYTES
+        return self.ring_bytes >= 2 * 2 * max(chunks_of(sizes)) * _PIECE_BYTES
 
 
-def chunks_of(sizes: tuple[int, ...], max_chunk: int) -> tuple[int, int, int, int]:
+def chunks_of(sizes: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Steps of a chunk of each product of a layer of sizes (H, Q, F, E, C)."""
     hidden, attended_size, intermediate, num_experts, _ = sizes
 
     def chunk(num_inputs: int, shares: int) -> int:
         num_steps = num_inputs // _STEP
-        return next(n for n in range(min(num_steps // shares, max_chunk), 0, -1) if num_steps % (shares * n) == 0)
+        return next(n for n in range(min(num_steps // shares, _MAX_CHUNK), 0, -1) if num_steps % (shares * n) == 0)
 
     of_hidden = chunk(hidden, _TEAMS)
     return chunk(attended_size, _TEAMS), of_hidden, chunk(intermediate, _TEAMS if num_experts == 1 else 1), of_hidden
@@ -231,8 +230,8 @@ def plan_memory(num_rows: int, sizes: tuple[int, ...]) -> Memory:
     return Memory(ring_bytes=ring_bytes, x_bytes=x_bytes, all_bytes=all_bytes)
 
 
-def unfit_reason(num_rows: int, layer: LayerWeights, following: Next | None, config: Config) -> str | None:
-    """Why the kernel cannot run with this config on so many rows of these layers, or None. Compiles at the first call."""
+def unfit_reason(num_rows: int, layer: LayerWeights, following: Next | None) -> str | None:
+    """Why the kernel cannot run on so many rows of these layers, or None. Compiles at the first call."""
     hidden, attended_size, intermediate, num_experts, choices = layer.sizes
     router = layer.router
     weights = [layer.output_HQ, layer.norm_H, layer.gate_up_EUH, layer.down_EHF]
@@ -260,10 +259,6 @@ def unfit_reason(num_rows: int, layer: LayerWeights, following: Next | None, con
         ),
         (num_rows * choices <= MAX_PAIRS, f"{num_rows} rows of {choices} choices: it takes {MAX_PAIRS} together"),
         (layer.activation in ACTIVATIONS, f"activation {layer.activation!r}"),
-        (
-            config["max_chunk"] > 0 and 0 < config["max_in_flight"] <= _MAX_IN_FLIGHT,
-            f"{dict(config)}: max_chunk is 1 or more, max_in_flight 1 to {_MAX_IN_FLIGHT}",
-        ),
         (dtypes in ({torch.bfloat16}, {torch.float16}), f"weights of {dtypes}: all must be bfloat16 or all float16"),
         (
             all(weight.is_contiguous() and weight.data_ptr() % 16 == 0 for weight in weights),
@@ -273,16 +268,17 @@ def unfit_reason(num_rows: int, layer: LayerWeights, following: Next | None, con
     for is_kept, reason in limits:
         if not is_kept:
             return reason
-    max_chunk = config["max_chunk"]
-    if num_experts > 1 and intermediate // _STEP > _MAX_EXPERT_CHUNKS * chunks_of(layer.sizes, max_chunk)[2]:
-        return f"{intermediate} inputs of an expert do not divide into {_MAX_EXPERT_CHUNKS} chunks of up to {max_chunk * _STEP}"
+    if num_experts > 1 and intermediate // _STEP > _MAX_EXPERT_CHUNKS * chunks_of(layer.sizes)[2]:
+        return (
+            f"{intermediate} inputs of an expert do not divide into {_MAX_EXPERT_CHUNKS} chunks of up to {_MAX_CHUNK * _STEP}"
+        )
     device = layer.down_EHF.device
     misplaced = loader.misplaced_reason("the layer", device)
     if misplaced is not None:
         return misplaced
-    if not plan_memory(num_rows, layer.sizes).holds_chunks(layer.sizes, max_chunk):
+    if not plan_memory(num_rows, layer.sizes).holds_chunks(layer.sizes):
         return f"{num_rows} rows of {layer.sizes} leave too little shared memory for weights"
-    if _load(layer, following, config) is None:
+    if _load(layer, following) is None:
         return f"it cannot be compiled: {loader.unavailable_reason()}"
     return None
 
@@ -301,7 +297,7 @@ def _num_ctas(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _load(layer: LayerWeights, following: Next | None, config: Config) -> loader.Kernel | None:
+def _load(layer: LayerWeights, following: Next | None) -> loader.Kernel | None:
     hidden, attended_size, intermediate, num_experts, choices = layer.sizes
     macros = (
         ("HIDDEN", hidden),
@@ -311,7 +307,6 @@ def _load(layer: LayerWeights, following: Next | None, config: Config) -> loader
         ("EXPERTS", 0 if layer.router is None else num_experts),
         ("CHOICES", choices),
         ("CTAS", _num_ctas(layer.down_EHF.device)),
-        ("MAX_CHUNK", config["max_chunk"]),
         ("FLOAT16", int(layer.down_EHF.dtype == torch.float16)),
     )
     return loader.load(SOURCE, macros, layer.down_EHF.device.index)

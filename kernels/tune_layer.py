@@ -100,11 +100,12 @@ class LayerCase:
         is_small = self.num_rows <= MAX_ROWS and self.num_rows * choices <= MAX_PAIRS
         if not (is_known and is_small and loader.can_run_on(torch.device("cuda", 0))):
             return []
-        memory, prefetches = plan_memory(self.num_rows, self.sizes[:5]), (0, 1 << 20) if num_experts > 1 else (0,)
+        if not plan_memory(self.num_rows, self.sizes[:5]).holds_chunks(self.sizes[:5]):
+            return []
+        prefetches = (0, 1 << 20) if num_experts > 1 else (0,)
         return [
-            {"kernel": "fused", "max_chunk": max_chunk, "max_in_flight": max_in_flight, "prefetches": numbers}
-            for max_chunk, max_in_flight, numbers in product((4, 8, 16), (1, 2, 3, 4, 6), prefetches)
-            if memory.holds_chunks(self.sizes[:5], max_chunk) and max_chunk * max_in_flight in range(8, 49)
+            {"kernel": "fused", "max_in_flight": max_in_flight, "prefetches": numbers}
+            for max_in_flight, numbers in product((1, 2, 3, 4), prefetches)
         ]
 
     def calls(self, config: Config | None, *, num_weights: int | None = None) -> list[Callable[[], torch.Tensor]]:

@@ -146,7 +146,7 @@ def between_attentions() -> Iterator[Pair]:
     for sizes, num_rows in product(((1024, 2048, 3072, 1, 1, 4096), (256, 512, 256, 32, 2, 768)), (1, 8)):
         layer, following = make_layer(sizes, torch.Generator("cuda").manual_seed(0))
         attended, residual = random(num_rows, sizes[1], scale=1.0), random(num_rows, sizes[0], scale=1.0)
-        config = {"max_chunk": 8, "max_in_flight": 3, "prefetches": 1000}
+        config = {"max_in_flight": 3, "prefetches": 1000}
         for after in (following, None):
             results = fused_layer(attended, residual, layer, after, counter=new_counter(attended.device), config=config)
             expected = separate_layer(attended, residual, layer, after)

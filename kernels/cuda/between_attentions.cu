@@ -20,7 +20,7 @@
 // kernels in front may not wait for this one.
 //
 // Set by the compiler's command line: HIDDEN, ATTENDED, INTERMEDIATE, OUT_SIZE (sizes), EXPERTS (0: the layer is dense; 32 to 256),
-// CHOICES, CTAS (of the grid), MAX_CHUNK (steps), FLOAT16.
+// CHOICES, CTAS (of the grid), FLOAT16.
 
 #include "route.cuh"
 
@@ -29,6 +29,7 @@ constexpr int TEAMS = 4, MATES = WARPS / TEAMS;  // of warps, and warps of a tea
 constexpr int ROWS = 8, GROUP = 8;  // rows of x; rows of a weight that are copied together, of which mma takes two groups
 constexpr int STEP = 64, PIECE_BYTES = GROUP * 2 * STEP;  // columns of a warp: a group's are rows of 128 swizzled bytes
 constexpr int SLOTS = 32;                                 // chunks that are on their way or being read
+constexpr int MAX_CHUNK = 16;                             // steps
 constexpr int EIGHTS = HIDDEN / 8, COLUMNS = (EIGHTS + CONSUMERS - 1) / CONSUMERS;  // of a row, and of it that a thread has
 constexpr int SQUARES = HIDDEN / 256;                                               // sums of squares of a row
 constexpr int BATCH = 4;                                                            // eights that a thread asks for at once

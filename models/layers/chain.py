@@ -44,11 +44,9 @@ class LayerChain:
     def serves(self, num_tokens: int) -> bool:
         """Whether one kernel is faster for every layer, and can run."""
         for weights, following in zip(self._weights, self._following, strict=False):
-            config = choose_config(weights, following, num_tokens)
-            if config is None:
+            if choose_config(weights, following, num_tokens) is None:
                 return False
-            reason = unfit_reason(num_tokens, weights, following, config)
-            if not loader.is_served(SOURCE, reason, instead="a kernel for each op"):
+            if not loader.is_served(SOURCE, unfit_reason(num_tokens, weights, following), instead="a kernel for each op"):
                 return False
         return True
 

@@ -23,7 +23,7 @@ from pilotfish.kernels.between_attentions import (
 from pilotfish.kernels.cuda import loader
 from pilotfish.kernels.expert_terms import sum_terms
 
-CONFIG = {"kernel": "fused", "max_chunk": 16, "max_in_flight": 2, "prefetches": 0}
+CONFIG = {"kernel": "fused", "max_in_flight": 2, "prefetches": 0}
 # Errors of norms: two ways to add may round a number of s to neighbours, which goes through two norms and three products.
 ALLOWED_ERROR = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 # (H, Q, F, E, C, N)
@@ -73,7 +73,7 @@ def test_on_a_gpu_it_equals_the_separate_ops(sizes, dtype):
         for is_last, config in (
             (False, CONFIG),
             (True, CONFIG),
-            (False, CONFIG | {"max_chunk": 4, "max_in_flight": 8, "prefetches": 10000}),
+            (False, CONFIG | {"max_in_flight": 8, "prefetches": 10000}),
         ):
             attended, residual, layer, following = make(sizes, num_rows, dtype, "cuda", renormalize=num_rows % 2 == 0)
             after = None if is_last else following
@@ -146,17 +146,17 @@ def test_what_does_not_fit_says_why(changes, num_rows, reason):
     sizes = (changes.get("hidden", 256), 256, intermediate, experts, changes.get("choices", 1), 512)
     dtype, activation = changes.get("dtype", torch.bfloat16), changes.get("activation", "silu")
     attended, residual, layer, following = make(sizes, num_rows, dtype, activation=activation)
-    assert reason in unfit_reason(num_rows, layer, following, CONFIG)
+    assert reason in unfit_reason(num_rows, layer, following)
     with pytest.raises(ValueError, match="between_attentions: "):
         fused_layer(attended, residual, layer, following, counter=new_counter(attended.device), config=CONFIG)
 
 
 def test_weights_that_do_not_fit_each_other_say_so():
     _, _, layer, following = make(SMALL, 1)
-    assert "do not fit" in unfit_reason(1, replace(layer, norm_H=layer.norm_H[1:]), following, CONFIG)
-    assert "do not fit" in unfit_reason(1, layer, replace(following, weight_NH=following.weight_NH[:, 1:]), CONFIG)
+    assert "do not fit" in unfit_reason(1, replace(layer, norm_H=layer.norm_H[1:]), following)
+    assert "do not fit" in unfit_reason(1, layer, replace(following, weight_NH=following.weight_NH[:, 1:]))
     strided = replace(layer, output_HQ=layer.output_HQ.T.contiguous().T)
-    assert "gaps" in unfit_reason(1, strided, following, CONFIG)
+    assert "gaps" in unfit_reason(1, strided, following)
 
 
 def test_only_the_table_chooses_it_and_no_cpu(monkeypatch):
@@ -171,15 +171,14 @@ def test_only_the_table_chooses_it_and_no_cpu(monkeypatch):
     ids=str,
 )
 def test_chunks_are_an_equal_number_for_each_team(sizes, chunks):
-    assert chunks_of(sizes[:5], 16) == chunks
-    assert max(chunks_of(sizes[:5], 4)) <= 4
+    assert chunks_of(sizes[:5]) == chunks
 
 
 @pytest.mark.parametrize(("sizes", "most_rows"), [(QWEN3_06B, 8), (QWEN3_8B, 6), (QWEN3_30B, 8)], ids=str)
 def test_memory_holds_whole_rows_and_a_ring_of_some_chunks(sizes, most_rows):
     for num_rows in range(1, 9):
         memory = plan_memory(num_rows, sizes[:5])
-        assert memory.holds_chunks(sizes[:5], 16) == (num_rows <= most_rows)
+        assert memory.holds_chunks(sizes[:5]) == (num_rows <= most_rows)
         assert memory.x_bytes >= num_rows * sizes[4] * (2 * sizes[2] + 16)
         assert memory.ring_bytes % 1024 == memory.x_bytes % 128 == 0
         assert 1024 + memory.ring_bytes + memory.x_bytes + 2 * 4096 <= memory.all_bytes < loader.CTA_SHARED_BYTES
@@ -189,11 +188,6 @@ def test_memory_holds_whole_rows_and_a_ring_of_some_chunks(sizes, most_rows):
 def test_nvrtc_compiles_it(nvrtc, sizes):
     code = (loader.SOURCE_DIR / f"{module.SOURCE}.cu").read_bytes()
     names = ("HIDDEN", "ATTENDED", "INTERMEDIATE", "EXPERTS", "CHOICES", "OUT_SIZE")
-    values = dict(zip(names, sizes, strict=True)) | {
-        "EXPERTS": sizes[3] if sizes[3] > 1 else 0,
-        "CTAS": 132,
-        "MAX_CHUNK": 8,
-        "FLOAT16": 0,
-    }
+    values = dict(zip(names, sizes, strict=True)) | {"EXPERTS": sizes[3] if sizes[3] > 1 else 0, "CTAS": 132, "FLOAT16": 0}
     options = loader._compile_options(tuple(values.items()))
     assert loader.compile_source(code, f"{module.SOURCE}.cu", options).startswith(b"\x7fELF")

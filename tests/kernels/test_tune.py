@@ -217,8 +217,5 @@ def test_layers_are_those_of_the_shapes_and_read_what_their_rows_choose():
 def test_a_layer_has_candidates_where_x_leaves_room_for_weights(monkeypatch):
     monkeypatch.setattr(loader, "can_run_on", lambda device: True)
     cases = chosen_layer_cases(tune.argparse.Namespace(shapes=None, nk=[], rows=None, tensor_parallel=1))
-    assert all(case.candidates() for case in cases)
-    chunks = {
-        config["max_chunk"] for case in cases if case.sizes[2] == 12288 and case.num_rows == 8 for config in case.candidates()
-    }
-    assert chunks == {4}
+    without = [case for case in cases if not case.candidates()]
+    assert [(case.sizes[2], case.num_rows) for case in without] == [(12288, 8)]

@@ -52,7 +52,7 @@ def test_no_chain_on_a_cpu_nor_of_several_ranks() -> None:
 @pytest.mark.parametrize("name", ["dummy:qwen3-0.6b", "dummy:qwen3-30b-a3b"])
 def test_on_a_gpu_a_chain_differs_by_roundings_alone(monkeypatch, name: str) -> None:
     """Half the tokens by no more: two ways to add may choose other experts of nearly equal logits for some."""
-    config = {"kernel": "fused", "max_chunk": 16, "max_in_flight": 3, "prefetches": 0}
+    config = {"kernel": "fused", "max_in_flight": 3, "prefetches": 0}
     monkeypatch.setattr(module, "choose_config", lambda layer, following, num_rows: config if num_rows <= 8 else None)
     model = build_dummy(name, device="cuda", dtype="bfloat16")
     chain = model.chain
