@@ -10,6 +10,7 @@ from collections.abc import Iterator, Set
 import torch
 
 from ..common.errors import ModelLoadError
+from ..kernels.expert_terms import sum_terms
 from ..kernels.race import HeadScores, RaceRows
 from .family_spec import FamilySpec, MoeSpec
 from .forward_batch import ForwardBatch
@@ -23,7 +24,7 @@ from .layers.moe import SparseMlp
 from .layers.norm import RmsNorm
 from .layers.rotary import RotaryTable
 from .layers.shared_experts import SharedExperts
-from .layers.stack import run_layers, select_rows
+from .layers.stack import run_layers
 from .model_shape import ModelShape, MoeShape
 from .weight_source import Placement, WeightSource
 
@@ -80,10 +81,13 @@ class CausalLM(torch.nn.Module):
             self.data.begin(batch.rank_tokens, num_tokens=num_tokens, is_padding_T=batch.is_padding_T)
         x_TH = self.embedding.embed(batch.token_ids_T)
         if self.chain is not None and self.chain.serves(len(x_TH)):
-            addend, residual_RH = select_rows(self.chain.run(x_TH, batch), batch.logits_rows_R)
+            addend, residual_TH = self.chain.run(x_TH, batch)
         else:
-            addend, residual_RH = run_layers(self.decoder_layers, x_TH, batch, self.parallel)
-        return self.final_norm.add_and_norm(addend, residual_RH)[0]
+            addend, residual_TH = run_layers(self.decoder_layers, x_TH, batch, self.parallel)
+        rows = batch.logits_rows_R
+        if rows is not None:
+            addend, residual_TH = sum_terms(addend).index_select(0, rows), residual_TH.index_select(0, rows)
+        return self.final_norm.add_and_norm(addend, residual_TH)[0]
 
     def compute_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """logits [R, V] float32, the whole vocabulary on every rank."""

@@ -48,10 +48,9 @@ class Attention(torch.nn.Module):
             self.q_norm = RmsNorm("q_norm", head_dim, eps=shape.norm_eps, placement=placement)
             self.k_norm = RmsNorm("k_norm", head_dim, eps=shape.norm_eps, placement=placement)
 
-    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """What this rank adds to the sum over ranks: of every token, or of those whose indices are `wanted`."""
-        attended = self.attend(self.qkv_proj.forward(x_TH), batch)
-        return self.o_proj.forward(attended if wanted is None else attended.index_select(0, wanted))
+    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """What this rank adds to the sum over ranks."""
+        return self.o_proj.forward(self.attend(self.qkv_proj.forward(x_TH), batch))
 
     def attend(self, qkv_TX: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """[T, N * D] from what `qkv_proj` answers."""

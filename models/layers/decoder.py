@@ -36,16 +36,13 @@ class DecoderLayer(torch.nn.Module):
         self.post_attention_norm = post_attention_norm
         self.mlp = mlp
 
-    def attend(
-        self, x_TH: Addend, residual_TH: torch.Tensor | None, batch: ForwardBatch, wanted: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first half: (this rank's addend, residual), which the next norm adds; with `wanted` of these tokens alone.
+    def attend(self, x_TH: Addend, residual_TH: torch.Tensor | None, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half: (this rank's addend, residual), which the next norm adds.
 
         Before the first layer there is no residual: x is whole.
         """
         x_TH, residual_TH = self.input_norm.add_and_norm(x_TH, residual_TH)
-        addend = self.attention.forward(x_TH, batch, wanted)
-        return addend, residual_TH if wanted is None else residual_TH.index_select(0, wanted)
+        return self.attention.forward(x_TH, batch), residual_TH
 
     def feed_forward(self, x_TH: Addend, residual_TH: torch.Tensor | None) -> tuple[Addend, torch.Tensor]:
         """The second half, of what `attend` answers: the same for the next layer."""

@@ -67,8 +67,8 @@ class LatentAttention(torch.nn.Module):
             "o_proj", shape.hidden_size, heads(latent.value_dim), bias=shape.output_bias, placement=placement
         )
 
-    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch, wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """What this rank adds to the sum over ranks: of every token, or of those whose indices are `wanted`."""
+    def forward(self, x_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """What this rank adds to the sum over ranks."""
         latent, (num_tokens, _) = self.latent, x_TH.shape
         key_up_NSR, value_up_NVR = self.kv_up.weight.unflatten(0, (self.num_heads, -1)).split(
             (latent.still_dim, latent.value_dim), dim=1
@@ -91,8 +91,8 @@ class LatentAttention(torch.nn.Module):
             norm_eps=_LATENT_EPS,
         )
         out_TND = self._attend(q_TND, cache_BL1D, batch)
-        out_TV = head_linear(out_TND[..., : latent.kv_rank], value_up_NVR).reshape(num_tokens, -1)
-        return self.o_proj.forward(out_TV if wanted is None else out_TV.index_select(0, wanted))
+        out_TNV = head_linear(out_TND[..., : latent.kv_rank], value_up_NVR)
+        return self.o_proj.forward(out_TNV.reshape(num_tokens, -1))
 
     def _attend(self, q_TND: torch.Tensor, cache_BL1D: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """The cache stands for several kv heads that are all the same one, each with a part of the query heads."""

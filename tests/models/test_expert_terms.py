@@ -59,7 +59,7 @@ def test_the_next_norm_sums(
         return [model(replace(batch, logits_rows_R=wanted)) for wanted in (rows, None)]
 
     some, every = run()
-    torch.testing.assert_close(some, every[rows])  # of other numbers of rows kernels add up in other orders
+    assert torch.equal(some, every[rows])
     assert len(joined) == num_joined
     summed = lambda *args, **biases: sum_terms(moe_mlp(*args, **biases))  # noqa: E731
     monkeypatch.setattr("pilotfish.models.layers.expert_weights.moe_mlp", summed)
