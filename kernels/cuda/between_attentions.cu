@@ -17,7 +17,8 @@
 // compiled leaves the fewest.
 //
 // CTAs meet at a counter in memory that only grows: all of them must be on the GPU at once, so the grid is no larger than that, and
-// kernels in front may not wait for this one.
+// kernels in front may not wait for this one. Two such kernels side by side on one GPU, of two processes under MPS, could hold half
+// of it each and wait for the rest until the limit ends them.
 //
 // Set by the compiler's command line: HIDDEN, ATTENDED, INTERMEDIATE, OUT_SIZE (sizes), EXPERTS (0: the layer is dense; 32 to 256),
 // CHOICES, CTAS (of the grid), FLOAT16.
