@@ -5,16 +5,13 @@
 //     r = h @ down^T + s                            the chosen experts' weighted sum
 //     qkv = norm(r) @ next^T
 //
-// All of it is reading weights. The CTAs, one an SM, share the groups of 8 rows of each weight evenly. A warp of each copies: it
-// goes through all products in their order without a stop, as far ahead as the ring in shared memory has room, from before the
-// kernel in front has ended, and across the places where CTAs wait for each other's results. Only which experts are read it must
-// be told. So the memory stays busy while results travel. A chunk is some columns of a tile: two groups of a weight, in a gated
-// product one of the gate and one of up. The other warps are teams of two. Each multiplies its share of the columns, or of the
-// experts of `down`, by all rows of x on tensor cores; the sums of a tile are added in the order of the warps. x of a product,
-// normed where that is asked for, lies in shared memory as a whole. Roundings are those of the separate kernels.
-//
-// Between two places where CTAs meet a warp has few instructions to run, one after the other: that all sizes are known when it is
-// compiled leaves the fewest.
+// All of it is reading weights. The CTAs, one an SM, share the groups of 8 rows of each weight evenly. A warp of each copies
+// (layer_chunks.cuh): it goes through all products in their order without a stop, as far ahead as the ring in shared memory has
+// room, from before the kernel in front has ended, and across the places where CTAs wait for each other's results. Only which
+// experts are read it must be told. So the memory stays busy while results travel. The other warps are teams of two. Each
+// multiplies its share of a tile's columns, or of the experts of `down`, by all rows of x on tensor cores; a tile's sums are added
+// in the order of the warps. x, normed where that is asked for, lies in shared memory as a whole. Roundings are those of the
+// separate kernels. That all sizes are known when it is compiled leaves a warp the fewest instructions between two such places.
 //
 // CTAs meet at a counter in memory that only grows: all of them must be on the GPU at once, so the grid is no larger than that, and
 // kernels in front may not wait for this one. Two such kernels side by side on one GPU, of two processes under MPS, could hold half
@@ -23,14 +20,10 @@
 // Set by the compiler's command line: HIDDEN, ATTENDED, INTERMEDIATE, OUT_SIZE (sizes), EXPERTS (0: the layer is dense; 32 to 256),
 // CHOICES, CTAS (of the grid), FLOAT16.
 
+#include "layer_chunks.cuh"
 #include "route.cuh"
 
-constexpr int WARPS = 8, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 32;
-constexpr int TEAMS = 4, MATES = WARPS / TEAMS;  // of warps, and warps of a team
-constexpr int ROWS = 8, GROUP = 8;  // rows of x; rows of a weight that are copied together, of which mma takes two groups
-constexpr int STEP = 64, PIECE_BYTES = GROUP * 2 * STEP;  // columns of a warp: a group's are rows of 128 swizzled bytes
-constexpr int SLOTS = 32;                                 // chunks that are on their way or being read
-constexpr int MAX_CHUNK = 16;                             // steps
+constexpr int ROWS = 8;  // of x
 constexpr int EIGHTS = HIDDEN / 8, COLUMNS = (EIGHTS + CONSUMERS - 1) / CONSUMERS;  // of a row, and of it that a thread has
 constexpr int SQUARES = HIDDEN / 256;                                               // sums of squares of a row
 constexpr int BATCH = 4;                                                            // eights that a thread asks for at once
@@ -38,8 +31,6 @@ constexpr int MAX_PAIRS = 64;                                                   
 constexpr int PAD = 16;                      // bytes behind a row of x: eight rows of a column meet all banks
 constexpr int PART_BYTES = WARPS * 32 * 16;  // sums of a tile
 constexpr long long LIMIT_CYCLES = 40000000000;  // of a wait for other CTAs: some 20 s
-
-enum Products { OUTPUT, GATE_UP, DOWN, NEXT };
 
 struct Layer {
   const u16 *attended, *residual, *norm, *router;  // [rows, ATTENDED], [rows, HIDDEN], [HIDDEN], [EXPERTS, HIDDEN]
@@ -62,38 +53,7 @@ struct Table {
   const float (*weights)[ROWS];
 };
 
-// Steps of a chunk. All teams have the same number of a tile's chunks; of experts, one after the other, each has some.
-__device__ constexpr int chunk_of(int inputs, bool by_expert) {
-  const int shares = by_expert ? 1 : TEAMS;
-  int rounds = 1;
-  while (inputs / STEP % (shares * rounds) != 0 || inputs / STEP / (shares * rounds) > MAX_CHUNK) ++rounds;
-  return inputs / STEP / (shares * rounds);
-}
-
-template <int WHICH>
-struct Product {
-  static constexpr bool GATED = WHICH == GATE_UP, BY_EXPERT = WHICH == DOWN && EXPERTS > 0;
-  static constexpr int INPUTS = WHICH == OUTPUT ? ATTENDED : WHICH == DOWN ? INTERMEDIATE : HIDDEN;
-  static constexpr int OUTPUTS = WHICH == GATE_UP ? INTERMEDIATE : WHICH == NEXT ? OUT_SIZE : HIDDEN;  // of gate, and of up
-  static constexpr int GROUPS = OUTPUTS / GROUP, ROWS_OF_EXPERT = GATED ? 2 * OUTPUTS : OUTPUTS;
-  static constexpr int CHUNK = chunk_of(INPUTS, BY_EXPERT), CHUNKS = INPUTS / STEP / CHUNK;  // steps of a chunk; a tile's
-  static constexpr u32 GROUP_BYTES = CHUNK * PIECE_BYTES;
-  static_assert(!BY_EXPERT || TEAMS * CHUNKS <= SLOTS, "a team's next chunk is at most a round of the slots ahead");
-};
-
 // --- memory
-
-// A group of rows, from `row` on, of a chunk's steps: pieces behind one another.
-__device__ __forceinline__ void load_group(u32 target, const TensorMap& map, int row, int step, u32 barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;"
-      ::"r"(target), "l"(&map), "r"(0), "r"(row), "r"(step), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void prefetch_bulk(const u16* source, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
 
 __device__ __forceinline__ Eight load_eight_from_l2(const u16* source) {
   Eight eight;
@@ -116,21 +76,6 @@ __device__ __forceinline__ float load_float_from_l2(const float* source) {
   return value;
 }
 
-__device__ __forceinline__ void keep_eight(u32 address, const Eight& eight) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(eight.pairs[0]), "r"(eight.pairs[1]),
-               "r"(eight.pairs[2]), "r"(eight.pairs[3])
-               : "memory");
-}
-
-__device__ __forceinline__ Eight load_eight(u32 address) {
-  Eight eight;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(eight.pairs[0]), "=r"(eight.pairs[1]), "=r"(eight.pairs[2]), "=r"(eight.pairs[3])
-               : "r"(address)
-               : "memory");
-  return eight;
-}
-
 __device__ __forceinline__ void synchronize_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 
 __device__ __forceinline__ void synchronize_with_producer() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
@@ -144,101 +89,6 @@ __device__ __forceinline__ u64 load_counter(const u64* counter) {
 __device__ __forceinline__ void count_arrival(u64* counter) {
   asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
 }
-
-// --- who has what
-
-struct Range {
-  int first, last;
-};
-
-__device__ __forceinline__ Range own_range(u32 num_groups) {
-  return {static_cast<int>(num_groups * blockIdx.x / CTAS), static_cast<int>(num_groups * (blockIdx.x + 1) / CTAS)};
-}
-
-// A tile of a product: its first row within an expert, how many groups it has, and its experts.
-struct Tile {
-  int row, groups, first_expert, last_expert;
-};
-
-// Of a gated product the outputs of all experts are shared out as one, a group of the gate and one of up at a time.
-template <int WHICH, typename Visit>
-__device__ __forceinline__ void for_tiles(int num_experts, Visit visit) {
-  using P = Product<WHICH>;
-  const Range own = own_range(P::GATED ? num_experts * P::GROUPS : P::GROUPS);
-#pragma unroll 1
-  for (int group = own.first; group < own.last;) {
-    if constexpr (P::GATED) {
-      const int expert = group / P::GROUPS;
-      visit(Tile{group % P::GROUPS * GROUP, 1, expert, expert + 1});
-      ++group;
-    } else {
-      const int groups = min(own.last - group, 2);
-      visit(Tile{group * GROUP, groups, 0, num_experts});
-      group += groups;
-    }
-  }
-}
-
-// --- the warp that copies
-
-struct Copier {
-  u32 ring, ring_bytes, full, empty;
-  u64 policy;
-  int lane, max_in_flight;
-  u32 tail = 0, start = 0;  // where the next chunk goes if there is room; where the chunk of this lane's slot begins
-  int count = 0, oldest = 0;
-
-  // A place for `bytes` behind the chunks that are there, which begin at the oldest one's; waits until it has been read.
-  __device__ __forceinline__ u32 find_room(u32 bytes) {
-    while (true) {
-      if (count == oldest) return tail + bytes <= ring_bytes ? tail : 0;
-      const u32 first = __shfl_sync(ALL_LANES, start, oldest % SLOTS);
-      if (count - oldest < SLOTS) {
-        if (tail > first) {
-          if (tail + bytes <= ring_bytes) return tail;
-          if (bytes <= first) return 0;
-        } else if (tail + bytes <= first) {
-          return tail;
-        }
-      }
-      wait(empty + 8 * (oldest % SLOTS), oldest / SLOTS % 2);
-      ++oldest;
-    }
-  }
-
-  // `groups` of a chunk of CHUNK steps from `step` on, whose rows begin at `first` and `second`.
-  template <int CHUNK>
-  __device__ __forceinline__ void copy(const TensorMap& map, int first, int second, int groups, int step) {
-    constexpr u32 GROUP_BYTES = CHUNK * PIECE_BYTES;
-    const u32 bytes = groups * GROUP_BYTES, place = find_room(bytes), slot = count % SLOTS, barrier = full + 8 * slot;
-    const int before = count - max_in_flight;
-    if (before >= 0) wait(full + 8 * (before % SLOTS), before / SLOTS % 2);
-    if (lane == 0) {
-      arrive_and_expect(barrier, bytes);
-      load_group(ring + place, map, first, step, barrier, policy);
-      if (groups > 1) load_group(ring + place + GROUP_BYTES, map, second, step, barrier, policy);
-    }
-    __syncwarp();
-    if (lane == static_cast<int>(slot)) start = place;
-    tail = place + bytes;
-    ++count;
-  }
-
-  template <int WHICH>
-  __device__ __forceinline__ void copy_product(const TensorMap& map, const Table& table) {
-    using P = Product<WHICH>;
-    for_tiles<WHICH>(table.size, [&](const Tile& tile) {
-#pragma unroll 1
-      for (int i = tile.first_expert; i < tile.last_expert; ++i) {
-        const int first = table.experts[i] * P::ROWS_OF_EXPERT + tile.row;
-#pragma unroll 1
-        for (int step = 0; step < P::CHUNKS * P::CHUNK; step += P::CHUNK) {
-          copy<P::CHUNK>(map, first, first + (P::GATED ? P::OUTPUTS : GROUP), P::GATED ? 2 : tile.groups, step);
-        }
-      }
-    });
-  }
-};
 
 // --- the warps that multiply
 
@@ -500,41 +350,41 @@ struct Multiplier {
 #if EXPERTS
 // From the logits of all rows the table of the experts that they choose, of several rows in the order of their numbers. By all
 // consumers, who see it when they have met with the producer.
-__device__ __forceinline__ void choose_experts(const Layer& layer, const Multiplier& consumers, float* logits, int* experts,
+__device__ __forceinline__ void choose_experts(const Layer& layer, const Multiplier& multiplier, float* logits, int* experts,
                                                signed char (*places)[ROWS], float (*weights)[ROWS], int& num_active) {
   __shared__ int chosen[MAX_PAIRS], place_of[EXPERTS];
   __shared__ float chosen_weights[MAX_PAIRS];
-  const int num_pairs = consumers.num_rows * CHOICES;
-  for (int i = threadIdx.x; i < consumers.num_rows * EXPERTS; i += CONSUMERS) logits[i] = load_float_from_l2(layer.logits + i);
+  const int num_pairs = multiplier.num_rows * CHOICES;
+  for (int i = threadIdx.x; i < multiplier.num_rows * EXPERTS; i += CONSUMERS) logits[i] = load_float_from_l2(layer.logits + i);
   for (int i = threadIdx.x; i < EXPERTS; i += CONSUMERS) place_of[i] = 0;
   synchronize_consumers();
-  const bool is_single = consumers.num_rows == 1;  // whose experts may stay in the order of their choice
-  if (consumers.warp < consumers.num_rows) {
-    const int first = consumers.warp * CHOICES;
-    choose(logits + consumers.warp * EXPERTS, chosen_weights + first, is_single ? experts : chosen + first, CHOICES,
-           layer.renormalize != 0, consumers.lane);
+  const bool is_single = multiplier.num_rows == 1;  // whose experts may stay in the order of their choice
+  if (multiplier.warp < multiplier.num_rows) {
+    const int first = multiplier.warp * CHOICES;
+    choose(logits + multiplier.warp * EXPERTS, chosen_weights + first, is_single ? experts : chosen + first, CHOICES,
+           layer.renormalize != 0, multiplier.lane);
   }
   if (is_single) {
-    if (consumers.warp == 0 && consumers.lane < CHOICES) {
-      places[consumers.lane][0] = static_cast<signed char>(consumers.lane);
-      weights[consumers.lane][0] = chosen_weights[consumers.lane];
-      if (consumers.lane == 0) num_active = CHOICES;
+    if (multiplier.warp == 0 && multiplier.lane < CHOICES) {
+      places[multiplier.lane][0] = static_cast<signed char>(multiplier.lane);
+      weights[multiplier.lane][0] = chosen_weights[multiplier.lane];
+      if (multiplier.lane == 0) num_active = CHOICES;
     }
     return;
   }
   synchronize_consumers();
   if (threadIdx.x < num_pairs) place_of[chosen[threadIdx.x]] = 1;
   synchronize_consumers();
-  if (consumers.warp == 0) {
+  if (multiplier.warp == 0) {
     int count = 0;
     for (int first = 0; first < EXPERTS; first += 32) {
-      const bool is_active = place_of[first + consumers.lane] != 0;
+      const bool is_active = place_of[first + multiplier.lane] != 0;
       const u32 active = __ballot_sync(ALL_LANES, is_active);
-      const int place = count + __popc(active & ((1u << consumers.lane) - 1));
-      if (is_active) experts[place] = first + consumers.lane, place_of[first + consumers.lane] = place;
+      const int place = count + __popc(active & ((1u << multiplier.lane) - 1));
+      if (is_active) experts[place] = first + multiplier.lane, place_of[first + multiplier.lane] = place;
       count += __popc(active);
     }
-    if (consumers.lane == 0) num_active = count;
+    if (multiplier.lane == 0) num_active = count;
   }
   synchronize_consumers();
   if (threadIdx.x < num_pairs) {
@@ -585,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (warp == WARPS) {
     Copier copier{ring, ring_bytes, full, empty, read_once_policy(), lane, static_cast<int>(layer.max_in_flight)};
-    copier.copy_product<OUTPUT>(output_map, whole);
+    copier.copy_product<OUTPUT>(output_map, whole.experts, whole.size);
     Table table = whole;
     if (lane == 0) {
       prefetch_map(gate_up_map);
@@ -604,9 +454,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     synchronize_with_producer();
     table = {num_active, experts + 1, places + 1, weights + 1};
 #endif
-    copier.copy_product<GATE_UP>(gate_up_map, table);
-    copier.copy_product<DOWN>(down_map, table);
-    if (layer.next != nullptr) copier.copy_product<NEXT>(next_map, whole);
+    copier.copy_product<GATE_UP>(gate_up_map, table.experts, table.size);
+    copier.copy_product<DOWN>(down_map, table.experts, table.size);
+    if (layer.next != nullptr) copier.copy_product<NEXT>(next_map, whole.experts, whole.size);
     return;
   }
 

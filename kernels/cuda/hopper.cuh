@@ -101,6 +101,27 @@ __device__ __forceinline__ int load_from_l2(const int* source) {
   return value;
 }
 
+// --- eight numbers of 16 bits
+
+struct alignas(16) Eight {
+  u32 pairs[4];
+};
+
+__device__ __forceinline__ void keep_eight(u32 address, const Eight& eight) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(eight.pairs[0]), "r"(eight.pairs[1]),
+               "r"(eight.pairs[2]), "r"(eight.pairs[3])
+               : "memory");
+}
+
+__device__ __forceinline__ Eight load_eight(u32 address) {
+  Eight eight;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(eight.pairs[0]), "=r"(eight.pairs[1]), "=r"(eight.pairs[2]), "=r"(eight.pairs[3])
+               : "r"(address)
+               : "memory");
+  return eight;
+}
+
 // --- four numbers in shared memory
 
 struct alignas(16) Four {

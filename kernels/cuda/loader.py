@@ -40,6 +40,7 @@ HEADERS = (  # what a source may include
     "streaming.cuh",
     "race.cuh",
     "route.cuh",
+    "layer_chunks.cuh",
     "peers.cuh",
     "prefill_products.cuh",
     "prefill_tiles.cuh",

@@ -178,10 +178,6 @@ __device__ __forceinline__ void round_weights(u32 (&weights)[KEYS / 4], const fl
   for (int i = 0; i < KEYS / 4; ++i) weights[i] = round_two(scores[2 * i], scores[2 * i + 1]);
 }
 
-struct alignas(16) Sixteen {
-  u32 words[4];
-};
-
 // Zeros for the values of a stage from `first` up to the end of its box, by all that multiply.
 __device__ __forceinline__ void clear_values(u32 stage, int first) {
   const int count = BOX_KEYS - first % BOX_KEYS;
@@ -216,14 +212,10 @@ __device__ __forceinline__ void store_out(u16* out, const float (&sums)[HEAD_DIM
   for (int i = lane; i < 16 * CHUNKS; i += 32) {
     const int row = i / CHUNKS, chunk = i % CHUNKS, query = tile.first_query + (first_row + row) / GROUP;
     if (first_row + row >= QUERIES * GROUP || query >= tile.query_len) continue;
-    Sixteen bytes;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bytes.words[0]), "=r"(bytes.words[1]), "=r"(bytes.words[2]), "=r"(bytes.words[3])
-                 : "r"(address(row, chunk))
-                 : "memory");
+    const Eight numbers = load_eight(address(row, chunk));
     const long long token = tile.query_start + query;
     const int head = tile.head * GROUP + (first_row + row) % GROUP;
-    *reinterpret_cast<Sixteen*>(out + (token * num_heads + head) * HEAD_DIM + chunk * 8) = bytes;
+    *reinterpret_cast<Eight*>(out + (token * num_heads + head) * HEAD_DIM + chunk * 8) = numbers;
   }
 }
 

@@ -1,4 +1,4 @@
-// What norm_and_route.cu and between_attentions.cu share: numbers of 16 bits by eights, a row's norm, products of few tokens,
+// What norm_and_route.cu and between_attentions.cu share: what reads and computes eights, a row's norm, products of few tokens,
 // and the choice of experts.
 //
 // Set by the compiler's command line: FLOAT16, EXPERTS (0 where there is nothing to choose).
@@ -6,10 +6,6 @@
 #pragma once
 
 #include "hopper.cuh"
-
-struct alignas(16) Eight {
-  u32 pairs[4];
-};
 
 // Of what no kernel writes while the model runs; not after what follows it.
 __device__ __forceinline__ Eight load_constant(const u16* source) {

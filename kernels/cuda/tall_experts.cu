@@ -74,19 +74,6 @@ struct Items {
   }
 };
 
-struct alignas(16) Sixteen {
-  u32 words[4];
-};
-
-__device__ __forceinline__ Sixteen load_sixteen(u32 address) {
-  Sixteen bytes;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bytes.words[0]), "=r"(bytes.words[1]), "=r"(bytes.words[2]), "=r"(bytes.words[3])
-               : "r"(address)
-               : "memory");
-  return bytes;
-}
-
 // What a role needs to go through items: from the first on every stride-th is this CTA's.
 struct Job {
   const Items& items;
@@ -263,8 +250,8 @@ __device__ __forceinline__ void multiply_items(const Job& job, const float* scal
 #pragma unroll 4
       for (int place = thread / 8; place < item.num_pairs; place += 16) {
         const long long row = in_order_of_places ? item.first_place + place : known[buffer].pairs[place];
-        *reinterpret_cast<Sixteen*>(y + row * num_outputs + output) =
-            load_sixteen(staging + place * STEP_BYTES + (chunk ^ (place & 7)) * 16);
+        *reinterpret_cast<Eight*>(y + row * num_outputs + output) =
+            load_eight(staging + place * STEP_BYTES + (chunk ^ (place & 7)) * 16);
       }
     }
     item = next;
